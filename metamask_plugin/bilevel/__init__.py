@@ -1,0 +1,41 @@
+"""Bi-level optimisation with one trial step, in pure PyTorch.
+
+    minimise over w   L_out(theta', phi', w)
+    where             theta' = theta - l * grad_theta L_in(theta, phi, w),   phi' alike
+
+:class:`BilevelProblem` says what the two losses are, :class:`Trial` how the trial weights are made,
+and an :class:`Estimator` how the gradient with respect to w is computed. Imports torch and nothing
+else; knows neither Lightning nor self-supervised learning.
+"""
+
+from metamask_plugin.bilevel.estimator import Estimator, MetaGradient
+from metamask_plugin.bilevel.exact import Exact
+from metamask_plugin.bilevel.finite_difference import FiniteDifference
+from metamask_plugin.bilevel.first_order import FirstOrder
+from metamask_plugin.bilevel.functional import Functional
+from metamask_plugin.bilevel.problem import BilevelProblem
+from metamask_plugin.bilevel.trial import MomentumStep, PlainStep, Trial, TrialStep
+from metamask_plugin.bilevel.unrolled import Unrolled
+
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "exact": Exact,
+    "unrolled": Unrolled,
+    "finite_difference": FiniteDifference,
+    "first_order": FirstOrder,
+}
+
+__all__ = [
+    "ESTIMATORS",
+    "BilevelProblem",
+    "Estimator",
+    "Exact",
+    "FiniteDifference",
+    "FirstOrder",
+    "Functional",
+    "MetaGradient",
+    "MomentumStep",
+    "PlainStep",
+    "Trial",
+    "TrialStep",
+    "Unrolled",
+]

@@ -1,0 +1,71 @@
+"""The trial step: from weights and the inner gradient to trial weights."""
+
+from typing import NamedTuple, Protocol
+
+from metamask_plugin.bilevel.problem import Params
+
+
+class TrialStep(Protocol):
+    """One gradient step on one group of parameters, linear in the gradient."""
+
+    def step(self, params: Params, grads: Params) -> Params:
+        """Returns the trial weights; differentiable in ``grads``, changes nothing in place."""
+
+    def pull_back(self, cotangent: Params) -> Params:
+        """Returns u with <u, dg> = -<cotangent, d step(params, g)>: what a change of g costs."""
+
+
+class PlainStep:
+    """A plain gradient step, theta' = theta - l * g. MetaMask Eq. (7) [0].
+
+    Args:
+        lr: l >= 0.
+
+    [0] Li et al., *MetaMask*, NeurIPS 2022.
+    """
+
+    def __init__(self, lr: float):
+        if lr < 0:
+            raise ValueError(f"PlainStep: lr must be >= 0, got {lr}")
+        self.lr = lr
+
+    def step(self, params: Params, grads: Params) -> Params:
+        return {name: param - self.lr * grads[name] for name, param in params.items()}
+
+    def pull_back(self, cotangent: Params) -> Params:
+        return {name: self.lr * v for name, v in cotangent.items()}
+
+
+class MomentumStep(PlainStep):
+    """The step that SGD with momentum and weight decay would make, as in MetaMask's release [0].
+
+        theta' = theta - l * (momentum * buffer + g + weight_decay * theta)
+
+    The buffer and the decay do not depend on w, so the gradient of theta' with respect to w is that
+    of the plain step; only the point at which the outer loss is taken differs.
+
+    Args:
+        lr: l >= 0.
+        momentum: the optimiser's momentum.
+        weight_decay: the optimiser's weight decay.
+        buffers: momentum buffers by parameter name; a missing one counts as the optimiser's first step.
+
+    [0] https://github.com/lionellee9089/MetaMask
+    """
+
+    def __init__(self, lr: float, momentum: float, weight_decay: float, buffers: Params):
+        super().__init__(lr)
+        self.momentum, self.weight_decay, self.buffers = momentum, weight_decay, buffers
+
+    def step(self, params: Params, grads: Params) -> Params:
+        descent = {name: grads[name] + self.weight_decay * param for name, param in params.items()}
+        for name, buffer in self.buffers.items():
+            descent[name] = descent[name] + self.momentum * buffer
+        return super().step(params, descent)
+
+
+class Trial(NamedTuple):
+    """The trial steps of both groups; the papers let their learning rates differ."""
+
+    encoder: TrialStep
+    head: TrialStep

@@ -1,0 +1,27 @@
+"""The meta-gradient by back-propagation through the trial step: the oracle."""
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metamask_plugin.bilevel.estimator import Estimator, MetaGradient, gradients, leaves
+from metamask_plugin.bilevel.problem import BilevelProblem
+from metamask_plugin.bilevel.trial import Trial
+
+
+class Unrolled(Estimator):
+    """Keeps the graph of the trial step and back-propagates through all of it.
+
+    Exact by construction, and the reference against which the others are tested. It is the slowest
+    and holds two graphs through the encoder at once.
+    """
+
+    def gradient(self, problem: BilevelProblem, trial: Trial) -> MetaGradient:
+        theta, phi = leaves(problem.encoder_params), leaves(problem.head_params)
+        weights = tuple(w.detach().requires_grad_() for w in problem.weights)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no double backward
+            inner = problem.inner_loss(problem.encode(theta), phi, weights)
+            grad_theta, grad_phi = gradients(inner, theta, phi, create_graph=True)
+            theta_trial = trial.encoder.step(theta, grad_theta)
+            phi_trial = trial.head.step(phi, grad_phi)
+            outer = problem.outer_loss(problem.encode(theta_trial), phi_trial, weights)
+            (total,) = gradients(outer, weights)
+        return MetaGradient(total, inner.detach(), outer.detach())
