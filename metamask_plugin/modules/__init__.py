@@ -1,0 +1,1 @@
+"""Network parts: encoders, projection heads, the dimensional mask."""

@@ -1,0 +1,67 @@
+"""The dimensional mask M: one learned weight per feature dimension."""
+
+import torch
+from torch import nn
+
+from metamask_plugin.errors import choose
+
+PARAMETERISATIONS = ("free", "sigmoid")
+
+
+class DimensionalMask(nn.Module):
+    """Weighs the dimensions of a representation, h~ = h * M. Eq. (4) of [0].
+
+    Its parameter does not require a gradient: the regular step holds M fixed (Algorithm 1 of [0]),
+    and outside the main optimiser it is also outside DDP's reducer. The meta step differentiates
+    with respect to :meth:`values` and hands the result to :meth:`accumulate`.
+
+    Args:
+        dim: D.
+        parameterisation: ``free``: M itself, started at 1 (the paper); ``sigmoid``: M = sigmoid of a
+            logit started at 0, so M = 1/2 (the release [1]).
+
+    [0] Li et al., *MetaMask*, NeurIPS 2022.
+    [1] https://github.com/lionellee9089/MetaMask
+    """
+
+    def __init__(self, dim: int, parameterisation: str = "free"):
+        super().__init__()
+        choose("method_kwargs.mask.parameterisation", parameterisation, PARAMETERISATIONS)
+        if parameterisation == "free":
+            self.weight = nn.Parameter(torch.ones(dim), requires_grad=False)
+        else:
+            self.logit = nn.Parameter(torch.zeros(dim), requires_grad=False)
+        self.parameterisation = parameterisation
+
+    def values(self) -> torch.Tensor:
+        """M, shape (D,), detached."""
+        return self.weight.detach() if self.parameterisation == "free" else torch.sigmoid(self.logit.detach())
+
+    def forward(self, feats: torch.Tensor) -> torch.Tensor:
+        """Masks features of shape (..., D)."""
+        return feats * self.values()
+
+    def accumulate(self, gradient: torch.Tensor) -> None:
+        """Sets the parameter's ``.grad`` from dL/dM, shape (D,), by the chain rule."""
+        if self.parameterisation == "free":
+            self.weight.grad = gradient
+        else:
+            m = self.values()
+            self.logit.grad = gradient * m * (1 - m)
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """What the mask has become, as scalars to log.
+
+        ``mask_mean``; ``mask_std`` (its spread); ``mask_min``; ``mask_max``; and
+        ``mask_below_average``, the share of dimensions weighted below the mean, which A.4.7 of [0]
+        takes as the candidates for confounders.
+        """
+        m = self.values()
+        return {
+            "mask_mean": m.mean(),
+            "mask_std": m.std(unbiased=False),
+            "mask_min": m.min(),
+            "mask_max": m.max(),
+            "mask_below_average": (m < m.mean()).float().mean(),
+        }

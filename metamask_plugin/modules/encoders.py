@@ -1,0 +1,174 @@
+"""Encoders ``f_theta``: images (N, 3, H, W) to features (N, D).
+
+Every encoder built here has an integer attribute ``num_features`` (D). Ours are registered by
+name in :data:`ENCODERS`; any other name is looked up in timm.
+"""
+
+from collections.abc import Callable
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from metamask_plugin.errors import UserError, check, choose
+
+STEMS = ("auto", "cifar", "small", "imagenet")
+
+
+def _conv_bn_relu(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+    return [
+        nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
+    ]
+
+
+class Conv4(nn.Module):
+    """Four strided 3x3 convolutions with BatchNorm: small enough to train in minutes on two cores.
+
+    Args:
+        image_size: side of the square input, pixels; unused, all sizes from 16 work.
+        width: channels of the first layer; each next one doubles them, D = 8 * width.
+    """
+
+    def __init__(self, image_size: int = 32, width: int = 32):
+        super().__init__()
+        widths = [3, width, 2 * width, 4 * width, 8 * width]
+        layers = []
+        for depth, (c_in, c_out) in enumerate(zip(widths, widths[1:])):
+            # the last layer keeps its resolution, so that 32 pixels still leave a 4x4 map to pool
+            layers += _conv_bn_relu(c_in, c_out, kernel=3, stride=2 if depth < 3 else 1)
+        self.layers = nn.Sequential(*layers)
+        self.num_features = widths[-1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).mean(dim=(2, 3))
+
+
+class AlexNetConv(nn.Module):
+    """The five convolutions of AlexNet for small images: the papers' ``conv`` encoder.
+
+    The papers name it and give no sizes. Chosen here: AlexNet's widths (64, 192, 384, 256, 256),
+    BatchNorm after each convolution, a first kernel of 5 whose stride (2 up to 48 pixels, 4 above)
+    leaves a 4x4 map at both 32 and 64 pixels, and global average pooling (D = 256).
+
+    Args:
+        image_size: side of the square input, pixels (32 to 96).
+
+    [0] Krizhevsky et al., *ImageNet Classification with Deep CNNs*, NeurIPS 2012.
+    [1] Li et al., *MetaMask*, NeurIPS 2022, Section 6.1.
+    """
+
+    def __init__(self, image_size: int = 32):
+        super().__init__()
+        pool = nn.MaxPool2d(2)
+        self.layers = nn.Sequential(
+            *_conv_bn_relu(3, 64, kernel=5, stride=2 if image_size <= 48 else 4),
+            pool,
+            *_conv_bn_relu(64, 192, kernel=5),
+            pool,
+            *_conv_bn_relu(192, 384, kernel=3),
+            *_conv_bn_relu(384, 256, kernel=3),
+            *_conv_bn_relu(256, 256, kernel=3),
+        )
+        self.num_features = 256
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).mean(dim=(2, 3))
+
+
+class AlexNetFC(nn.Module):
+    """:class:`AlexNetConv` with two fully connected layers on its 4x4 map: the papers' ``fc``.
+
+    Args:
+        image_size: side of the square input, pixels (32 to 96).
+        fc_dim: width of both layers, and D.
+
+    [0] Li et al., *MetaMask*, NeurIPS 2022, Section 6.1.
+    """
+
+    def __init__(self, image_size: int = 32, fc_dim: int = 1024):
+        super().__init__()
+        self.conv = AlexNetConv(image_size)
+        self.pool = nn.AdaptiveAvgPool2d(4)
+        self.fc = nn.Sequential(
+            nn.Linear(256 * 16, fc_dim, bias=False),
+            nn.BatchNorm1d(fc_dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(fc_dim, fc_dim, bias=False),
+            nn.BatchNorm1d(fc_dim),
+            nn.ReLU(inplace=True),
+        )
+        self.num_features = fc_dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.pool(self.conv.layers(x)).flatten(1))
+
+
+def _resnet(constructor: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def build(image_size: int = 224, stem: str = "auto", **kwargs) -> nn.Module:
+        """A torchvision ResNet without its classifier, and with a stem that fits the image.
+
+        Args:
+            image_size: side of the square input, pixels; decides the ``auto`` stem.
+            stem: ``cifar`` (3x3, stride 1, no pooling: up to 32 pixels), ``small`` (3x3, stride 1,
+                pooling kept: up to 96 pixels, as in the W-MSE code base that ICL-MSR follows),
+                ``imagenet`` (7x7, stride 2, pooling), or ``auto``.
+        """
+        choose("backbone.kwargs.stem", stem, STEMS)
+        if stem == "auto":
+            stem = "cifar" if image_size <= 32 else "small" if image_size <= 96 else "imagenet"
+        network = constructor(weights=None, **kwargs)
+        network.num_features = network.fc.in_features
+        network.fc = nn.Identity()
+        if stem != "imagenet":
+            network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        if stem == "cifar":
+            network.maxpool = nn.Identity()
+        return network
+
+    return build
+
+
+ENCODERS: dict[str, Callable[..., nn.Module]] = {
+    "conv4": Conv4,
+    "conv": AlexNetConv,
+    "fc": AlexNetFC,
+    "resnet18": _resnet(torchvision.models.resnet18),
+    "resnet50": _resnet(torchvision.models.resnet50),
+}
+
+
+def build_encoder(name: str, image_size: int, **kwargs) -> nn.Module:
+    """Builds an encoder by name, ours first, then timm's (without a classifier, random weights).
+
+    Args:
+        name: a key of :data:`ENCODERS`, or any name in ``timm.list_models()``.
+        image_size: side of the square input, pixels.
+        kwargs: passed on to the constructor.
+
+    Returns:
+        A module from (N, 3, image_size, image_size) to (N, ``num_features``).
+
+    Raises:
+        UserError: for an unknown name, or arguments that the constructor refuses.
+    """
+    check(image_size >= 16, "augmentations[0].crop_size", ">= 16 pixels", image_size)
+    try:
+        if name in ENCODERS:
+            return ENCODERS[name](image_size=image_size, **kwargs)
+        if timm.is_model(name):
+            return _build_timm(name, image_size, **kwargs)
+    except TypeError as error:
+        raise UserError(f"backbone.kwargs do not fit backbone.name={name!r}: {error}") from error
+    choose("backbone.name", name, [*ENCODERS, *timm.list_models(f"{name[:4]}*")[:12], "any timm model"])
+    raise AssertionError("unreachable")
+
+
+def _build_timm(name: str, image_size: int, **kwargs) -> nn.Module:
+    kwargs = {"pretrained": False, "num_classes": 0, **kwargs}
+    try:  # transformers fix their input size at construction, convolutional networks refuse the key
+        return timm.create_model(name, img_size=image_size, **kwargs)
+    except TypeError:
+        return timm.create_model(name, **kwargs)

@@ -1,0 +1,46 @@
+"""SimCLR: contrast each view with every other image's views."""
+
+from collections.abc import Sequence
+
+import torch
+
+from metamask_plugin.errors import check
+from metamask_plugin.losses import nt_xent_loss
+from metamask_plugin.modules.heads import projection_head
+from metamask_plugin.tasks.base import Task
+
+
+class SimCLR(Task):
+    """NT-Xent on a projection head's output: Eq. (1) of [1].
+
+    Args:
+        features_dim: D, the encoder's output.
+        proj_hidden_dim: width of the head's hidden layer.
+        proj_output_dim: P, the projection's dimension.
+        temperature: tau; [0] uses 0.5 on CIFAR-10 and 0.1 on ImageNet.
+        final_norm: BatchNorm on the head's output, as the official MetaMask release has it.
+
+    [0] Chen et al., *A Simple Framework for Contrastive Learning of Visual Representations*, ICML 2020.
+    [1] Li et al., *MetaMask*, NeurIPS 2022.
+    """
+
+    def __init__(
+        self,
+        features_dim: int,
+        proj_hidden_dim: int = 2048,
+        proj_output_dim: int = 256,
+        temperature: float = 0.5,
+        final_norm: bool = False,
+    ):
+        super().__init__(features_dim)
+        check(temperature > 0, "method_kwargs.task_kwargs.temperature", "> 0", temperature)
+        self.temperature = temperature
+        self.projector = projection_head(
+            features_dim, proj_hidden_dim, proj_output_dim, layers=2, final_norm=final_norm
+        )
+
+    def project(self, feats: torch.Tensor) -> torch.Tensor:
+        return self.projector(feats)
+
+    def forward(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
+        return nt_xent_loss([self.project(feats) for feats in views], self.temperature)
