@@ -1,0 +1,11 @@
+"""The one seam to solo-learn.
+
+With solo-learn importable, :data:`BaseMethod` and :data:`METHODS` are solo-learn's own; without it
+they are the embedded host's, which keeps the same contract (:mod:`metamask_plugin.host.contract`).
+The environment variable ``METAMASK_HOST`` (``auto``, ``solo`` or ``embedded``) overrides the choice.
+Nothing outside this package asks which host is in use.
+"""
+
+from metamask_plugin.host.switch import BaseMethod, METHODS, name, register
+
+__all__ = ["METHODS", "BaseMethod", "name", "register"]

@@ -1,0 +1,114 @@
+"""Optimisers and learning-rate schedules of the embedded host, by solo-learn's names."""
+
+import math
+from typing import Any
+
+import timm.optim
+import torch
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR
+
+from metamask_plugin.errors import UserError, choose
+from metamask_plugin.host.contract import OPTIMIZERS, SCHEDULERS
+
+ParamGroups = list[dict[str, Any]]
+
+
+def without_decay_on_vectors(groups: ParamGroups) -> ParamGroups:
+    """Splits each group: biases and norms (one-dimensional parameters) get no weight decay."""
+    split = []
+    for group in groups:
+        params = list(group["params"])
+        matrices = [p for p in params if p.dim() > 1]
+        vectors = [p for p in params if p.dim() <= 1]
+        split += [{**group, "params": matrices}] if matrices else []
+        split += [{**group, "params": vectors, "weight_decay": 0.0}] if vectors else []
+    return split
+
+
+def build_optimizer(
+    name: str, groups: ParamGroups, lr: float, weight_decay: float, kwargs: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """Builds an optimiser by solo-learn's name and with its keyword arguments.
+
+    Args:
+        name: one of :data:`~metamask_plugin.host.contract.OPTIMIZERS`.
+        groups: parameter groups.
+        lr: learning rate, already scaled by the batch size.
+        weight_decay: for groups that do not set their own.
+        kwargs: as in solo-learn's configs; for ``lars`` ``eta``, ``clip_lr``, ``exclude_bias_n_norm``.
+
+    Raises:
+        UserError: for an unknown name or keyword.
+    """
+    choose("optimizer.name", name, OPTIMIZERS)
+    kwargs = dict(kwargs)
+    if name == "lars":
+        # timm leaves groups without weight decay unadapted: so biases and norms are excluded
+        if kwargs.pop("exclude_bias_n_norm", False):
+            groups = without_decay_on_vectors(groups)
+        kwargs = {
+            "trust_coeff": kwargs.pop("eta", 1e-3),
+            "trust_clip": kwargs.pop("clip_lr", False),
+            **kwargs,
+        }
+    constructors = {
+        "sgd": torch.optim.SGD,
+        "lars": timm.optim.Lars,
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+    }
+    try:
+        return constructors[name](groups, lr=lr, weight_decay=weight_decay, **kwargs)
+    except TypeError as error:
+        raise UserError(f"optimizer.kwargs do not fit optimizer.name={name!r}: {error}") from error
+
+
+def _warmup_cosine(base_lr: float, warmup: float, total: float, start_lr: float, min_lr: float):
+    """Factor on ``base_lr`` after t steps: linear from ``start_lr``, then cosine to ``min_lr``."""
+
+    def factor(t: int) -> float:
+        if t < warmup:
+            return (start_lr + (base_lr - start_lr) * t / warmup) / base_lr
+        progress = min(1.0, (t - warmup) / max(1.0, total - warmup))
+        return (min_lr + (base_lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2) / base_lr
+
+    return factor
+
+
+def build_scheduler(
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    warmup: float,
+    total: float,
+    warmup_start_lr: float = 3e-5,
+    min_lr: float = 0.0,
+    lr_decay_steps: list[int] | None = None,
+) -> LRScheduler | None:
+    """Builds a schedule by solo-learn's name; ``None`` for ``none``.
+
+    Args:
+        name: one of :data:`~metamask_plugin.host.contract.SCHEDULERS`.
+        optimizer: its groups may set ``static_lr: True`` to stay at their rate.
+        warmup: length of the linear warm-up, in the unit in which the schedule is stepped.
+        total: length of the whole schedule, same unit.
+        warmup_start_lr: learning rate at step 0.
+        min_lr: learning rate at the end of the cosine.
+        lr_decay_steps: milestones of ``step``, in its unit; each divides the rate by ten.
+
+    Raises:
+        UserError: for an unknown name, or ``step`` without milestones.
+    """
+    choose("scheduler.name", name, SCHEDULERS)
+    if name == "none":
+        return None
+    if name == "step":
+        if not lr_decay_steps:
+            raise UserError("scheduler.lr_decay_steps must be a list of epochs for scheduler.name='step', got None")
+        return MultiStepLR(optimizer, list(lr_decay_steps))
+    factors = [
+        (lambda t: 1.0)
+        if group.get("static_lr") or group["lr"] == 0
+        else _warmup_cosine(group["lr"], warmup, total, warmup_start_lr if warmup > 0 else group["lr"], min_lr)
+        for group in optimizer.param_groups
+    ]
+    return LambdaLR(optimizer, factors)

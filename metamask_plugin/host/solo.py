@@ -1,0 +1,19 @@
+"""solo-learn itself as the host, with our encoders beside its own."""
+
+from functools import partial
+
+from solo.methods import METHODS
+from solo.methods.base import BaseMethod
+
+from metamask_plugin.modules.encoders import ENCODERS, build_encoder
+
+
+def _encoder_for_solo(name: str, method: str, image_size: int = 32, **kwargs):
+    """solo-learn calls ``factory(method, **backbone.kwargs)`` and does not say the image size."""
+    return build_encoder(name, image_size, **kwargs)
+
+
+for _name in ENCODERS:
+    BaseMethod._BACKBONES.setdefault(_name, partial(_encoder_for_solo, _name))
+
+__all__ = ["METHODS", "BaseMethod"]
