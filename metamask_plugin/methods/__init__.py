@@ -1,0 +1,11 @@
+"""Methods: LightningModules that wire tasks, modules, losses and the bi-level engine together.
+
+Importing this package registers them with the host.
+"""
+
+from metamask_plugin.host import METHODS, register
+from metamask_plugin.methods.metamask import MetaMask
+
+register("metamask", MetaMask)
+
+__all__ = ["METHODS", "MetaMask"]

@@ -1,0 +1,137 @@
+"""The meta step's state around the engine: when it is due, its trial step, its own optimiser."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from metamask_plugin.bilevel import (
+    ESTIMATORS,
+    BilevelProblem,
+    Estimator,
+    MetaGradient,
+    MomentumStep,
+    PlainStep,
+    Trial,
+    TrialStep,
+)
+from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.host.optimizers import build_optimizer
+
+TRIALS = ("plain", "momentum")
+
+
+def build_estimator(name: str, kwargs: dict[str, Any]) -> Estimator:
+    """Builds an estimator by name (``method_kwargs.meta.estimator``) with its own settings."""
+    estimator = ESTIMATORS[choose("method_kwargs.meta.estimator", name, ESTIMATORS)]
+    try:
+        return estimator(**kwargs)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"method_kwargs.meta.estimator_kwargs do not fit the estimator {name!r}: {error}"
+        ) from error
+
+
+class MetaUpdate:
+    """Owns everything of the meta step that outlives one iteration.
+
+    Not a module: its only tensors are optimiser state, saved through :meth:`state_dict`. The meta
+    parameters themselves belong to the method.
+
+    Args:
+        cfg: ``method_kwargs.meta``: ``estimator``, ``estimator_kwargs``; ``trial`` (``plain``, or
+            ``momentum`` as the official release); ``inner_lr``, the trial step's length, ``null`` for
+            the main optimiser's current learning rate; ``every_n_steps``; ``optimizer`` (name, lr,
+            weight_decay, kwargs); ``follow_schedule``, whether the meta learning rate decays with
+            the main one.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        choose("method_kwargs.meta.trial", cfg.trial, TRIALS)
+        name = "method_kwargs.meta"
+        check(cfg.every_n_steps >= 1, f"{name}.every_n_steps", ">= 1", cfg.every_n_steps)
+        check(cfg.optimizer.lr > 0, f"{name}.optimizer.lr", "> 0", cfg.optimizer.lr)
+        check(cfg.inner_lr is None or cfg.inner_lr >= 0, f"{name}.inner_lr", ">= 0 or null", cfg.inner_lr)
+        self.cfg = cfg
+        self.estimator = build_estimator(cfg.estimator, OmegaConf.to_container(cfg.estimator_kwargs))
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._state: dict | None = None
+
+    def start(self, parameters: Iterable[nn.Parameter], main: torch.optim.Optimizer) -> None:
+        """Builds the meta optimiser, once the parameters are on their device; applies loaded state.
+
+        Raises:
+            UserError: if the trial step cannot be derived from the main optimiser.
+        """
+        cfg = self.cfg
+        if cfg.inner_lr is None and not self._step_is_lr(main):
+            raise UserError(
+                f"method_kwargs.meta.inner_lr must be set when the main optimiser is {type(main).__name__}: "
+                "its learning rate is not the length of a gradient step; try 0.1"
+            )
+        if cfg.trial == "momentum" and "momentum" not in main.param_groups[0]:
+            raise UserError(
+                "method_kwargs.meta.trial must be 'plain' when the main optimiser is "
+                f"{type(main).__name__}, got 'momentum'; only SGD and LARS keep a momentum buffer"
+            )
+        self.optimizer = build_optimizer(
+            cfg.optimizer.name,
+            [{"params": list(parameters)}],
+            cfg.optimizer.lr,
+            cfg.optimizer.weight_decay,
+            OmegaConf.to_container(cfg.optimizer.kwargs),
+        )
+        if self._state is not None:
+            self.optimizer.load_state_dict(self._state)
+
+    @staticmethod
+    def _step_is_lr(main: torch.optim.Optimizer) -> bool:
+        """Whether the learning rate is a step length: for SGD, and for any host's LARS."""
+        return isinstance(main, torch.optim.SGD) or type(main).__name__.lower() == "lars"
+
+    def due(self, global_step: int) -> bool:
+        """Whether the meta step follows the ``global_step``-th regular step (counted from 1)."""
+        return global_step % self.cfg.every_n_steps == 0
+
+    def trial(self, main: torch.optim.Optimizer, encoder: nn.Module, head: nn.Module) -> Trial:
+        """The trial steps of this iteration, from the main optimiser's current state."""
+        return Trial(self._trial_step(main, encoder), self._trial_step(main, head))
+
+    def _trial_step(self, main: torch.optim.Optimizer, module: nn.Module) -> TrialStep:
+        names = {param: name for name, param in module.named_parameters() if param.requires_grad}
+        group = next((g for g in main.param_groups if any(p in names for p in g["params"])), None)
+        if group is None:  # no parameter of this module trains: a step of any length does nothing
+            return PlainStep(0.0)
+        lr = group["lr"] if self.cfg.inner_lr is None else self.cfg.inner_lr
+        if self.cfg.trial == "plain":
+            return PlainStep(lr)
+        buffers = {name: main.state[param].get("momentum_buffer") for param, name in names.items()}
+        return MomentumStep(
+            lr,
+            group["momentum"],
+            group["weight_decay"],
+            {name: buffer for name, buffer in buffers.items() if buffer is not None},
+        )
+
+    def gradient(self, problem: BilevelProblem, trial: Trial) -> MetaGradient:
+        """The estimator's meta-gradient, in the parameters' own precision."""
+        with torch.autocast(problem.weights[0].device.type, enabled=False):
+            return self.estimator.gradient(problem, trial)
+
+    def step(self, main: torch.optim.Optimizer) -> None:
+        """Steps the meta optimiser on the ``.grad`` of its parameters, then clears it."""
+        if self.cfg.follow_schedule:
+            group = main.param_groups[0]
+            decay = group["lr"] / group.get("initial_lr", group["lr"])
+            for meta_group in self.optimizer.param_groups:
+                meta_group["lr"] = self.cfg.optimizer.lr * decay
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict | None:
+        return self._state if self.optimizer is None else self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict | None) -> None:
+        self._state = state

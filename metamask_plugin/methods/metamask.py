@@ -1,0 +1,252 @@
+"""MetaMask: a meta-learned mask over feature dimensions, beside a redundancy-reduction loss."""
+
+from itertools import combinations
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from metamask_plugin.bilevel import BilevelProblem, Functional
+from metamask_plugin.errors import check, choose
+from metamask_plugin.host import BaseMethod
+from metamask_plugin.losses import redundancy_reduction_loss
+from metamask_plugin.losses.redundancy_reduction import FORMS
+from metamask_plugin.methods.meta_update import MetaUpdate
+from metamask_plugin.methods.presets import apply_preset
+from metamask_plugin.modules.dimensional_mask import DimensionalMask
+from metamask_plugin.modules.heads import projection_head
+from metamask_plugin.tasks import build_task
+
+PAPER: dict[str, Any] = {
+    "task": "simclr",
+    "task_kwargs": {"proj_hidden_dim": 2048, "proj_output_dim": 256, "temperature": 0.5},
+    "alpha": 100.0,  # the best of Fig. 6
+    "scale_loss": 1.0,
+    "redundancy": {
+        "weight": 1.0,
+        "lamb": 5e-3,  # "valued by following" Barlow Twins
+        "form": "uncentred",  # Eq. (3)
+        "proj_hidden_dim": 2048,
+        "proj_output_dim": 2048,
+        "final_norm": False,
+    },
+    "mask": {"parameterisation": "free"},
+    "meta": {
+        "enabled": True,
+        "estimator": "exact",
+        "estimator_kwargs": {},
+        "trial": "plain",
+        "inner_lr": None,
+        "every_n_steps": 1,
+        # the paper does not name the mask's optimiser: at this rate the weights of a mask that
+        # starts at 1 spread visibly within an epoch and keep their mean
+        "optimizer": {"name": "adam", "lr": 1e-2, "weight_decay": 0.0, "kwargs": {}},
+        "follow_schedule": False,
+    },
+}
+
+OFFICIAL: dict[str, Any] = {
+    "task": "simclr",
+    "task_kwargs": {
+        "proj_hidden_dim": 2048,
+        "proj_output_dim": 256,
+        "temperature": 0.07,
+        "final_norm": True,
+    },
+    "alpha": 10.0,
+    "scale_loss": 1.0,
+    "redundancy": {
+        "weight": 1.0,
+        "lamb": 5e-3,
+        "form": "official",
+        "proj_hidden_dim": 2048,
+        "proj_output_dim": 2048,
+        "final_norm": True,
+    },
+    "mask": {"parameterisation": "sigmoid"},
+    "meta": {
+        "enabled": True,
+        "estimator": "finite_difference",
+        "estimator_kwargs": {"r": 1e-2},
+        "trial": "momentum",
+        "inner_lr": None,
+        "every_n_steps": 1,
+        "optimizer": {"name": "sgd", "lr": 1e-3, "weight_decay": 5e-4, "kwargs": {"momentum": 0.9}},
+        "follow_schedule": True,
+    },
+}
+
+PRESETS = {"paper": PAPER, "official": OFFICIAL}
+
+
+class MetaMask(BaseMethod):
+    """MetaMask on top of any task. Algorithm 1 of [0].
+
+    Regular step, M fixed, over encoder and heads (Eq. 5):
+
+        scale_loss * ( weight * L_drr(g_drr(h * M)) + alpha * L_task(g_task(h * M)) )
+
+    Meta step, on the same batch right after the optimiser's step, over M (Eqs. 6, 7):
+
+        L_task(g_task'(h' * M))   through the trial weights   theta' = theta - l grad L_task
+
+    At test time the mask is not applied (A.4.7).
+
+    Args:
+        cfg: the host's configuration; its ``method_kwargs`` are
+
+            - ``preset``: ``paper`` (default) or ``official``, what the rest defaults to;
+            - ``task``, ``task_kwargs``: what fills L_task, and its settings;
+            - ``alpha``: Eq. (5), >= 0;
+            - ``scale_loss``: factor on the whole regular loss, as solo-learn scales Barlow Twins;
+            - ``redundancy``: ``weight`` of L_drr (0 is "without drr", Fig. 10), ``lamb`` (Eq. 2),
+              ``form`` (Eq. 3, see :func:`~metamask_plugin.losses.cross_correlation`),
+              ``proj_hidden_dim``, ``proj_output_dim``, ``final_norm``;
+            - ``mask.parameterisation``: ``free`` or ``sigmoid``;
+            - ``meta``: see :class:`~metamask_plugin.methods.meta_update.MetaUpdate`, and ``enabled``
+              (``False`` is "without meta-learning", Fig. 10: M stays 1).
+
+    Raises:
+        UserError: for settings that cannot be.
+
+    [0] Li et al., *MetaMask: Revisiting Dimensional Confounder for Self-Supervised Learning*, NeurIPS 2022.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        super().__init__(cfg)
+        kwargs = self.cfg.method_kwargs
+        self.task = build_task(kwargs.task, self.features_dim, OmegaConf.to_container(kwargs.task_kwargs))
+        self.redundancy = kwargs.redundancy
+        if self.redundancy.weight > 0:
+            self.redundancy_head = projection_head(
+                self.features_dim,
+                self.redundancy.proj_hidden_dim,
+                self.redundancy.proj_output_dim,
+                layers=3,
+                final_norm=self.redundancy.final_norm,
+            )
+        # without meta-learning there is nothing to parameterise: the mask is all ones
+        self.mask = DimensionalMask(
+            self.features_dim, kwargs.mask.parameterisation if kwargs.meta.enabled else "free"
+        )
+        self.meta = MetaUpdate(kwargs.meta) if kwargs.meta.enabled else None
+
+    @staticmethod
+    def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
+        """Adds the host's defaults and the preset's, and checks ``method_kwargs``."""
+        cfg = super(MetaMask, MetaMask).add_and_assert_specific_cfg(cfg)
+        cfg.method_kwargs = kwargs = apply_preset(PRESETS, cfg.method_kwargs)
+        check(kwargs.alpha >= 0, "method_kwargs.alpha", ">= 0", kwargs.alpha)
+        check(kwargs.scale_loss > 0, "method_kwargs.scale_loss", "> 0", kwargs.scale_loss)
+        name, redundancy = "method_kwargs.redundancy", kwargs.redundancy
+        check(redundancy.weight >= 0, f"{name}.weight", ">= 0", redundancy.weight)
+        check(redundancy.lamb >= 0, f"{name}.lamb", ">= 0", redundancy.lamb)
+        choose(f"{name}.form", redundancy.form, FORMS)
+        return cfg
+
+    @property
+    def learnable_params(self) -> list[dict[str, Any]]:
+        """Adds both heads. The mask is not here: it has an optimiser of its own."""
+        groups = [{"name": "task", "params": list(self.task.parameters())}]
+        if self.redundancy.weight > 0:
+            groups.append({"name": "redundancy_head", "params": list(self.redundancy_head.parameters())})
+        return super().learnable_params + groups
+
+    def forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Adds, in evaluation, the task's projection ``z`` of the masked features.
+
+        In training the loss makes its own projections, so that the heads' BatchNorm sees them once.
+        """
+        out = super().forward(X)
+        if not self.training:
+            out["z"] = self.task.project(self.mask(out["feats"]))
+        return out
+
+    def training_step(self, batch: list, batch_idx: int) -> torch.Tensor:
+        """The regular loss of Eq. (5), plus the online classifier's."""
+        out = super().training_step(batch, batch_idx)
+        masked = [self.mask(feats) for feats in out["feats"]]
+        task_loss = self.task(masked)
+        metrics = {"train_task_loss": task_loss}
+        loss = self.cfg.method_kwargs.alpha * task_loss
+        if self.redundancy.weight > 0:
+            redundancy_loss = self._redundancy_loss(masked[: self.num_large_crops])
+            metrics["train_redundancy_loss"] = redundancy_loss
+            loss = loss + self.redundancy.weight * redundancy_loss
+        metrics["train_loss"] = loss = self.cfg.method_kwargs.scale_loss * loss
+        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(masked[0]))
+        return loss + out["loss"]
+
+    def _redundancy_loss(self, masked: list[torch.Tensor]) -> torch.Tensor:
+        """Eq. (2), summed over pairs of views."""
+        z = [self.redundancy_head(feats) for feats in masked]
+        return sum(
+            redundancy_reduction_loss(z1, z2, self.redundancy.lamb, self.redundancy.form)
+            for z1, z2 in combinations(z, 2)
+        )
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._last_step = self.trainer.global_step
+        if self.meta is not None:
+            self.meta.start(self.mask.parameters(), self.optimizers(use_pl_optimizer=False))
+
+    def on_train_batch_end(self, outputs: Any, batch: list, batch_idx: int) -> None:
+        """Makes the meta step once the optimiser has stepped (gradient accumulation may skip it)."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        step, stepped = self.trainer.global_step, self.trainer.global_step > self._last_step
+        self._last_step = step
+        if self.meta is not None and stepped and self.meta.due(step):
+            self._meta_step(batch[1])
+
+    def _meta_step(self, views: list[torch.Tensor]) -> None:
+        main = self.optimizers(use_pl_optimizer=False)
+        meta_gradient = self.meta.gradient(
+            self.meta_problem(views), self.meta.trial(main, self.backbone, self.task)
+        )
+        self.mask.accumulate(meta_gradient.weights[0])
+        self.meta.step(main)
+        self.log(
+            "train_outer_loss",
+            meta_gradient.outer_loss,
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=len(views[0]),
+        )
+
+    def meta_problem(self, views: list[torch.Tensor]) -> BilevelProblem:
+        """Eqs. (6) and (7) for one batch: both losses are L_task, w is the mask.
+
+        Args:
+            views: images of each view, (N, 3, H, W) each; BatchNorm sees them one by one, as in the
+                regular step.
+        """
+        if not self.no_channel_last:
+            views = [x.to(memory_format=torch.channels_last) for x in views]
+        backbone, task = Functional(self.backbone), Functional(self.task)
+
+        def encode(theta):
+            return torch.stack([backbone(theta, x) for x in views])
+
+        def task_loss(h, phi, weights):
+            (mask,) = weights
+            return task(phi, list(h * mask))
+
+        return BilevelProblem(
+            encode, task_loss, task_loss, backbone.params, task.params, (self.mask.values(),)
+        )
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        self.log_dict(self.mask.statistics())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.meta is not None:
+            checkpoint["meta_optimizer"] = self.meta.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.meta is not None:
+            self.meta.load_state_dict(checkpoint.get("meta_optimizer"))

@@ -1,0 +1,40 @@
+"""Defaults of ``method_kwargs``: one set from the paper, one from the authors' release."""
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from metamask_plugin.errors import choose
+
+FREE_FORM = ("task_kwargs", "estimator_kwargs", "kwargs")
+"""Blocks whose keys belong to the object they are passed to, and are checked there."""
+
+
+def apply_preset(presets: dict[str, dict[str, Any]], user: DictConfig) -> DictConfig:
+    """Lays the user's ``method_kwargs`` over the preset that they name (``preset``, default paper).
+
+    Args:
+        presets: defaults by preset name.
+        user: ``method_kwargs`` as written in the config.
+
+    Returns:
+        The complete ``method_kwargs``.
+
+    Raises:
+        UserError: for an unknown preset or key.
+    """
+    name = choose("method_kwargs.preset", user.get("preset") or "paper", presets)
+    defaults = OmegaConf.create({"preset": name, **presets[name]})
+    _check_keys(defaults, user, "method_kwargs")
+    if user.get("task", defaults.task) != defaults.task:
+        defaults.task_kwargs = {}  # the preset's are for its own task
+    if OmegaConf.select(user, "meta.estimator", default=defaults.meta.estimator) != defaults.meta.estimator:
+        defaults.meta.estimator_kwargs = {}
+    return OmegaConf.merge(defaults, user)
+
+
+def _check_keys(known: DictConfig, given: DictConfig, path: str) -> None:
+    for key, value in given.items():
+        choose(f"a key of {path}", key, known)
+        if isinstance(value, DictConfig) and key not in FREE_FORM:
+            _check_keys(known[key], value, f"{path}.{key}")
