@@ -1,0 +1,69 @@
+"""One progress bar over the whole run: losses, kNN, time left."""
+
+import sys
+import time
+
+import lightning.pytorch as pl
+from tqdm import tqdm
+
+SHOWN = {
+    "train_task_loss": "task",
+    "train_redundancy_loss": "drr",
+    "train_outer_loss": "outer",
+    "mask_std": "mask_std",
+    "knn20": "knn20",
+}
+"""Epoch metrics that the bar shows, and how it calls them."""
+
+
+class Progress(pl.Callback):
+    """A bar on a terminal; elsewhere (logs, CI) one line an epoch."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            total = trainer.max_epochs * trainer.num_training_batches
+            done = trainer.current_epoch * trainer.num_training_batches
+            self.bar = tqdm(
+                total=total,
+                initial=done,
+                unit="step",
+                dynamic_ncols=True,
+                disable=not sys.stderr.isatty(),
+                bar_format="{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}",
+            )
+            self.started, self.first_epoch = time.monotonic(), trainer.current_epoch
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.bar is not None:
+            self.bar.set_description_str(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.bar is None:
+            return
+        metrics = trainer.callback_metrics
+        shown = {label: f"{float(metrics[key]):.4g}" for key, label in SHOWN.items() if key in metrics}
+        self.bar.set_postfix(shown, refresh=False)
+        if self.bar.disable:
+            finished = trainer.current_epoch + 1
+            elapsed = time.monotonic() - self.started
+            left = elapsed / (finished - self.first_epoch) * (trainer.max_epochs - finished)
+            values = "  ".join(f"{label} {value}" for label, value in shown.items())
+            print(f"epoch {finished}/{trainer.max_epochs}  {values}  {left:.0f} s left", flush=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
