@@ -1,0 +1,162 @@
+"""The meta-gradient through real networks, in float64, against the unrolled oracle."""
+
+import pytest
+import torch
+from conftest import method_config
+from torch import nn
+
+from metamask_plugin.bilevel import (
+    BilevelProblem,
+    Exact,
+    FiniteDifference,
+    FirstOrder,
+    Functional,
+    MomentumStep,
+    PlainStep,
+    Trial,
+    Unrolled,
+)
+from metamask_plugin.methods import MetaMask
+
+ENCODERS = [
+    ("conv4", 32),
+    ("conv", 32),
+    ("conv", 64),
+    ("fc", 32),
+    ("fc", 64),
+    ("resnet18", 16),
+    ("resnet50", 16),
+    ("test_convnext", 32),
+    ("test_vit", 32),
+]
+
+
+def setting(backbone="conv4", size=32, batch=6, **overrides):
+    """A MetaMask with a mask off its starting point, and its problem on one batch of noise."""
+    torch.manual_seed(0)
+    model = MetaMask(method_config(backbone, size, **overrides))
+    for parameter in model.mask.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    views = [torch.randn(batch, 3, size, size) for _ in range(2)]
+    return model, views, model.meta_problem(views)
+
+
+def relative_error(result, oracle):
+    ours, truth = result.weights[0], oracle.weights[0]
+    return ((ours - truth).norm() / truth.norm()).item()
+
+
+def cosine(result, oracle):
+    return torch.cosine_similarity(result.weights[0], oracle.weights[0], dim=0).item()
+
+
+@pytest.mark.parametrize(("backbone", "size"), ENCODERS)
+def test_exact_equals_unrolled(double, backbone, size):
+    _, _, problem = setting(backbone, size)
+    trial = Trial(PlainStep(0.1), PlainStep(0.1))
+    oracle = Unrolled().gradient(problem, trial)
+    exact = Exact().gradient(problem, trial)
+    assert relative_error(exact, oracle) < 1e-10
+    assert exact.inner_loss.item() == pytest.approx(oracle.inner_loss.item(), rel=1e-12)
+    assert exact.outer_loss.item() == pytest.approx(oracle.outer_loss.item(), rel=1e-10)
+
+
+def test_the_second_order_part_dominates_where_exactness_is_tested(double):
+    _, _, problem = setting("conv")
+    trial = Trial(PlainStep(0.1), PlainStep(0.1))
+    # were this near 1, the test above could be passed with the first-order term alone
+    assert cosine(FirstOrder().gradient(problem, trial), Unrolled().gradient(problem, trial)) < 0.5
+
+
+@pytest.mark.parametrize("final_norm", [False, True])
+@pytest.mark.parametrize("lr", [1e-3, 1.0])
+def test_exact_for_either_head_and_from_short_to_long_steps(double, final_norm, lr):
+    _, _, problem = setting(method_kwargs__task_kwargs__final_norm=final_norm, batch=12)
+    trial = Trial(PlainStep(lr), PlainStep(lr))
+    assert relative_error(Exact().gradient(problem, trial), Unrolled().gradient(problem, trial)) < 1e-10
+
+
+def test_exact_with_the_officials_momentum_trial(double):
+    model, _, problem = setting()
+    steps = [
+        MomentumStep(0.1, 0.9, 5e-4, {name: torch.randn_like(p) for name, p in params.items()})
+        for params in (problem.encoder_params, problem.head_params)
+    ]
+    trial = Trial(*steps)
+    oracle = Unrolled().gradient(problem, trial)
+    assert relative_error(Exact().gradient(problem, trial), oracle) < 1e-10
+    plain = Exact().gradient(problem, Trial(PlainStep(0.1), PlainStep(0.1)))
+    assert relative_error(plain, oracle) > 1e-2
+
+
+def test_finite_difference_needs_a_small_r(double):
+    _, _, problem = setting("conv")
+    trial = Trial(PlainStep(0.1), PlainStep(0.1))
+    oracle = Unrolled().gradient(problem, trial)
+    errors = [relative_error(FiniteDifference(r).gradient(problem, trial), oracle) for r in (1e-2, 1e-4, 1e-6)]
+    assert errors[0] > 0.1 and errors[2] < 1e-4 and errors[0] > errors[1] > errors[2]
+
+
+def test_a_trial_step_of_length_zero_leaves_the_direct_term(double):
+    _, _, problem = setting()
+    trial = Trial(PlainStep(0.0), PlainStep(0.0))
+    mask = problem.weights[0].clone().requires_grad_()
+    loss = problem.outer_loss(problem.encode(problem.encoder_params), problem.head_params, (mask,))
+    (expected,) = torch.autograd.grad(loss, mask)
+    for estimator in (Exact(), Unrolled(), FirstOrder(), FiniteDifference()):
+        torch.testing.assert_close(estimator.gradient(problem, trial).weights[0], expected)
+
+
+def test_a_mask_of_ones_is_the_unmasked_loss(double):
+    model, views, problem = setting()
+    h = problem.encode(problem.encoder_params)
+    ones = torch.ones_like(problem.weights[0])
+    expected = model.task(list(h))
+    torch.testing.assert_close(problem.inner_loss(h, problem.head_params, (ones,)), expected)
+
+
+@pytest.mark.parametrize("estimator", [Exact(), Unrolled(), FirstOrder(), FiniteDifference()])
+def test_nothing_is_touched(estimator):
+    model, views, _ = setting()
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model.task(list(model.meta_problem(views).encode(dict(model.backbone.named_parameters())))).backward()
+    optimizer.step()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    buffers = [s["momentum_buffer"].clone() for s in optimizer.state.values()]
+    rng = torch.get_rng_state()
+
+    estimator.gradient(model.meta_problem(views), Trial(PlainStep(0.1), PlainStep(0.1)))
+
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for p, grad in zip(model.parameters(), grads):
+        assert (p.grad is None and grad is None) or torch.equal(p.grad, grad)
+    assert all(torch.equal(s["momentum_buffer"], b) for s, b in zip(optimizer.state.values(), buffers))
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert model.training and model.backbone.training
+
+
+def test_exact_under_dropout_sees_one_and_the_same_mask(double):
+    torch.manual_seed(0)
+    encoder = Functional(nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Dropout(0.5)))
+    head = Functional(nn.Sequential(nn.Linear(8, 4), nn.Dropout(0.2), nn.Tanh()))
+    x = torch.randn(5, 3, 2, 2)
+
+    def loss(h, phi, weights):
+        return head(phi, h * weights[0]).pow(2).sum()
+
+    problem = BilevelProblem(
+        lambda theta: encoder(theta, x), loss, loss, encoder.params, head.params, (torch.rand(8),)
+    )
+    trial = Trial(PlainStep(0.1), PlainStep(0.1))
+    assert relative_error(Exact().gradient(problem, trial), Unrolled().gradient(problem, trial)) < 1e-12
+
+
+def test_sigmoid_mask_gets_the_logits_gradient(double):
+    model, _, problem = setting(method_kwargs__mask__parameterisation="sigmoid")
+    gradient = torch.randn_like(problem.weights[0])
+    model.mask.accumulate(gradient)
+    logit = model.mask.logit.detach().clone().requires_grad_()
+    (expected,) = torch.autograd.grad((torch.sigmoid(logit) * gradient).sum(), logit)
+    torch.testing.assert_close(model.mask.logit.grad, expected)
