@@ -1,0 +1,102 @@
+"""What the data loaders iterate over: whole batches from memory or single images, in a seeded order."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, RandomSampler
+
+from metamask_plugin.data.splits import ImageSplit, MemoryImages
+from metamask_plugin.data.views import EvaluationView
+
+
+class RawBatch(NamedTuple):
+    """A training batch before its views are made.
+
+    Attributes:
+        indexes: shape (B,).
+        images: uint8, shape (B, 3, H, W).
+        targets: shape (B,).
+    """
+
+    indexes: Tensor
+    images: Tensor
+    targets: Tensor
+
+
+class EpochShuffle(RandomSampler):
+    """A permutation that depends on the seed and the epoch only, so that a resumed run sees the same order.
+
+    A ``RandomSampler`` so that Lightning puts its shuffling ``DistributedSampler`` in its place under several
+    processes; it is Lightning, too, that calls :meth:`set_epoch`.
+    """
+
+    def __init__(self, data_source: Dataset, seed: int) -> None:
+        super().__init__(data_source)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        # The factor keeps (seed, epoch + 1) and (seed + 1, epoch) apart; 2**63 is the generator's limit.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        yield from torch.randperm(len(self), generator=generator).tolist()
+
+
+class MemoryBatches(Dataset):
+    """Fetches a batch in one index operation: ``DataLoader`` calls ``__getitems__`` with the batch's indices.
+
+    An ordinary batch sampler stays in place that way, which Lightning knows how to distribute. Use with
+    ``collate_fn=whole``.
+
+    Args:
+        split: where the images lie.
+        finish: makes the batch from indexes, images (B, 3, H, W) and labels, shape (B,) each.
+    """
+
+    def __init__(self, split: MemoryImages, finish: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+        self.split = split
+        self.finish = finish
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        indexes = torch.as_tensor(indices, dtype=torch.long)
+        return self.finish(indexes, self.split.batch(indexes), self.split.labels[indexes])
+
+
+def whole(batch: Any) -> Any:
+    """The collate function for data sets that fetch whole batches."""
+    return batch
+
+
+class IndexedViews(Dataset):
+    """Single images for workers: (index, views, label)."""
+
+    def __init__(self, split: ImageSplit, views: Callable[[Any], list[Tensor]]) -> None:
+        self.split = split
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[int, list[Tensor], Tensor]:
+        return index, self.views(self.split.image(index)), self.split.labels[index]
+
+
+class EvaluationImages(Dataset):
+    """Single images for workers: (evaluation view, label)."""
+
+    def __init__(self, split: ImageSplit, view: EvaluationView) -> None:
+        self.split = split
+        self.view = view
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.view(self.split.image(index)), self.split.labels[index]

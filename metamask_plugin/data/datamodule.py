@@ -1,0 +1,168 @@
+"""The batches of a pretraining run, in the shape solo-learn's methods expect."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from metamask_plugin.data.augmentations import parse_augmentations
+from metamask_plugin.data.batches import (
+    EpochShuffle,
+    EvaluationImages,
+    IndexedViews,
+    MemoryBatches,
+    RawBatch,
+    whole,
+)
+from metamask_plugin.data.registry import Dataset
+from metamask_plugin.data.splits import FolderImages, ImageSplit, MemoryImages
+from metamask_plugin.data.views import EvaluationView, KorniaViews, TorchvisionViews
+from metamask_plugin.errors import check, choose
+
+PIPELINES = ("kornia", "torchvision")
+# solo-learn's defaults
+SEED = 5
+NUM_WORKERS = 4
+
+
+class PretrainDataModule(LightningDataModule):
+    """Training batches ``[indexes (B,), [view (B, 3, s, s), ...], targets (B,)]``, test ``[X, targets]``.
+
+    ``data.pipeline`` says where the views are made:
+
+    - ``torchvision``: image by image on ``data.num_workers`` workers.
+    - ``kornia``: the images lie in memory as uint8 and a batch's views are made at once, on the device, in
+      :meth:`on_after_batch_transfer`. Image files are decoded into memory first, resized to the largest crop
+      size.
+
+    The default is ``kornia`` if the training split is in memory, else ``torchvision``.
+
+    Args:
+        dataset: see :func:`load_dataset`.
+        cfg: the run's configuration; read are ``data.pipeline``, ``data.num_workers``, ``augmentations``,
+            ``optimizer.batch_size`` and ``seed``.
+
+    Attributes:
+        dataset: the data set as it is used: in memory for ``kornia``; for ``custom`` with the mean and std of
+            ``augmentations[0]``, where they are given.
+        pipeline: ``kornia`` or ``torchvision``.
+        view: the evaluation view, of the first augmentation's crop size.
+
+    Raises:
+        UserError: a setting is unknown or out of range, or the batch is larger than the training split.
+    """
+
+    def __init__(self, dataset: Dataset, cfg: DictConfig) -> None:
+        super().__init__()
+        entries = parse_augmentations(cfg.augmentations)
+        in_memory = isinstance(dataset.train, MemoryImages)
+        self.pipeline = choose(
+            "data.pipeline", cfg.data.get("pipeline") or PIPELINES[0 if in_memory else 1], PIPELINES
+        )
+        self.batch_size = _checked_batch_size(cfg.optimizer.get("batch_size"), len(dataset.train))
+        workers = cfg.data.get("num_workers")
+        self.num_workers = NUM_WORKERS if workers is None else workers
+        found = isinstance(self.num_workers, int) and self.num_workers >= 0
+        check(found, "data.num_workers", "a whole number of at least 0", self.num_workers)
+        seed = cfg.get("seed")
+        self.seed = SEED if seed is None else seed
+        if dataset.name == "custom":
+            dataset = _with_configured_mean_std(dataset, cfg.augmentations[0])
+        if self.pipeline == "kornia":
+            dataset = _in_memory(dataset, max(entry.crop_size for entry in entries))
+        self.dataset = dataset
+        self.view = EvaluationView(entries[0].crop_size, dataset.mean, dataset.std)
+        draw = KorniaViews if self.pipeline == "kornia" else TorchvisionViews
+        self.views = draw(entries, dataset.mean, dataset.std)
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled by seed and epoch; an incomplete last batch is dropped."""
+        split = self.dataset.train
+        if self.pipeline == "kornia":
+            # Indexing uint8 rows takes a fraction of a millisecond: a worker would only add the transport.
+            images, options = MemoryBatches(split, RawBatch), {"collate_fn": whole}
+        else:
+            images, options = IndexedViews(split, self.views), self._worker_options()
+        return DataLoader(
+            images,
+            self.batch_size,
+            sampler=EpochShuffle(images, self.seed),
+            drop_last=True,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    def val_dataloader(self) -> DataLoader | list:
+        """The test split in fixed order; an empty list, Lightning's "no validation", where there is none."""
+        return [] if self.dataset.test is None else self.evaluation_loader(self.dataset.test, self.batch_size)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Makes a training batch's views where the batch lies now."""
+        if not isinstance(batch, RawBatch):
+            return batch
+        return [batch.indexes, self.views(batch.images), batch.targets]
+
+    def evaluation_loader(self, split: ImageSplit, batch_size: int = 256) -> DataLoader:
+        """All images of ``split`` in their order, as ``[X, targets]``.
+
+        ``X`` is float32, normalised, shape (B, 3, s, s). Nothing is drawn from torch's global generator.
+        """
+        # Without a generator of its own a loader draws its workers' seed from the global one, shuffling or
+        # not.
+        generator = torch.Generator().manual_seed(self.seed)
+        pin = torch.cuda.is_available()
+        if isinstance(split, MemoryImages):
+            images = MemoryBatches(split, self._evaluation_batch)
+            return DataLoader(images, batch_size, collate_fn=whole, generator=generator, pin_memory=pin)
+        images = EvaluationImages(split, self.view)
+        return DataLoader(
+            images, batch_size, generator=generator, pin_memory=pin, num_workers=self.num_workers
+        )
+
+    def _evaluation_batch(self, indexes: Tensor, images: Tensor, targets: Tensor) -> list[Tensor]:
+        return [self.view(images), targets]
+
+    def _worker_options(self) -> dict[str, Any]:
+        return {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+
+
+def _checked_batch_size(batch_size: Any, images: int) -> int:
+    whole_number = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+    check(
+        whole_number and batch_size >= 1, "optimizer.batch_size", "a whole number of at least 1", batch_size
+    )
+    check(
+        batch_size <= images,
+        "optimizer.batch_size",
+        f"at most {images}, the number of training images",
+        batch_size,
+        "lower optimizer.batch_size or raise data.fraction",
+    )
+    return batch_size
+
+
+def _with_configured_mean_std(dataset: Dataset, node: DictConfig) -> Dataset:
+    configured = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    given = {key: tuple(configured[key]) for key in ("mean", "std") if configured.get(key) is not None}
+    for key, value in given.items():
+        check(len(value) == 3, f"augmentations[0].{key}", "three numbers, one a channel", list(value))
+    return replace(dataset, **given)
+
+
+def _in_memory(dataset: Dataset, size: int) -> Dataset:
+    """Decodes image files once, where the batches are to come from memory."""
+    decoded = {}
+    for name in ("train", "test"):
+        split = getattr(dataset, name)
+        if isinstance(split, FolderImages):
+            rank_zero_info(
+                f"data.pipeline=kornia: decoding {len(split)} {name} images to {size} x {size} in memory "
+                f"({len(split) * 3 * size * size / 1e6:.0f} MB)"
+            )
+            decoded[name] = split.to_memory(size)
+    return replace(dataset, **decoded)

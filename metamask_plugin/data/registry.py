@@ -1,0 +1,136 @@
+"""Data sets by the name that ``data.dataset`` takes."""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from metamask_plugin.data.confounded_digits import confounded_digits
+from metamask_plugin.data.digits import digits
+from metamask_plugin.data.splits import FolderImages, ImageSplit, MemoryImages, stratified_subset
+from metamask_plugin.data.torchvision_sets import Splits, folder_splits, torchvision_splits
+from metamask_plugin.errors import check, choose
+
+IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# The values that solo-learn and most others normalise with.
+MEAN_STD = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "stl10": ((0.4914, 0.4823, 0.4466), (0.2470, 0.2430, 0.2610)),
+    "imagenet100": IMAGENET_MEAN_STD,
+    "imagenet": IMAGENET_MEAN_STD,
+    "custom": IMAGENET_MEAN_STD,
+}
+# data.fraction keeps the same images whatever the run's seed, as in solo-learn: runs differ by training
+# alone.
+FRACTION_SEED = 0
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set, ready to make views of.
+
+    Attributes:
+        name: as in ``data.dataset``.
+        train: training images.
+        test: held-out images, or None.
+        num_classes: at least 1, also where nothing is labelled.
+        mean: per channel, images in [0, 1].
+        std: per channel.
+    """
+
+    name: str
+    train: ImageSplit
+    test: ImageSplit | None
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_dataset(data_cfg: DictConfig | Mapping[str, Any]) -> Dataset:
+    """Builds the data set that the ``data`` node of the configuration asks for.
+
+    Keys: ``dataset`` (one of :data:`DATASETS`), ``train_path`` and ``val_path`` (where files are read),
+    ``download`` (False), ``fraction`` (share of the training images, the same of every class; -1 for all),
+    ``no_labels`` (False; training labels become -1, and a ``custom`` training folder needs no class folders
+    and has no test split) and ``kwargs`` (options of the generated sets). Other keys are left to others.
+
+    For ``custom``, mean and std are ImageNet's here; ``PretrainDataModule`` takes ``augmentations[0].mean``
+    and ``.std`` where they are given.
+
+    Raises:
+        UserError: an unknown name or option, a value out of range, or files that are not as they should be.
+    """
+    node = (
+        OmegaConf.to_container(data_cfg, resolve=True) if isinstance(data_cfg, DictConfig) else dict(data_cfg)
+    )
+    name = choose("data.dataset", node.get("dataset"), DATASETS)
+    train, test = DATASETS[name](node)
+    if test is not None:
+        _require_same_classes(train, test)
+    mean, std = MEAN_STD.get(name) or _measured_mean_std(train)
+    fraction = -1 if node.get("fraction") is None else node["fraction"]
+    if fraction != -1:
+        train = stratified_subset(train, fraction, FRACTION_SEED)
+    if node.get("no_labels"):
+        train = copy.copy(train)
+        train.labels = torch.full_like(train.labels, -1)
+    return Dataset(name, train, test, max(1, len(train.classes)), mean, std)
+
+
+def _generated(build: Callable[..., Splits], node: Mapping[str, Any]) -> Splits:
+    options = dict(node.get("kwargs") or {})
+    for option in options:
+        choose(f"data.kwargs key of {build.__name__}", option, inspect.signature(build).parameters)
+    return build(**options)
+
+
+def _torchvision(name: str, node: Mapping[str, Any]) -> Splits:
+    return torchvision_splits(name, node.get("train_path"), node.get("val_path"), bool(node.get("download")))
+
+
+def _folders(node: Mapping[str, Any]) -> Splits:
+    return folder_splits(node.get("train_path"), node.get("val_path"))
+
+
+def _custom(node: Mapping[str, Any]) -> Splits:
+    if not node.get("no_labels"):
+        return _folders(node)
+    path = node.get("train_path")
+    check(bool(path), "data.train_path", "a folder of images", path, "set it in the YAML")
+    return FolderImages.unlabelled(path), None
+
+
+def _require_same_classes(train: ImageSplit, test: ImageSplit) -> None:
+    odd = sorted(set(train.classes) ^ set(test.classes))
+    where = "training" if odd and odd[0] in train.classes else "test"
+    check(
+        train.classes == test.classes,
+        "data.val_path",
+        f"a folder with the training split's {len(train.classes)} classes",
+        f"{len(test.classes)} classes, {odd[0]!r} only in the {where} split" if odd else "another order",
+        "make the class folders' names agree",
+    )
+
+
+def _measured_mean_std(split: MemoryImages) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    pixels = split.images.double() / 255
+    mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), correction=0)
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+DATASETS: dict[str, Callable[[Mapping[str, Any]], Splits]] = {
+    "digits": partial(_generated, digits),
+    "confounded_digits": partial(_generated, confounded_digits),
+    "cifar10": partial(_torchvision, "cifar10"),
+    "cifar100": partial(_torchvision, "cifar100"),
+    "stl10": partial(_torchvision, "stl10"),
+    "imagenet100": _folders,
+    "imagenet": _folders,
+    "custom": _custom,
+}

@@ -1,0 +1,206 @@
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from omegaconf import OmegaConf
+from PIL import Image
+
+from metamask_plugin.data.datamodule import PretrainDataModule
+from metamask_plugin.data.registry import load_dataset
+from metamask_plugin.data.splits import MemoryImages
+from metamask_plugin.errors import UserError
+
+AUGMENTATIONS = [
+    {"rrc": {"enabled": True}, "horizontal_flip": {"prob": 0.5}, "crop_size": 16, "num_crops": 2},
+    {"crop_size": 12, "num_crops": 1},
+]
+
+
+def configuration(augmentations=AUGMENTATIONS, batch_size=32, seed=1, **data):
+    data = {"dataset": "digits", "kwargs": {"size": 16}, "fraction": 0.1, "num_workers": 0, **data}
+    return OmegaConf.create(
+        {"data": data, "augmentations": augmentations, "optimizer": {"batch_size": batch_size}, "seed": seed}
+    )
+
+
+def module(**options) -> PretrainDataModule:
+    cfg = configuration(**options)
+    return PretrainDataModule(load_dataset(cfg.data), cfg)
+
+
+def batches(data: PretrainDataModule, epoch: int = 0) -> list:
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return [data.on_after_batch_transfer(batch, 0) for batch in loader]
+
+
+def write_folder(root, count=6):
+    for name, colour in (("cat", (200, 0, 0)), ("dog", (0, 0, 200))):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (20, 16), colour).save(root / name / f"{i}.{('png', 'jpg')[i % 2]}")
+    return str(root)
+
+
+def folder_options(tmp_path, **options):
+    train, test = write_folder(tmp_path / "train"), write_folder(tmp_path / "test", 2)
+    return {
+        "dataset": "custom",
+        "kwargs": {},
+        "fraction": -1,
+        "train_path": train,
+        "val_path": test,
+        **options,
+    }
+
+
+@pytest.mark.parametrize("pipeline", ["kornia", "torchvision"])
+def test_batch_structure(pipeline):
+    found = batches(module(pipeline=pipeline))
+    assert len(found) == 130 // 32
+    for indexes, views, targets in found:
+        assert indexes.shape == targets.shape == (32,) and indexes.dtype == targets.dtype == torch.int64
+        assert [tuple(view.shape) for view in views] == [(32, 3, 16, 16)] * 2 + [(32, 3, 12, 12)]
+        assert all(view.dtype == torch.float32 for view in views)
+
+
+@pytest.mark.parametrize("pipeline", ["kornia", "torchvision"])
+def test_indexes_views_and_targets_belong_together(pipeline):
+    data = module(pipeline=pipeline, augmentations=[{"crop_size": 16}])
+    split = data.dataset.train
+    for indexes, (view,), targets in batches(data):
+        assert torch.equal(targets, split.labels[indexes])
+        assert torch.allclose(view, data.view(split.images[indexes]), atol=1e-5)
+
+
+def test_both_pipelines_see_the_same_order_which_seed_and_epoch_decide():
+    def order(**options):
+        epoch = options.pop("epoch", 0)
+        return torch.cat([indexes for indexes, _, _ in batches(module(**options), epoch)]).tolist()
+
+    first = order()
+    torch.rand(5)
+    assert order() == first == order(pipeline="torchvision")
+    assert order(epoch=1) != first != order(seed=2)
+    assert order(epoch=1, seed=3) != order(epoch=3, seed=1)
+
+
+def test_pipeline_default_follows_where_the_images_lie(tmp_path):
+    assert module().pipeline == "kornia"
+    assert module(batch_size=4, **folder_options(tmp_path)).pipeline == "torchvision"
+
+
+@pytest.mark.parametrize("pipeline", ["kornia", "torchvision"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_folders(tmp_path, pipeline, workers):
+    data = module(batch_size=4, **folder_options(tmp_path, pipeline=pipeline, num_workers=workers))
+    assert isinstance(data.dataset.train, MemoryImages) == (pipeline == "kornia")
+    found = batches(data)
+    assert len(found) == 3
+    red = torch.cat([views[0][:, 0].mean((1, 2)) for _, views, _ in found])
+    cat = torch.cat([targets for _, _, targets in found]) == 0
+    assert red[cat].min() > red[~cat].max()
+    images, targets = next(iter(data.val_dataloader()))
+    assert images.shape == (4, 3, 16, 16) and targets.tolist() == [0, 0, 1, 1]
+
+
+def test_damaged_image_in_a_worker_is_one_line(tmp_path):
+    options = folder_options(tmp_path, num_workers=1)
+    (tmp_path / "train" / "cat" / "0.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^image file .*0\.png must be readable") as error:
+        batches(module(batch_size=12, **options))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("folders", [False, True])
+def test_evaluation_is_in_order_and_draws_nothing(tmp_path, folders):
+    data = module(batch_size=4, **folder_options(tmp_path)) if folders else module()
+    split = data.dataset.test
+    state = torch.get_rng_state()
+    loader = data.evaluation_loader(split, batch_size=3)
+    runs = [[torch.cat(part) for part in zip(*loader, strict=True)] for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    (images, targets), again = runs
+    assert images.shape == (len(split), 3, 16, 16) and images.dtype == torch.float32
+    assert torch.equal(targets, split.labels)
+    assert torch.equal(images, again[0])
+
+
+def test_custom_takes_mean_and_std_from_the_augmentation(tmp_path):
+    augmentations = [{"crop_size": 16, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}]
+    data = module(batch_size=4, augmentations=augmentations, **folder_options(tmp_path))
+    assert data.dataset.mean == (0.1, 0.2, 0.3) and data.dataset.std == (0.5, 0.5, 0.5)
+    assert module(augmentations=augmentations).dataset.mean != (0.1, 0.2, 0.3)
+
+
+class Recorder(LightningModule):
+    """Records what Lightning hands to a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+        self.epochs: dict[int, list[int]] = {}
+        self.validated = 0
+
+    def training_step(self, batch, batch_idx):
+        indexes, views, _ = batch
+        self.epochs.setdefault(self.current_epoch, []).extend(indexes.tolist())
+        return self.layer(views[0].mean((2, 3))).mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.validated += len(batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("with_test", [True, False])
+def test_lightning_trains_on_it(tmp_path, with_test):
+    options = folder_options(tmp_path, pipeline="kornia")
+    if not with_test:
+        options["val_path"] = None
+    data, model = module(batch_size=4, **options), Recorder()
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(model, datamodule=data)
+    for epoch in (0, 1):
+        expected = [index for indexes, _, _ in batches(data, epoch) for index in indexes.tolist()]
+        assert model.epochs[epoch] == expected
+    assert model.epochs[0] != model.epochs[1]
+    assert model.validated == (2 * 4 if with_test else 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"batch_size": 131},
+            r"optimizer\.batch_size must be at most 130, .* got 131; lower optimizer\.batch_size",
+        ),
+        ({"batch_size": 0}, r"optimizer\.batch_size must be a whole number of at least 1"),
+        (
+            {"pipeline": "korni"},
+            r"data\.pipeline must be one of kornia, torchvision, .* did you mean 'kornia'",
+        ),
+        ({"num_workers": -1}, r"data\.num_workers must be a whole number"),
+    ],
+)
+def test_settings_are_checked(options, message):
+    with pytest.raises(UserError, match=message):
+        module(**options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_views_are_made_where_the_batch_lies():
+    data = module()
+    batch = next(iter(data.train_dataloader()))
+    batch = data.transfer_batch_to_device(batch, torch.device("cuda"), 0)
+    _, views, targets = data.on_after_batch_transfer(batch, 0)
+    assert all(view.is_cuda for view in views) and targets.is_cuda
