@@ -4,6 +4,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+torch.set_num_threads(1)  # the models are tiny: a second thread only waits, and on a busy machine for long
+
 
 @pytest.fixture
 def double():
@@ -43,5 +45,5 @@ def method_config(backbone="conv4", crop_size=32, **overrides):
         }
     )
     for key, value in overrides.items():
-        OmegaConf.update(cfg, key.replace("__", "."), value, force_add=True)
+        OmegaConf.update(cfg, key.replace("__", "."), value, merge=False, force_add=True)
     return cfg
