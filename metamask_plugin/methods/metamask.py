@@ -198,6 +198,8 @@ class MetaMask(BaseMethod):
         self._last_step = step
         if self.meta is not None and stepped and self.meta.due(step):
             self._meta_step(batch[1])
+        if self.trainer.is_last_batch:  # the mask as the epoch leaves it, not its mean over the epoch
+            self.log_dict(self.mask.statistics(), on_step=False, on_epoch=True)
 
     def _meta_step(self, views: list[torch.Tensor]) -> None:
         main = self.optimizers(use_pl_optimizer=False)
@@ -236,10 +238,6 @@ class MetaMask(BaseMethod):
         return BilevelProblem(
             encode, task_loss, task_loss, backbone.params, task.params, (self.mask.values(),)
         )
-
-    def on_train_epoch_end(self) -> None:
-        super().on_train_epoch_end()
-        self.log_dict(self.mask.statistics())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
