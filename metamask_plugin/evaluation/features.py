@@ -1,0 +1,120 @@
+"""Features of a whole split, extracted once: what every evaluation here starts from."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from metamask_plugin.errors import UserError, check
+
+Progress = Callable[[int, int | None], None]
+
+
+class Features(NamedTuple):
+    """Features of a split in the order of its images, on the CPU.
+
+    Attributes:
+        feats: float32, shape (N, D).
+        labels: int64, shape (N,).
+    """
+
+    feats: torch.Tensor
+    labels: torch.Tensor
+
+
+def extract_features(
+    backbone: nn.Module,
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> Features:
+    """Runs ``backbone`` over ``loader`` in evaluation mode and without gradients.
+
+    The training flags of all submodules, the module's device and the random number generators are
+    as before afterwards, so it can be called in the middle of a training.
+
+    Args:
+        backbone: from (B, 3, s, s) to (B, D).
+        loader: yields normalised images (B, 3, s, s) and labels (B,).
+        device: where to compute; by default where the backbone is.
+        progress: called with (batches done, batches in all or None) after every batch.
+
+    Returns:
+        The features and labels of all images, in the loader's order.
+
+    Raises:
+        UserError: when a feature is not finite, or when there are no images.
+    """
+    home = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
+    device = torch.device(device) if device is not None else home
+    total = len(loader) if hasattr(loader, "__len__") else None
+    feats, labels, bad_images, bad_inputs = [], [], 0, 0
+    with _evaluating(backbone, home, device), _generators_kept(device), torch.no_grad():
+        for done, (x, y) in enumerate(loader, start=1):
+            h = backbone(x.to(device, non_blocking=True)).float()
+            if h.ndim != 2:
+                raise UserError(
+                    f"backbone must return features of shape (N, D), got {tuple(h.shape)}; "
+                    "choose an encoder without its classifier that pools its feature map"
+                )
+            finite = h.isfinite().all(dim=1)
+            if not finite.all():
+                bad_images += int((~finite).sum())
+                bad_inputs += int((~x.isfinite().flatten(1).all(dim=1)).sum())
+            feats.append(h.cpu())
+            labels.append(y.long().cpu())
+            if progress is not None:
+                progress(done, total)
+    check(len(feats) > 0, "evaluation images", "at least one", 0, "check data.train_path and data.val_path")
+    features = Features(torch.cat(feats), torch.cat(labels))
+    _refuse_non_finite(bad_images, bad_inputs, len(features.labels))
+    return features
+
+
+def raw_pixels(loader: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Features:
+    """The images themselves as features, D = 3 * s * s: the baseline below every encoder.
+
+    Args:
+        loader: yields normalised images (B, 3, s, s) and labels (B,).
+
+    Raises:
+        UserError: when a pixel is not finite, or when there are no images.
+    """
+    return extract_features(nn.Flatten(), loader)
+
+
+def _refuse_non_finite(bad_images: int, bad_inputs: int, total: int) -> None:
+    if not bad_images:
+        return
+    if bad_inputs:
+        cause = f"{bad_inputs} of the input images are not finite themselves; check the data set"
+    else:
+        cause = (
+            "the training has most likely diverged; lower optimizer.lr or method_kwargs.alpha, "
+            "or evaluate an earlier checkpoint"
+        )
+    raise UserError(
+        f"features must be finite, got NaN or infinity for {bad_images} of {total} images; {cause}"
+    )
+
+
+@contextmanager
+def _evaluating(backbone: nn.Module, home: torch.device, device: torch.device) -> Iterator[None]:
+    # flag by flag: a partly frozen network has submodules that were in evaluation mode before
+    flags = [(module, module.training) for module in backbone.modules()]
+    backbone.eval().to(device)
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+        backbone.to(home)
+
+
+@contextmanager
+def _generators_kept(device: torch.device) -> Iterator[None]:
+    # iterating over a DataLoader draws its workers' base seed from the global generator
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield

@@ -1,0 +1,308 @@
+"""Weighted k-nearest-neighbour classification of frozen features."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+from metamask_plugin.errors import check, choose
+from metamask_plugin.evaluation.features import Features
+
+DISTANCES = ("cosine", "euclidean")
+
+# entries of the test x bank similarity matrix held at once: 64 MB in float32
+CHUNK_ENTRIES = 16_000_000
+
+# keeps the weight of a test image that lies in the bank itself finite
+EUCLIDEAN_EPS = 1e-5
+
+
+class KNNAccuracy(NamedTuple):
+    """Accuracy in percent. A class that none of the neighbours has is never counted as a hit."""
+
+    acc1: float
+    acc5: float
+
+
+def knn_predict(
+    train_feats: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_feats: torch.Tensor,
+    num_classes: int,
+    k: int,
+    temperature: float = 0.07,
+    distance: str = "cosine",
+) -> torch.Tensor:
+    """Class scores by a weighted vote of the ``k`` nearest training features.
+
+    ``score_c = sum over neighbours i of class c of w_i``, scaled so that a row sums to 1, with
+    ``w_i = exp(cos_i / temperature)`` (cosine) or ``w_i = 1 / (d_i + 1e-5)`` (euclidean).
+    The matrix of distances is never held as a whole: 50,000 x 10,000 at D = 512 takes 0.3 GB.
+
+    Args:
+        train_feats: the bank, shape (M, D).
+        train_labels: shape (M,), from 0 to ``num_classes - 1``.
+        test_feats: shape (N, D).
+        num_classes: C.
+        k: number of neighbours; a ``k`` above M is clipped to M.
+        temperature: of the exponential; unused with euclidean distance.
+        distance: ``"cosine"`` or ``"euclidean"``.
+
+    Returns:
+        Scores, shape (N, C).
+
+    Raises:
+        UserError: for features or labels that do not fit, or a setting out of range.
+
+    [0] Wu et al., *Unsupervised Feature Learning via Non-Parametric Instance Discrimination*, CVPR 2018.
+    [1] Caron et al., *Emerging Properties in Self-Supervised Vision Transformers*, ICCV 2021, Appendix F.
+    """
+    _check_settings((k,), temperature, distance)
+    _check_bank(train_feats, train_labels, test_feats)
+    check(int(train_labels.max()) < num_classes, "num_classes", "> the largest label", num_classes)
+    chunks = _nearest(train_feats, test_feats, k, distance)
+    votes = [_vote(s, train_labels[i], num_classes, temperature, distance) for _, s, i in chunks]
+    return torch.cat(votes) if votes else train_feats.new_zeros(0, num_classes)
+
+
+def knn_accuracies(
+    train: Features,
+    test: Features,
+    k: Sequence[int] = (5, 20, 200),
+    temperature: float = 0.07,
+    distance: str = "cosine",
+    device: torch.device | str | None = None,
+) -> dict[int, KNNAccuracy]:
+    """Top-1 and top-5 accuracy for several ``k`` from one neighbour search at the largest of them.
+
+    Args:
+        train: the bank, (M, D).
+        test: (N, D).
+        k: numbers of neighbours; one above M is clipped to M, and keeps its own key in the result.
+        temperature: as in :func:`knn_predict`.
+        distance: as in :func:`knn_predict`.
+        device: where to search; by default where the features are.
+
+    Returns:
+        For each ``k`` the accuracies in percent.
+
+    Raises:
+        UserError: for features or labels that do not fit, or a setting out of range.
+    """
+    _check_settings(k, temperature, distance)
+    _check_bank(train.feats, train.labels, test.feats, test.labels)
+    bank, bank_labels = train.feats.to(device), train.labels.to(device)
+    feats, labels = test.feats.to(device), test.labels.to(device)
+    num_classes = int(torch.max(bank_labels.max(), labels.max())) + 1
+    hits = {size: torch.zeros(2, dtype=torch.long) for size in k}
+    for rows, similarities, indices in _nearest(bank, feats, max(k), distance):
+        neighbour_labels = bank_labels[indices]
+        for size in hits:
+            scores = _vote(
+                similarities[:, :size], neighbour_labels[:, :size], num_classes, temperature, distance
+            )
+            hits[size] += _count_hits(scores, labels[rows])
+    return {
+        size: KNNAccuracy(*(100.0 * count / len(labels) for count in counts.tolist()))
+        for size, counts in hits.items()
+    }
+
+
+def knn_accuracy(
+    train: Features,
+    test: Features,
+    k: Sequence[int] = (5, 20, 200),
+    temperature: float = 0.07,
+    distance: str = "cosine",
+    device: torch.device | str | None = None,
+) -> dict[int, float]:
+    """Top-1 accuracy in percent for each ``k``; see :func:`knn_accuracies`."""
+    accuracies = knn_accuracies(train, test, k, temperature, distance, device)
+    return {size: accuracy.acc1 for size, accuracy in accuracies.items()}
+
+
+def masked_features(features: Features, mask: torch.Tensor) -> Features:
+    """``h * M``: features (N, D) times the dimensional mask (D,).
+
+    Raises:
+        UserError: when the mask has another number of dimensions.
+    """
+    dim = features.feats.shape[1]
+    check(mask.shape == (dim,), "mask", f"one weight for each of the {dim} dimensions", tuple(mask.shape))
+    return Features(features.feats * mask.to(features.feats), features.labels)
+
+
+def knn_table(
+    train: Features,
+    test: Features,
+    mask: torch.Tensor | None = None,
+    ks: Sequence[int] = (5, 20, 200),
+    temperature: float = 0.07,
+    distance: str = "cosine",
+    device: torch.device | str | None = None,
+) -> dict[str, float]:
+    """Top-1 accuracies by name: ``knn5``, ``knn20``, ... and, with a mask, ``knn5_masked``, ...
+
+    MetaMask's paper evaluates the unmasked features (A.4.7), its release the masked ones: where
+    there is a mask we always report both.
+
+    Args:
+        train: the bank, (M, D).
+        test: (N, D).
+        mask: effective weights (D,), or None.
+        ks: numbers of neighbours.
+        temperature: as in :func:`knn_predict`.
+        distance: as in :func:`knn_predict`.
+        device: where to search; by default where the features are.
+
+    Returns:
+        Accuracies in percent.
+    """
+    settings = {"k": ks, "temperature": temperature, "distance": distance, "device": device}
+    table = {f"knn{k}": acc for k, acc in knn_accuracy(train, test, **settings).items()}
+    if mask is not None:
+        masked = knn_accuracy(masked_features(train, mask), masked_features(test, mask), **settings)
+        table.update({f"knn{k}_masked": acc for k, acc in masked.items()})
+    return table
+
+
+class WeightedKNNClassifier(Metric):
+    """The same classifier as a metric, with the interface that solo-learn's ``BaseMethod`` expects.
+
+    Usage: ``knn(train_features=h, train_targets=y)`` and ``knn(test_features=h, test_targets=y)``
+    for each batch, then ``acc1, acc5 = knn.compute()``, which also empties the banks.
+
+    solo-learn's own passes ``compute_on_step`` to torchmetrics, which removed it in 0.12; this one
+    works from 0.11 to 1.9. Without training or without test features the result is (-1, -1), as there.
+
+    Args:
+        k: number of neighbours, clipped to the bank's size.
+        T: temperature of the exponential; unused with euclidean distance.
+        distance_fx: ``"cosine"`` or ``"euclidean"``.
+        kwargs: passed on to :class:`torchmetrics.Metric`.
+
+    Raises:
+        UserError: for a setting out of range.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+
+    def __init__(self, k: int = 20, T: float = 0.07, distance_fx: str = "cosine", **kwargs):
+        super().__init__(**kwargs)
+        _check_settings((k,), T, distance_fx)
+        self.k, self.T, self.distance_fx = k, T, distance_fx
+        for state in ("train_features", "train_targets", "test_features", "test_targets"):
+            self.add_state(state, default=[], dist_reduce_fx="cat", persistent=False)
+
+    def forward(self, *args, **kwargs) -> None:
+        # torchmetrics would compute on every batch: a neighbour search for a number nobody reads
+        self.update(*args, **kwargs)
+
+    def update(
+        self,
+        train_features: torch.Tensor | None = None,
+        train_targets: torch.Tensor | None = None,
+        test_features: torch.Tensor | None = None,
+        test_targets: torch.Tensor | None = None,
+    ) -> None:
+        """Adds a batch: features (B, D) with targets (B,) to the bank, to the test set, or to both.
+
+        Raises:
+            UserError: when features come without targets, or with another number of them.
+        """
+        self._append("train", train_features, train_targets)
+        self._append("test", test_features, test_targets)
+
+    def _append(self, split: str, feats: torch.Tensor | None, targets: torch.Tensor | None) -> None:
+        found = tuple(None if tensor is None else len(tensor) for tensor in (feats, targets))
+        name = f"{split}_features and {split}_targets"
+        check(found[0] == found[1], name, "given together and equally many", found)
+        if feats is not None:
+            getattr(self, f"{split}_features").append(feats.detach().float())
+            getattr(self, f"{split}_targets").append(targets.detach().long())
+
+    def compute(self) -> tuple[float, float]:
+        """Top-1 and top-5 accuracy in percent; empties the banks."""
+        if len(self.train_features) == 0 or len(self.test_features) == 0:
+            return -1, -1
+        train = Features(dim_zero_cat(self.train_features), dim_zero_cat(self.train_targets))
+        test = Features(dim_zero_cat(self.test_features), dim_zero_cat(self.test_targets))
+        accuracy = knn_accuracies(train, test, (self.k,), self.T, self.distance_fx)[self.k]
+        # BaseMethod never resets its metric, so the next validation epoch would add to this one's
+        self.reset()
+        return accuracy.acc1, accuracy.acc5
+
+
+def _check_settings(k: Sequence[int], temperature: float, distance: str) -> None:
+    check(len(k) > 0 and all(size >= 1 for size in k), "k", ">= 1", k if len(k) != 1 else k[0])
+    choose("distance", distance, DISTANCES)
+    check(temperature > 0, "temperature", "> 0", temperature, "0.07 is the usual value")
+
+
+def _check_bank(
+    train_feats: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_feats: torch.Tensor,
+    test_labels: torch.Tensor | None = None,
+) -> None:
+    check(len(train_feats) > 0, "training features", "at least one", 0)
+    dims = (train_feats.shape[1], test_feats.shape[1])
+    check(dims[0] == dims[1], "training and test features", "of one dimension", dims)
+    for split, feats, labels in (
+        ("training", train_feats, train_labels),
+        ("test", test_feats, test_labels),
+    ):
+        if labels is not None:
+            check(
+                len(labels) == len(feats) > 0, f"{split} labels", f"{len(feats)} > 0 in number", len(labels)
+            )
+            remedy = "leave out unlabelled images"
+            check(int(labels.min()) >= 0, f"{split} labels", ">= 0", int(labels.min()), remedy)
+
+
+def _nearest(
+    bank: torch.Tensor, feats: torch.Tensor, k: int, distance: str
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Yields, chunk by chunk, the rows, their sorted similarities (B, k) and bank indices (B, k).
+
+    The similarity is the cosine, or the negative euclidean distance.
+    """
+    if distance == "cosine":
+        bank, feats = F.normalize(bank, dim=1), F.normalize(feats, dim=1)
+    else:
+        # distances ignore a shift, and cdist's |a|^2 + |b|^2 - 2ab loses fewer digits near zero
+        centre = bank.mean(dim=0)
+        bank, feats = bank - centre, feats - centre
+    rows_per_chunk = max(1, CHUNK_ENTRIES // len(bank))
+    for start in range(0, len(feats), rows_per_chunk):
+        rows = slice(start, start + rows_per_chunk)
+        similarity = feats[rows] @ bank.T if distance == "cosine" else -torch.cdist(feats[rows], bank)
+        values, indices = similarity.topk(min(k, len(bank)), dim=1)
+        yield rows, values, indices
+
+
+def _vote(
+    similarities: torch.Tensor,
+    neighbour_labels: torch.Tensor,
+    num_classes: int,
+    temperature: float,
+    distance: str,
+) -> torch.Tensor:
+    if distance == "cosine":
+        # relative to the nearest, which cancels in the normalisation: exp(1 / T) overflows for small T
+        weights = ((similarities - similarities[:, :1]) / temperature).exp()
+    else:
+        weights = 1 / (EUCLIDEAN_EPS - similarities)
+    scores = weights.new_zeros(len(weights), num_classes).scatter_add_(1, neighbour_labels, weights)
+    return scores / scores.sum(dim=1, keepdim=True)
+
+
+def _count_hits(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    top_scores, top_classes = scores.topk(min(5, scores.shape[1]), dim=1)
+    hit = (top_classes == labels[:, None]) & (top_scores > 0)
+    return torch.stack([hit[:, 0].sum(), hit.sum()]).cpu()

@@ -1,0 +1,170 @@
+"""Result tables: several encoders side by side, as text and as JSON."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from metamask_plugin.evaluation.features import Features, extract_features, raw_pixels
+from metamask_plugin.evaluation.knn import knn_table, masked_features
+from metamask_plugin.evaluation.linear import LinearProtocol, linear_probe
+
+RAW_PIXELS = "raw pixels"
+
+
+class EvaluationData(Protocol):
+    """What is needed of a data module: loaders in a fixed order, split ``"train"`` or ``"test"``."""
+
+    def evaluation_loader(self, split: str, batch_size: int = 256):
+        """Iterates over normalised images (B, 3, s, s) and labels (B,)."""
+
+
+def evaluate_rows(
+    datamodule: EvaluationData,
+    backbones: Mapping[str, nn.Module],
+    masks: Mapping[str, torch.Tensor] | None = None,
+    pixels: bool = True,
+    ks: Sequence[int] = (5, 20, 200),
+    protocol: str | LinearProtocol | None = "paper",
+    head: str = "linear",
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluates raw pixels and encoders on the same data, by kNN and a probe.
+
+    Args:
+        datamodule: gives the two splits.
+        backbones: by the name of their row, e.g. ``"random initialisation"``.
+        masks: effective mask weights (D,) by the same names; each adds a row ``"<name>, masked"``.
+        pixels: whether the images themselves are the first row.
+        ks: numbers of neighbours.
+        protocol: of the probe, see :func:`~metamask_plugin.evaluation.linear.linear_probe`; None
+            leaves the probe out.
+        head: ``"linear"`` or ``"mlp"``.
+        seed: of the probe.
+        device: where to compute; by default where each backbone is.
+        say: called with the name of each row before its evaluation.
+
+    Returns:
+        Rows with ``features`` (the name), ``dim`` (D), ``knn<k>`` for each k, and the head's name with
+        ``<head>_best`` beside it (last and best epoch). Accuracies in percent.
+
+    Raises:
+        UserError: when features are not finite, or do not fit a mask.
+    """
+    say = say or (lambda name: None)
+    masks = masks or {}
+    rows = []
+
+    def add(name: str, train: Features, test: Features, mask: torch.Tensor | None = None) -> None:
+        say(name)
+        rows.append(_row(name, train, test, ks, protocol, head, seed, device, mask))
+
+    if pixels:
+        add(RAW_PIXELS, *(raw_pixels(datamodule.evaluation_loader(split)) for split in ("train", "test")))
+    for name, backbone in backbones.items():
+        train, test = (
+            extract_features(backbone, datamodule.evaluation_loader(split), device)
+            for split in ("train", "test")
+        )
+        add(name, train, test)
+        if masks.get(name) is not None:
+            add(f"{name}, masked", train, test, masks[name])
+    return rows
+
+
+def _row(
+    name: str,
+    train: Features,
+    test: Features,
+    ks: Sequence[int],
+    protocol: str | LinearProtocol | None,
+    head: str,
+    seed: int,
+    device: torch.device | str | None,
+    mask: torch.Tensor | None,
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"features": name, "dim": train.feats.shape[1]}
+    if mask is None:
+        row.update(knn_table(train, test, ks=ks, device=device))
+    else:
+        row.update(knn_table(masked_features(train, mask), masked_features(test, mask), ks=ks, device=device))
+    if protocol is not None:
+        num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+        result = linear_probe(train, test, num_classes, protocol, head, seed, device, mask)
+        row.update({head: result.acc1_last, f"{head}_best": result.acc1_best})
+    return row
+
+
+def format_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> str:
+    """Aligns rows under their keys, numbers to the right and with two decimals.
+
+    Columns come in the order in which keys first appear; a missing value is a dash. Where the lines
+    would be longer than ``width``, the cells of the first column are shortened.
+
+    Args:
+        rows: dictionaries of strings and numbers.
+        width: characters a line may have.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if not columns:
+        return "(no rows)"
+    cells = [columns] + [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    rest = sum(widths[1:]) + 2 * (len(columns) - 1)
+    widths[0] = max(min(widths[0], width - rest), min(widths[0], 8))
+    lines = []
+    for line in cells:
+        first = line[0] if len(line[0]) <= widths[0] else line[0][: widths[0] - 1] + "…"
+        numbers = "".join(f"  {cell:>{w}}" for cell, w in zip(line[1:], widths[1:]))
+        lines.append((first.ljust(widths[0]) + numbers).rstrip())
+    lines.insert(1, "-" * max(len(line) for line in lines))
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
+    """Writes a JSON file at once: a reader finds the old one or the new one, never a half.
+
+    Numbers that are not finite become null, which JSON has a word for; tensors become lists.
+
+    Args:
+        path: the file; its directory is made.
+        summary: nested mappings, sequences, numbers, strings, tensors and paths.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n"
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the result from one's colleagues
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # tensors and NumPy's arrays and numbers
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
