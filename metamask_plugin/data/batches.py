@@ -30,19 +30,25 @@ class EpochShuffle(RandomSampler):
 
     A ``RandomSampler`` so that Lightning puts its shuffling ``DistributedSampler`` in its place under several
     processes; it is Lightning, too, that calls :meth:`set_epoch`.
+
+    Attributes:
+        worker_seeds: give this to the ``DataLoader`` as its ``generator``: the seed of its workers, too, then
+            depends on seed and epoch only, and is not drawn from the global generator.
     """
 
     def __init__(self, data_source: Dataset, seed: int) -> None:
         super().__init__(data_source)
         self.seed = seed
-        self.epoch = 0
+        self.worker_seeds = torch.Generator()
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        # The factor keeps (seed, epoch + 1) and (seed + 1, epoch) apart; 2**63 is the generator's limit.
+        self._epoch_seed = (self.seed * 1_000_003 + epoch) % 2**63
+        self.worker_seeds.manual_seed(self._epoch_seed)
 
     def __iter__(self) -> Iterator[int]:
-        # The factor keeps (seed, epoch + 1) and (seed + 1, epoch) apart; 2**63 is the generator's limit.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        generator = torch.Generator().manual_seed(self._epoch_seed)
         yield from torch.randperm(len(self), generator=generator).tolist()
 
 

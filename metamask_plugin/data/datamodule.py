@@ -88,10 +88,12 @@ class PretrainDataModule(LightningDataModule):
             images, options = MemoryBatches(split, RawBatch), {"collate_fn": whole}
         else:
             images, options = IndexedViews(split, self.views), self._worker_options()
+        sampler = EpochShuffle(images, self.seed)
         return DataLoader(
             images,
             self.batch_size,
-            sampler=EpochShuffle(images, self.seed),
+            sampler=sampler,
+            generator=sampler.worker_seeds,
             drop_last=True,
             pin_memory=torch.cuda.is_available(),
             **options,
@@ -128,7 +130,8 @@ class PretrainDataModule(LightningDataModule):
         return [self.view(images), targets]
 
     def _worker_options(self) -> dict[str, Any]:
-        return {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        # Not persistent: workers that start anew with each epoch are seeded by it, and a resumed run's alike.
+        return {"num_workers": self.num_workers}
 
 
 def _checked_batch_size(batch_size: Any, images: int) -> int:

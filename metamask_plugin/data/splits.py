@@ -1,6 +1,7 @@
 """Image splits: labelled images with one interface, whether they lie in memory or in a folder."""
 
 import copy
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -215,7 +216,8 @@ class FolderImages(ImageSplit):
 
         with ThreadPoolExecutor(threads) as pool:
             done = pool.map(decode, range(len(self)))
-            progress = tqdm(done, "decoding", len(self), unit="image", disable=len(self) <= PROGRESS_FROM)
+            hidden = len(self) <= PROGRESS_FROM or not sys.stderr.isatty()
+            progress = tqdm(done, "decoding", len(self), unit="image", disable=hidden)
             try:
                 for _ in progress:
                     pass
