@@ -165,17 +165,29 @@ class MetaMask(BaseMethod):
     def training_step(self, batch: list, batch_idx: int) -> torch.Tensor:
         """The regular loss of Eq. (5), plus the online classifier's."""
         out = super().training_step(batch, batch_idx)
-        masked = [self.mask(feats) for feats in out["feats"]]
+        loss, metrics = self.regular_loss(out["feats"])
+        metrics["train_loss"] = loss
+        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch[0]))
+        return loss + out["loss"]
+
+    def regular_loss(self, feats: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Eq. (5) for one batch, times ``scale_loss``.
+
+        Args:
+            feats: unmasked features of each view, (N, D) each, large crops first.
+
+        Returns:
+            The loss and, to log, its parts.
+        """
+        masked = [self.mask(h) for h in feats]
         task_loss = self.task(masked)
-        metrics = {"train_task_loss": task_loss}
+        parts = {"train_task_loss": task_loss}
         loss = self.cfg.method_kwargs.alpha * task_loss
         if self.redundancy.weight > 0:
             redundancy_loss = self._redundancy_loss(masked[: self.num_large_crops])
-            metrics["train_redundancy_loss"] = redundancy_loss
+            parts["train_redundancy_loss"] = redundancy_loss
             loss = loss + self.redundancy.weight * redundancy_loss
-        metrics["train_loss"] = loss = self.cfg.method_kwargs.scale_loss * loss
-        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(masked[0]))
-        return loss + out["loss"]
+        return self.cfg.method_kwargs.scale_loss * loss, parts
 
     def _redundancy_loss(self, masked: list[torch.Tensor]) -> torch.Tensor:
         """Eq. (2), summed over pairs of views."""

@@ -36,9 +36,8 @@ class Conv4(nn.Module):
         super().__init__()
         widths = [3, width, 2 * width, 4 * width, 8 * width]
         layers = []
-        for depth, (c_in, c_out) in enumerate(zip(widths, widths[1:])):
-            # the last layer keeps its resolution, so that 32 pixels still leave a 4x4 map to pool
-            layers += _conv_bn_relu(c_in, c_out, kernel=3, stride=2 if depth < 3 else 1)
+        for c_in, c_out in zip(widths, widths[1:]):
+            layers += _conv_bn_relu(c_in, c_out, kernel=3, stride=2)
         self.layers = nn.Sequential(*layers)
         self.num_features = widths[-1]
 

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from metamask_plugin.training.online_knn import OnlineKNN
 from metamask_plugin.training.run_folder import RunFolder, write_text
 
 
@@ -17,19 +18,23 @@ class History(pl.Callback):
 
     Args:
         folder: the run's folder.
+        knn: the callback that measures kNN, if there is one. It must run before this one.
 
     Attributes:
         rows: one dict an epoch: ``epoch`` (from 0), ``step``, and the logged metrics.
         masks: the mask after each epoch, shape (D,) each; empty for methods without one.
     """
 
-    def __init__(self, folder: RunFolder):
-        self.folder = folder
+    def __init__(self, folder: RunFolder, knn: OnlineKNN | None = None):
+        self.folder, self.knn = folder, knn
         self.rows: list[dict[str, Any]] = []
         self.masks: list[torch.Tensor] = []
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        if self.knn is not None:  # Lightning keeps showing the last values; a row has its own epoch's or none
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("knn")}
+            metrics |= self.knn.accuracies
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics}
         if hasattr(pl_module, "mask"):
             self.masks.append(pl_module.mask.values().cpu().clone())

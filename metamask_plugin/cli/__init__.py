@@ -1,0 +1,1 @@
+"""What users type: thin entry points behind ``main_*.py``."""

@@ -1,0 +1,224 @@
+"""``main_pretrain.py``: from a config to a trained, evaluated and pictured encoder."""
+
+import copy
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from metamask_plugin.cli.config import complete, device_count, on_cpu
+from metamask_plugin.cli.errors import one_line_errors
+from metamask_plugin.data import PretrainDataModule, load_dataset
+from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.methods import METHODS
+from metamask_plugin.training.checkpointer import Checkpointer
+from metamask_plugin.training.evaluation_data import EvaluationData
+from metamask_plugin.training.final_report import final_report
+from metamask_plugin.training.history import History
+from metamask_plugin.training.online_knn import OnlineKNN
+from metamask_plugin.training.progress import Progress
+from metamask_plugin.training.resume import check_resumable
+from metamask_plugin.training.run_folder import RunFolder
+
+TRAINER_KEYS = (
+    "accelerator",
+    "accumulate_grad_batches",
+    "benchmark",
+    "deterministic",
+    "devices",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "limit_train_batches",
+    "max_epochs",
+    "max_steps",
+    "num_nodes",
+    "precision",
+    "strategy",
+    "sync_batchnorm",
+)
+"""Config keys handed to Lightning's Trainer as they are."""
+
+
+def run(cfg: DictConfig) -> RunFolder:
+    """Pretrains, evaluates and reports; bad input ends it with one line and exit code 2.
+
+    Args:
+        cfg: the composed config.
+
+    Returns:
+        The run's folder.
+    """
+    with one_line_errors():
+        check(len(cfg) > 0, "--config-name", f"one of {', '.join(shipped_configs())}", None)
+        return _run(complete(cfg))
+
+
+def shipped_configs() -> list[str]:
+    """Names of the pretraining configs beside the running script."""
+    root = Path(sys.argv[0]).resolve().parent / "scripts" / "pretrain"
+    found = [*root.glob("*.yaml"), *root.glob("*/*.yaml")]
+    return sorted(
+        str(path.relative_to(root).with_suffix(""))
+        for path in found
+        if path.parent.name not in ("augmentations", "ablation")
+    )
+
+
+def _run(cfg: DictConfig) -> RunFolder:
+    _quiet()
+    choose("method", cfg.method, METHODS)
+    dataset = load_dataset(cfg.data)
+    cfg.data.num_classes = dataset.num_classes
+    pl.seed_everything(cfg.seed, workers=True)
+    datamodule = PretrainDataModule(dataset, cfg)
+
+    # the experiment is what the user asked for, before the method fills in its own defaults
+    resuming = cfg.auto_resume.enabled or cfg.resume_from_checkpoint is not None
+    folder = RunFolder(cfg, resume=resuming)
+    model = METHODS[cfg.method](cfg)
+    initial = copy.deepcopy(model.backbone)
+    if cfg.auto_resume.enabled and folder.summary.exists():
+        print(
+            f"This run is complete: {folder.path}\n{(folder.path / 'table.txt').read_text()}"
+            "Train it anew with auto_resume.enabled=False."
+        )
+        return folder
+
+    evaluation = EvaluationData(datamodule)
+    callbacks = _callbacks(cfg, folder, evaluation)
+    trainer = _trainer(cfg, folder, list(callbacks.values()))
+    checkpoint = _resume_from(cfg, folder, model)
+    folder.write_args(cfg)
+    _announce(cfg, folder, model, checkpoint)
+
+    started = time.monotonic()
+    _fit(trainer, model, datamodule, checkpoint, folder)
+    seconds = time.monotonic() - started
+    if trainer.is_global_zero and cfg.evaluation.enabled and evaluation.available:
+        final_report(cfg, folder, evaluation, initial, model, callbacks["history"], seconds)
+    return folder
+
+
+def _quiet() -> None:
+    """Leaves the terminal to the run: Lightning's banners and its advice about workers say nothing here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`torch.jit.script` is deprecated.*")
+
+
+def _callbacks(cfg: DictConfig, folder: RunFolder, data: EvaluationData) -> dict[str, pl.Callback]:
+    """In the order in which they must run: measure, record, show, save."""
+    callbacks: dict[str, pl.Callback] = {}
+    if cfg.evaluation.enabled and data.available:
+        knn = cfg.evaluation.knn
+        callbacks["knn"] = OnlineKNN(data, knn.k, knn.every_n_epochs, knn.temperature)
+    callbacks["history"] = History(folder, callbacks.get("knn"))
+    callbacks["progress"] = Progress()
+    if cfg.checkpoint.enabled:
+        callbacks["checkpointer"] = Checkpointer(
+            folder, cfg.checkpoint.frequency, f"knn{cfg.evaluation.knn.k[0]}" if "knn" in callbacks else None
+        )
+    return callbacks
+
+
+def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[pl.Callback]) -> pl.Trainer:
+    kwargs = {key: cfg[key] for key in TRAINER_KEYS if cfg.get(key) is not None}
+    if OmegaConf.is_list(cfg.devices):
+        kwargs["devices"] = list(cfg.devices)
+    if on_cpu(cfg):  # configs written for one GPU name it; the CPU only has a count
+        kwargs["devices"] = device_count(cfg)
+    try:
+        return pl.Trainer(
+            **kwargs,
+            callbacks=callbacks,
+            logger=_loggers(cfg, folder),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"accelerator={cfg.accelerator!r}, devices={cfg.devices!r}, precision={cfg.precision!r}, "
+            f"strategy={cfg.strategy!r} cannot be used on this machine: {error}"
+        ) from error
+
+
+def _loggers(cfg: DictConfig, folder: RunFolder) -> list[Logger]:
+    loggers: list[Logger] = [TensorBoardLogger(folder.path, name="", version="tensorboard")]
+    if cfg.wandb.enabled:
+        try:
+            from lightning.pytorch.loggers import WandbLogger
+
+            wandb_logger = WandbLogger(
+                name=cfg.name,
+                project=cfg.wandb.project,
+                entity=cfg.wandb.entity,
+                offline=cfg.wandb.offline,
+                save_dir=folder.path,
+            )
+        except ImportError as error:
+            raise UserError("wandb.enabled must be False where wandb is missing; pip install wandb") from error
+        wandb_logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        loggers.append(wandb_logger)
+    return loggers
+
+
+def _resume_from(cfg: DictConfig, folder: RunFolder, model: nn.Module) -> Path | None:
+    """The checkpoint to go on from, checked against the model before anything starts."""
+    if cfg.resume_from_checkpoint is not None:
+        path = Path(cfg.resume_from_checkpoint)
+    elif cfg.auto_resume.enabled and folder.last_checkpoint.exists():
+        path = folder.last_checkpoint
+    else:
+        return None
+    check_resumable(path, model)
+    return path
+
+
+def _announce(cfg: DictConfig, folder: RunFolder, model: nn.Module, checkpoint: Path | None) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    device = "CPU" if on_cpu(cfg) else f"{device_count(cfg)} x {torch.cuda.get_device_name()}"
+    print(
+        f"{cfg.method} on {cfg.data.dataset}: {cfg.backbone.name}, {parameters / 1e6:.2f} M parameters, "
+        f"{cfg.max_epochs} epochs of batch {cfg.optimizer.batch_size}, {device}\n"
+        f"{'resuming ' + str(checkpoint) if checkpoint else 'run folder'} {folder.path}",
+        flush=True,
+    )
+
+
+def _fit(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    data: PretrainDataModule,
+    checkpoint: Path | None,
+    folder: RunFolder,
+) -> None:
+    """Trains; an interruption ends with where to go on from, not with a traceback."""
+    kwargs = {"ckpt_path": None if checkpoint is None else str(checkpoint)}
+    try:
+        trainer.fit(model, datamodule=data, **kwargs)
+    except KeyboardInterrupt:
+        pass
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+    if trainer.interrupted or trainer.current_epoch < trainer.max_epochs:
+        saved = folder.last_checkpoint
+        remedy = (
+            f"resume with resume_from_checkpoint={saved}"
+            if saved.exists()
+            else "no epoch was finished, nothing is saved"
+        )
+        print(f"interrupted in epoch {trainer.current_epoch + 1} of {trainer.max_epochs}; {remedy}")
+        raise SystemExit(130)

@@ -1,0 +1,166 @@
+"""The command line: a whole run, going on after an interruption, and what the user sees of mistakes."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from metamask_plugin.cli import pretrain
+from metamask_plugin.training.progress import Progress
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config(tmp_path, *overrides):
+    small = [
+        "backbone.name=conv4",
+        "++backbone.kwargs.width=4",
+        "++data.fraction=0.1",
+        "++data.kwargs.copies=1",
+        "optimizer.batch_size=32",
+        "max_epochs=3",
+        "accelerator=cpu",
+        f"checkpoint.dir={tmp_path}",
+        "++evaluation.linear.protocol=fast",
+        "++evaluation.knn.k=[5]",
+        "evaluation.knn.every_n_epochs=1",
+    ]
+    with initialize_config_dir(str(ROOT / "scripts" / "pretrain"), version_base="1.2"):
+        return compose("metamask_barlow", overrides=[*small, *overrides])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = pretrain.run(config(tmp_path_factory.mktemp("runs")))
+    return folder
+
+
+def test_a_run_leaves_everything_behind(finished):
+    names = {path.name for path in finished.path.iterdir()}
+    pictures = {"curves.png", "mask.png", "feature_correlation.png"}
+    files = {"args.json", "metrics.csv", "summary.json", "table.txt", "last.ckpt", "best", "tensorboard"}
+    assert pictures | files <= names
+    assert not any(name.endswith(".part") for name in names)
+    assert (finished.path / "best" / "best.ckpt").exists() and (finished.path / "best" / "args.json").exists()
+
+
+def test_metrics_have_a_row_an_epoch(finished):
+    rows = list(csv.DictReader((finished.path / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    for key in ("train_task_loss", "train_redundancy_loss", "train_outer_loss", "knn5", "knn5_masked", "mask_std"):
+        assert all(row[key] for row in rows), key
+    assert len(rows[0]["mask_largest_movers"].split()) == 5
+
+
+def test_summary_holds_the_table_and_both_epochs(finished):
+    summary = json.loads(finished.summary.read_text())
+    names = [row["features"] for row in summary["table"]]
+    assert names == ["raw pixels", "random initialisation", "trained encoder", "trained encoder, masked"]
+    assert summary["last_epoch"]["epoch"] == 2
+    assert summary["best_epoch"]["knn5"] >= summary["last_epoch"]["knn5"]
+    # the same encoder, evaluated online and at the end
+    assert summary["table"][2]["knn5"] == pytest.approx(summary["last_epoch"]["knn5"])
+
+
+def test_checkpoint_is_weights_only_safe_and_complete(finished):
+    state = torch.load(finished.last_checkpoint, weights_only=True)
+    assert {"mask.weight", "classifier.weight"} <= state["state_dict"].keys()
+    assert any(name.startswith("backbone.") for name in state["state_dict"])
+    for key in ("optimizer_states", "lr_schedulers", "meta_optimizer", "rng", "callbacks"):
+        assert state[key], key
+
+
+def test_the_same_command_again_shows_the_finished_run(finished, capsys):
+    root = finished.path.parents[1]
+    before = finished.last_checkpoint.stat().st_mtime_ns
+    again = pretrain.run(config(root))
+    assert again.path == finished.path
+    assert finished.last_checkpoint.stat().st_mtime_ns == before
+    out = capsys.readouterr().out
+    assert "complete" in out and "trained encoder" in out and "auto_resume.enabled=False" in out
+
+
+def test_another_setting_is_another_run(finished):
+    root = finished.path.parents[1]
+    other = pretrain.run(config(root, "method_kwargs.alpha=7", "max_epochs=1"))
+    assert other.path != finished.path
+
+
+def test_interrupted_and_resumed_is_as_if_nothing_had_happened(finished, tmp_path, monkeypatch, capsys):
+    plain = Progress.on_train_epoch_start
+
+    def interrupt(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            raise KeyboardInterrupt
+        plain(self, trainer, pl_module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "on_train_epoch_start", interrupt)
+        with pytest.raises(SystemExit) as stop:
+            pretrain.run(config(tmp_path))
+    assert stop.value.code == 130
+    assert "interrupted in epoch 3 of 3" in capsys.readouterr().out
+
+    resumed = pretrain.run(config(tmp_path))
+    ours, theirs = (torch.load(f.last_checkpoint, weights_only=True) for f in (resumed, finished))
+    for name, value in theirs["state_dict"].items():
+        assert torch.equal(ours["state_dict"][name], value), name
+    assert (resumed.path / "metrics.csv").read_text() == (finished.path / "metrics.csv").read_text()
+    meta, meta_finished = (c["meta_optimizer"]["state"][0]["exp_avg"] for c in (ours, theirs))
+    assert torch.equal(meta, meta_finished)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=metamsk"], "error: method must be one of metamask, got 'metamsk'; did you mean 'metamask'?"),
+        (["method_kwargs.task=simcrl"], "error: method_kwargs.task must be one of simclr"),
+        (["backbone.name=resnt18"], "did you mean 'resnet18'"),
+        (["++method_kwargs.meta.estimator=exat"], "error: method_kwargs.meta.estimator must be one of exact"),
+        (["data.dataset=digit"], "error: data.dataset must be one of"),
+        (["method_kwargs.alpha=-1"], "error: method_kwargs.alpha must be >= 0, got -1"),
+        (["optimizer.batch_size=5000"], "error: optimizer.batch_size must be at most"),
+        (["data.dataset=custom", "++data.train_path=/no/such/place"], "/no/such/place"),
+        (["++resume_from_checkpoint=/no/such.ckpt"], "which does not exist"),
+        (["optimizer.name=sdg"], "did you mean 'sgd'"),
+        (["max_epochs=0"], "error: max_epochs must be an integer >= 1, got 0"),
+        (["devices=many"], "error: devices must be a number, a list or 'auto', got 'many'"),
+        (["precision=8-bit"], "precision='8-bit'"),
+        (["optimizer.lr=fast"], "error: optimizer.lr must be a number >= 0, got 'fast'"),
+        (["augmentations.0.num_crops=1"], "at least 2 large crops"),
+    ],
+)
+def test_mistakes_cost_one_line(tmp_path, capsys, overrides, message):
+    with pytest.raises(SystemExit) as stop:
+        pretrain.run(config(tmp_path, *overrides))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error
+    assert len([line for line in error.splitlines() if line.startswith("error:")]) == 1
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        pretrain.run(
+            config(tmp_path, "backbone.kwargs.width=8", f"++resume_from_checkpoint={finished.last_checkpoint}")
+        )
+    assert stop.value.code == 2
+    assert "of another architecture" in capsys.readouterr().err
+
+
+def test_the_script_itself_ends_with_one_line_and_code_2(tmp_path):
+    command = [sys.executable, str(ROOT / "main_pretrain.py"), "--config-name", "metamask_barlow", "method=nope"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "error: method must be one of metamask" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_a_config_the_shipped_ones_are_listed(tmp_path):
+    command = [sys.executable, str(ROOT / "main_pretrain.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "cifar/metamask_barlow" in done.stderr

@@ -1,0 +1,60 @@
+"""Imports point down only (CONTRIBUTING.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "metamask_plugin"
+
+MAY_IMPORT = {
+    "errors": set(),
+    "losses": set(),
+    "bilevel": set(),
+    "modules": {"errors"},
+    "data": {"errors"},
+    "tasks": {"errors", "losses", "modules"},
+    "evaluation": {"errors", "modules", "data"},
+    "host": {"errors", "modules", "evaluation"},
+    "methods": {"errors", "bilevel", "host", "losses", "modules", "tasks"},
+    "training": {"errors", "data", "evaluation"},
+    "cli": {"errors", "data", "evaluation", "methods", "training", "modules"},
+}
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("layer", sorted(MAY_IMPORT))
+def test_imports_point_down(layer):
+    files = [PACKAGE / "errors.py"] if layer == "errors" else sorted((PACKAGE / layer).rglob("*.py"))
+    assert files
+    for path in files:
+        for module in imported_modules(path):
+            if module.startswith("metamask_plugin."):
+                used = module.split(".")[1]
+                assert used == layer or used in MAY_IMPORT[layer], f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize("layer", ["losses", "bilevel"])
+def test_losses_and_bilevel_import_torch_alone(layer):
+    standard = {"abc", "collections", "dataclasses", "itertools", "typing", "math"}
+    for path in sorted((PACKAGE / layer).rglob("*.py")):
+        roots = {module.split(".")[0] for module in imported_modules(path)}
+        assert roots <= {"torch", "metamask_plugin"} | standard, path.name
+
+
+def test_every_layer_is_listed():
+    found = {path.stem for path in PACKAGE.iterdir() if path.stem not in ("__init__", "__pycache__")}
+    assert found == set(MAY_IMPORT)
+
+
+def test_only_the_host_knows_solo_learn():
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "host":
+            assert not any(m == "solo" or m.startswith("solo.") for m in imported_modules(path)), path
