@@ -46,9 +46,7 @@ class FiniteDifference(Estimator):
         return MetaGradient(total, inner, outer.loss)
 
     @staticmethod
-    def _weight_gradient(
-        problem: BilevelProblem, u_theta: Params, u_phi: Params, e: torch.Tensor
-    ) -> Weights:
+    def _weight_gradient(problem: BilevelProblem, u_theta: Params, u_phi: Params, e: torch.Tensor) -> Weights:
         """d_w L_in with both groups displaced by e * u."""
         theta = {name: param + e * u_theta[name] for name, param in problem.encoder_params.items()}
         phi = {name: param + e * u_phi[name] for name, param in problem.head_params.items()}

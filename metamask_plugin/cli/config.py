@@ -93,7 +93,12 @@ def _count_views(cfg: DictConfig) -> None:
     for index, pipeline in enumerate(cfg.augmentations):
         for key in ("crop_size", "num_crops"):
             value = pipeline.get(key)
-            check(isinstance(value, int) and value >= 1, f"augmentations[{index}].{key}", "an integer >= 1", value)
+            check(
+                isinstance(value, int) and value >= 1,
+                f"augmentations[{index}].{key}",
+                "an integer >= 1",
+                value,
+            )
         if pipeline.crop_size == cfg.augmentations[0].crop_size:
             large += pipeline.num_crops
         else:
@@ -119,5 +124,3 @@ def device_count(cfg: DictConfig) -> int:
 def on_cpu(cfg: DictConfig) -> bool:
     """Whether this run will use the CPU, asked for or for want of anything else."""
     return cfg.accelerator == "cpu" or (cfg.accelerator == "auto" and not torch.cuda.is_available())
-
-

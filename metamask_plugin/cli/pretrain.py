@@ -168,7 +168,9 @@ def _loggers(cfg: DictConfig, folder: RunFolder) -> list[Logger]:
                 save_dir=folder.path,
             )
         except ImportError as error:
-            raise UserError("wandb.enabled must be False where wandb is missing; pip install wandb") from error
+            raise UserError(
+                "wandb.enabled must be False where wandb is missing; pip install wandb"
+            ) from error
         wandb_logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
         loggers.append(wandb_logger)
     return loggers

@@ -103,12 +103,16 @@ def build_scheduler(
         return None
     if name == "step":
         if not lr_decay_steps:
-            raise UserError("scheduler.lr_decay_steps must be a list of epochs for scheduler.name='step', got None")
+            raise UserError(
+                "scheduler.lr_decay_steps must be a list of epochs for scheduler.name='step', got None"
+            )
         return MultiStepLR(optimizer, list(lr_decay_steps))
     factors = [
         (lambda t: 1.0)
         if group.get("static_lr") or group["lr"] == 0
-        else _warmup_cosine(group["lr"], warmup, total, warmup_start_lr if warmup > 0 else group["lr"], min_lr)
+        else _warmup_cosine(
+            group["lr"], warmup, total, warmup_start_lr if warmup > 0 else group["lr"], min_lr
+        )
         for group in optimizer.param_groups
     ]
     return LambdaLR(optimizer, factors)

@@ -31,7 +31,9 @@ def _decide() -> str:
     if obstacle is None:
         return "solo"
     if wanted == "solo":
-        raise UserError(f"{VARIABLE}=solo, but solo-learn cannot be used: {obstacle or 'it is not installed'}")
+        raise UserError(
+            f"{VARIABLE}=solo, but solo-learn cannot be used: {obstacle or 'it is not installed'}"
+        )
     if obstacle:
         warnings.warn(f"solo-learn is installed but not used: {obstacle}", stacklevel=2)
     return "embedded"
@@ -41,9 +43,9 @@ name: str = _decide()
 """``solo`` or ``embedded``; for messages and tests only."""
 
 if name == "solo":
-    from metamask_plugin.host.solo import BaseMethod, METHODS
+    from metamask_plugin.host.solo import METHODS
 else:
-    from metamask_plugin.host.embedded import BaseMethod, METHODS
+    from metamask_plugin.host.embedded import METHODS
 
 
 def register(method: str, cls: type) -> None:

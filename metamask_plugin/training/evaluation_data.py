@@ -28,6 +28,8 @@ class EvaluationData:
         """Whether there is anything to evaluate with: labelled training images and test images."""
         return len(self._splits["train"]) > 0 and self._splits["test"] is not None
 
-    def evaluation_loader(self, split: str, batch_size: int = 256) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    def evaluation_loader(
+        self, split: str, batch_size: int = 256
+    ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """Iterates over normalised images (B, 3, s, s) and labels (B,) of ``"train"`` or ``"test"``."""
         return self._data.evaluation_loader(self._splits[split], batch_size)

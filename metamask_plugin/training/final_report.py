@@ -42,7 +42,9 @@ def final_report(
         The table's rows.
     """
     ks = list(cfg.evaluation.knn.k)
-    print("evaluating: kNN and linear probe on raw pixels, random initialisation, trained encoder", flush=True)
+    print(
+        "evaluating: kNN and linear probe on raw pixels, random initialisation, trained encoder", flush=True
+    )
     mask = model.mask.values().cpu() if hasattr(model, "mask") else None
     model = model.cpu()
     rows = evaluate_rows(
@@ -99,5 +101,5 @@ def _say(folder: RunFolder, table: str, best: dict[str, Any] | None, k: int) -> 
     print(f"\n{table}\n")
     if best is not None:
         print(f"best epoch by kNN-{k}: {best['epoch'] + 1} ({best[f'knn{k}']:.2f} %)")
-    print(f"pictures and numbers: {folder.path}/{{curves,mask,feature_correlation}}.png, metrics.csv, summary.json")
+    print(f"in {folder.path}: curves.png, mask.png, feature_correlation.png, metrics.csv, summary.json")
     print(f"next: python main_knn.py --pretrained_checkpoint_dir {shlex.quote(str(folder.path))}")

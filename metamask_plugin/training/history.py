@@ -45,7 +45,9 @@ class History(pl.Callback):
 
     def _largest_movers(self, count: int = 5) -> str:
         """The dimensions whose weight changed most in this epoch, e.g. ``17:+0.031 4:-0.028``."""
-        before = self.masks[-2] if len(self.masks) > 1 else torch.full_like(self.masks[-1], self.masks[-1].mean())
+        before = (
+            self.masks[-2] if len(self.masks) > 1 else torch.full_like(self.masks[-1], self.masks[-1].mean())
+        )
         change = self.masks[-1] - before
         movers = change.abs().topk(min(count, len(change))).indices.tolist()
         return " ".join(f"{i}:{change[i]:+.3f}" for i in movers)

@@ -1,4 +1,4 @@
-"""Every shipped pretraining config: composed both ways, and stepped once."""
+"""Every shipped pretraining config: composed both ways, and trained for a step or two."""
 
 from pathlib import Path
 
@@ -49,22 +49,26 @@ def test_composes_from_its_own_folder_too(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_trains_one_step(name, image_folder, tmp_path):
+def test_trains(name, image_folder, tmp_path):
     overrides = [
         "optimizer.batch_size=4",
+        "method_kwargs.meta.every_n_steps=1",
         "max_epochs=1",
         "accelerator=cpu",
         "data.num_workers=0",
         f"checkpoint.dir={tmp_path / 'out'}",
         "++evaluation.enabled=False",
-        "++limit_train_batches=1",
+        "++limit_train_batches=2",
     ]
     if "/" in name:
         overrides += [f"data.train_path={image_folder / 'train'}", f"data.val_path={image_folder / 'val'}"]
         if composed(name).data.dataset == "stl10":  # read by torchvision or from class folders alike
             overrides += ["data.dataset=custom"]
     # a wide head costs memory and teaches a test nothing
-    overrides += ["method_kwargs.redundancy.proj_hidden_dim=32", "method_kwargs.redundancy.proj_output_dim=32"]
+    overrides += [
+        "method_kwargs.redundancy.proj_hidden_dim=32",
+        "method_kwargs.redundancy.proj_output_dim=32",
+    ]
     cfg = composed(name, *overrides)
     folder = run(cfg)
     assert folder.last_checkpoint.exists()
@@ -82,7 +86,7 @@ def test_ablations_apply_to_any_config(ablation):
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
-def test_ablations_train_one_step(ablation, tmp_path):
+def test_ablations_train(ablation, tmp_path):
     cfg = composed(
         "metamask_barlow",
         f"ablation={ablation}",
@@ -92,7 +96,7 @@ def test_ablations_train_one_step(ablation, tmp_path):
         "optimizer.batch_size=16",
         f"checkpoint.dir={tmp_path}",
         "++evaluation.enabled=False",
-        "++limit_train_batches=1",
+        "++limit_train_batches=2",
     )
     metrics = (run(cfg).path / "metrics.csv").read_text()
     assert ("train_outer_loss" in metrics) == (ablation not in ("no_meta", "simclr", "barlow"))

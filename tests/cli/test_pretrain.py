@@ -52,7 +52,14 @@ def test_a_run_leaves_everything_behind(finished):
 def test_metrics_have_a_row_an_epoch(finished):
     rows = list(csv.DictReader((finished.path / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["0", "1", "2"]
-    for key in ("train_task_loss", "train_redundancy_loss", "train_outer_loss", "knn5", "knn5_masked", "mask_std"):
+    for key in (
+        "train_task_loss",
+        "train_redundancy_loss",
+        "train_outer_loss",
+        "knn5",
+        "knn5_masked",
+        "mask_std",
+    ):
         assert all(row[key] for row in rows), key
     assert len(rows[0]["mask_largest_movers"].split()) == 5
 
@@ -118,7 +125,10 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(finished, tmp_pat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method=metamsk"], "error: method must be one of metamask, got 'metamsk'; did you mean 'metamask'?"),
+        (
+            ["method=metamsk"],
+            "error: method must be one of metamask, got 'metamsk'; did you mean 'metamask'?",
+        ),
         (["method_kwargs.task=simcrl"], "error: method_kwargs.task must be one of simclr"),
         (["backbone.name=resnt18"], "did you mean 'resnet18'"),
         (["++method_kwargs.meta.estimator=exat"], "error: method_kwargs.meta.estimator must be one of exact"),
@@ -147,14 +157,22 @@ def test_mistakes_cost_one_line(tmp_path, capsys, overrides, message):
 def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         pretrain.run(
-            config(tmp_path, "backbone.kwargs.width=8", f"++resume_from_checkpoint={finished.last_checkpoint}")
+            config(
+                tmp_path, "backbone.kwargs.width=8", f"++resume_from_checkpoint={finished.last_checkpoint}"
+            )
         )
     assert stop.value.code == 2
     assert "of another architecture" in capsys.readouterr().err
 
 
 def test_the_script_itself_ends_with_one_line_and_code_2(tmp_path):
-    command = [sys.executable, str(ROOT / "main_pretrain.py"), "--config-name", "metamask_barlow", "method=nope"]
+    command = [
+        sys.executable,
+        str(ROOT / "main_pretrain.py"),
+        "--config-name",
+        "metamask_barlow",
+        "method=nope",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "error: method must be one of metamask" in done.stderr and "Traceback" not in done.stderr

@@ -60,7 +60,9 @@ def test_warmup_cosine_per_group_and_static_group():
     first, second, third = ([p] for p in [*parameters(), torch.nn.Parameter(torch.ones(1))])
     groups = [{"params": first}, {"params": second, "lr": 1.0}, {"params": third, "static_lr": True}]
     optimizer = build_optimizer("sgd", groups, 0.4, 0.0, {})
-    scheduler = build_scheduler("warmup_cosine", optimizer, warmup=4, total=12, warmup_start_lr=0.1, min_lr=0.02)
+    scheduler = build_scheduler(
+        "warmup_cosine", optimizer, warmup=4, total=12, warmup_start_lr=0.1, min_lr=0.02
+    )
     rates = learning_rates(scheduler, optimizer, 13)
     torch.testing.assert_close(rates[:5, 0], torch.tensor([0.1, 0.175, 0.25, 0.325, 0.4]))
     middle = 0.02 + (0.4 - 0.02) * (1 + math.cos(math.pi * 0.5)) / 2

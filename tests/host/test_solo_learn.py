@@ -29,7 +29,16 @@ def under_solo(*args):
 )
 def test_our_tests_pass_on_solo_learns_base_method(tests):
     done = under_solo(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "-k", "not resnet50 and not test_convnext and not test_vit", str(TESTS / tests)
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "default",
+        "-k",
+        "not resnet50 and not test_convnext and not test_vit",
+        str(TESTS / tests),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
@@ -38,7 +47,8 @@ def test_our_tests_pass_on_solo_learns_base_method(tests):
 def test_the_host_is_solo_learn_and_has_our_encoders():
     done = under_solo(
         "-c",
-        "from metamask_plugin.host import name, BaseMethod; from solo.methods.base import BaseMethod as theirs;"
-        "print(name, BaseMethod is theirs, 'conv4' in theirs._BACKBONES)",
+        "from metamask_plugin.host import name, BaseMethod as ours\n"
+        "from solo.methods.base import BaseMethod as theirs\n"
+        "print(name, ours is theirs, 'conv4' in theirs._BACKBONES)",
     )
     assert done.stdout.split() == ["solo", "True", "True"], done.stderr[-2000:]

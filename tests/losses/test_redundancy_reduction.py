@@ -9,9 +9,9 @@ def loop_oracle(z1, z2, lamb):
     """Eqs. (2) and (3) entry by entry, on whatever centring the caller did."""
     total = 0.0
     for k in range(z1.shape[1]):
-        for l in range(z1.shape[1]):
-            c = (z1[:, k] * z2[:, l]).sum() / (z1[:, k].pow(2).sum().sqrt() * z2[:, l].pow(2).sum().sqrt())
-            total += (1 - c) ** 2 if k == l else lamb * c**2
+        for m in range(z1.shape[1]):
+            c = (z1[:, k] * z2[:, m]).sum() / (z1[:, k].pow(2).sum().sqrt() * z2[:, m].pow(2).sum().sqrt())
+            total += (1 - c) ** 2 if k == m else lamb * c**2
     return total
 
 

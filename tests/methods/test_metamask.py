@@ -159,7 +159,7 @@ def test_official_preset_uses_the_optimisers_momentum_and_starts_at_one_half():
     assert steps.encoder.momentum == 0.9 and steps.encoder.weight_decay == 1e-4
     assert torch.equal(steps.encoder.buffers[name], main.state[parameter]["momentum_buffer"])
     assert model.meta.optimizer.param_groups[0]["momentum"] == 0.9
-    assert 0 < model.mask.values().min() and model.mask.values().max() < 1
+    assert model.mask.values().min() > 0 and model.mask.values().max() < 1
 
 
 def test_z_is_there_in_evaluation_only():

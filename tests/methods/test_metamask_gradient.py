@@ -93,7 +93,9 @@ def test_finite_difference_needs_a_small_r(double):
     _, _, problem = setting("conv")
     trial = Trial(PlainStep(0.1), PlainStep(0.1))
     oracle = Unrolled().gradient(problem, trial)
-    errors = [relative_error(FiniteDifference(r).gradient(problem, trial), oracle) for r in (1e-2, 1e-4, 1e-6)]
+    errors = [
+        relative_error(FiniteDifference(r).gradient(problem, trial), oracle) for r in (1e-2, 1e-4, 1e-6)
+    ]
     assert errors[0] > 0.1 and errors[2] < 1e-4 and errors[0] > errors[1] > errors[2]
 
 
