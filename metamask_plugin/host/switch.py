@@ -43,9 +43,12 @@ name: str = _decide()
 """``solo`` or ``embedded``; for messages and tests only."""
 
 if name == "solo":
-    from metamask_plugin.host.solo import METHODS
+    from metamask_plugin.host import solo as _host
 else:
-    from metamask_plugin.host.embedded import METHODS
+    from metamask_plugin.host import embedded as _host
+
+BaseMethod: type = _host.BaseMethod
+METHODS: dict[str, type] = _host.METHODS
 
 
 def register(method: str, cls: type) -> None:
