@@ -102,7 +102,8 @@ def _run(cfg: DictConfig) -> RunFolder:
     _fit(trainer, model, datamodule, checkpoint, folder)
     seconds = time.monotonic() - started
     if trainer.is_global_zero and cfg.evaluation.enabled and evaluation.available:
-        final_report(cfg, folder, evaluation, initial, model, callbacks["history"], seconds)
+        device = trainer.strategy.root_device
+        final_report(cfg, folder, evaluation, initial, model, callbacks["history"], seconds, device)
     return folder
 
 

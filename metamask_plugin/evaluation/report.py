@@ -31,6 +31,7 @@ def evaluate_rows(
     masks: Mapping[str, torch.Tensor] | None = None,
     pixels: bool = True,
     ks: Sequence[int] = (5, 20, 200),
+    temperature: float = 0.07,
     protocol: str | LinearProtocol | None = "paper",
     head: str = "linear",
     seed: int = 0,
@@ -45,6 +46,7 @@ def evaluate_rows(
         masks: effective mask weights (D,) by the same names; each adds a row ``"<name>, masked"``.
         pixels: whether the images themselves are the first row.
         ks: numbers of neighbours.
+        temperature: of the neighbours' votes.
         protocol: of the probe, see :func:`~metamask_plugin.evaluation.linear.linear_probe`; None
             leaves the probe out.
         head: ``"linear"`` or ``"mlp"``.
@@ -65,7 +67,14 @@ def evaluate_rows(
 
     def add(name: str, train: Features, test: Features, mask: torch.Tensor | None = None) -> None:
         say(name)
-        rows.append(_row(name, train, test, ks, protocol, head, seed, device, mask))
+        known, unknown = (train, test) if mask is None else (masked_features(f, mask) for f in (train, test))
+        row = {"features": name, "dim": train.feats.shape[1]}
+        row |= knn_table(known, unknown, ks=ks, temperature=temperature, device=device)
+        if protocol is not None:
+            num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+            result = linear_probe(train, test, num_classes, protocol, head, seed, device, mask)
+            row |= {head: result.acc1_last, f"{head}_best": result.acc1_best}
+        rows.append(row)
 
     if pixels:
         add(RAW_PIXELS, *(raw_pixels(datamodule.evaluation_loader(split)) for split in ("train", "test")))
@@ -78,29 +87,6 @@ def evaluate_rows(
         if masks.get(name) is not None:
             add(f"{name}, masked", train, test, masks[name])
     return rows
-
-
-def _row(
-    name: str,
-    train: Features,
-    test: Features,
-    ks: Sequence[int],
-    protocol: str | LinearProtocol | None,
-    head: str,
-    seed: int,
-    device: torch.device | str | None,
-    mask: torch.Tensor | None,
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"features": name, "dim": train.feats.shape[1]}
-    if mask is None:
-        row.update(knn_table(train, test, ks=ks, device=device))
-    else:
-        row.update(knn_table(masked_features(train, mask), masked_features(test, mask), ks=ks, device=device))
-    if protocol is not None:
-        num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-        result = linear_probe(train, test, num_classes, protocol, head, seed, device, mask)
-        row.update({head: result.acc1_last, f"{head}_best": result.acc1_best})
-    return row
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> str:
