@@ -1,8 +1,7 @@
-"""Shared fixtures: small configs and models. Threads are limited so that tests do not fight."""
+"""For all tests: one thread, and float64 where a test asks for it."""
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits, and on a busy machine for long
 
@@ -13,37 +12,3 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def method_config(backbone="conv4", crop_size=32, **overrides):
-    """A complete config of MetaMask with small heads, as the command line would pass it on."""
-    cfg = OmegaConf.create(
-        {
-            "method": "metamask",
-            "backbone": {"name": backbone},
-            "data": {
-                "dataset": "custom",
-                "num_classes": 10,
-                "num_large_crops": 2,
-                "num_small_crops": 0,
-            },
-            "augmentations": [{"crop_size": crop_size, "num_crops": 2}],
-            "max_epochs": 1,
-            "optimizer": {
-                "name": "sgd",
-                "batch_size": 8,
-                "lr": 0.1,
-                "classifier_lr": 0.1,
-                "weight_decay": 1e-4,
-                "kwargs": {"momentum": 0.9},
-            },
-            "scheduler": {"name": "none"},
-            "method_kwargs": {
-                "task_kwargs": {"proj_hidden_dim": 24, "proj_output_dim": 16},
-                "redundancy": {"proj_hidden_dim": 24, "proj_output_dim": 16},
-            },
-        }
-    )
-    for key, value in overrides.items():
-        OmegaConf.update(cfg, key.replace("__", "."), value, merge=False, force_add=True)
-    return cfg

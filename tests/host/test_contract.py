@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import method_config
+from method_config import method_config
 from omegaconf import OmegaConf
 
 from metamask_plugin import host

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import method_config
+from method_config import method_config
 
 from metamask_plugin.errors import UserError
 from metamask_plugin.host.embedded import BaseMethod, topk_accuracy

@@ -5,7 +5,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import method_config
+from method_config import method_config
 from torch.utils.data import DataLoader, Dataset
 
 from metamask_plugin.errors import UserError

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import method_config
+from method_config import method_config
 from torch import nn
 
 from metamask_plugin.bilevel import (

@@ -1,0 +1,37 @@
+"""A small MetaMask config, for whoever tests a method or a host."""
+
+from omegaconf import OmegaConf
+
+
+def method_config(backbone="conv4", crop_size=32, **overrides):
+    """A complete config of MetaMask with small heads, as the command line would pass it on."""
+    cfg = OmegaConf.create(
+        {
+            "method": "metamask",
+            "backbone": {"name": backbone},
+            "data": {
+                "dataset": "custom",
+                "num_classes": 10,
+                "num_large_crops": 2,
+                "num_small_crops": 0,
+            },
+            "augmentations": [{"crop_size": crop_size, "num_crops": 2}],
+            "max_epochs": 1,
+            "optimizer": {
+                "name": "sgd",
+                "batch_size": 8,
+                "lr": 0.1,
+                "classifier_lr": 0.1,
+                "weight_decay": 1e-4,
+                "kwargs": {"momentum": 0.9},
+            },
+            "scheduler": {"name": "none"},
+            "method_kwargs": {
+                "task_kwargs": {"proj_hidden_dim": 24, "proj_output_dim": 16},
+                "redundancy": {"proj_hidden_dim": 24, "proj_output_dim": 16},
+            },
+        }
+    )
+    for key, value in overrides.items():
+        OmegaConf.update(cfg, key.replace("__", "."), value, merge=False, force_add=True)
+    return cfg
