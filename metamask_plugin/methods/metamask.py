@@ -218,7 +218,8 @@ class MetaMask(BaseMethod):
         meta_gradient = self.meta.gradient(
             self.meta_problem(views), self.meta.trial(main, self.backbone, self.task)
         )
-        self.mask.accumulate(meta_gradient.weights[0])
+        # each process solves its own batch's problem; averaged like DDP's gradients, the masks stay equal
+        self.mask.accumulate(self.trainer.strategy.reduce(meta_gradient.weights[0], reduce_op="mean"))
         self.meta.step(main)
         self.log(
             "train_outer_loss",
