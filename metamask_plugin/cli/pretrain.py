@@ -216,7 +216,7 @@ def _fit(
     except SystemExit:
         if not trainer.interrupted:
             raise
-    if trainer.interrupted or trainer.current_epoch < trainer.max_epochs:
+    if not trainer.state.finished:
         saved = folder.last_checkpoint
         remedy = (
             f"resume with resume_from_checkpoint={saved}"

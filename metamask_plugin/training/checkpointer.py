@@ -64,7 +64,8 @@ class Checkpointer(pl.Callback):
         if improved:
             self.best = trainer.strategy.broadcast(float(value) if value is not None else self.best)
         finished = trainer.current_epoch + 1
-        if finished % self.frequency == 0 or finished == trainer.max_epochs:
+        last = finished == trainer.max_epochs or trainer.global_step >= trainer.max_steps > 0
+        if finished % self.frequency == 0 or last:
             self._save(trainer, self.folder.last_checkpoint)
         if improved:
             self._save(trainer, self.folder.best_checkpoint)

@@ -30,6 +30,10 @@ class History(pl.Callback):
         self.rows: list[dict[str, Any]] = []
         self.masks: list[torch.Tensor] = []
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if hasattr(pl_module, "mask"):
+            self._initial_mask = pl_module.mask.values().cpu().clone()
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         if self.knn is not None:  # Lightning keeps showing the last values; a row has its own epoch's or none
@@ -45,9 +49,7 @@ class History(pl.Callback):
 
     def _largest_movers(self, count: int = 5) -> str:
         """The dimensions whose weight changed most in this epoch, e.g. ``17:+0.031 4:-0.028``."""
-        before = (
-            self.masks[-2] if len(self.masks) > 1 else torch.full_like(self.masks[-1], self.masks[-1].mean())
-        )
+        before = self.masks[-2] if len(self.masks) > 1 else self._initial_mask
         change = self.masks[-1] - before
         movers = change.abs().topk(min(count, len(change))).indices.tolist()
         return " ".join(f"{i}:{change[i]:+.3f}" for i in movers)

@@ -122,6 +122,14 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(finished, tmp_pat
     assert torch.equal(meta, meta_finished)
 
 
+def test_a_run_limited_by_steps_is_complete_and_saved(tmp_path):
+    folder = pretrain.run(
+        config(tmp_path, "++max_steps=2", "checkpoint.frequency=5", "evaluation.knn.every_n_epochs=5")
+    )
+    assert torch.load(folder.last_checkpoint, weights_only=True)["global_step"] == 2
+    assert folder.summary.exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
