@@ -1,0 +1,108 @@
+"""ICL-MSR's backdoor-adjusted losses: the positive is seen once through each semantic stratum."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import permutations
+
+import torch
+import torch.nn.functional as F
+
+
+def backdoor_adjusted_loss(
+    views: Sequence[torch.Tensor], weighted: Sequence[torch.Tensor], temperature: float = 0.5
+) -> torch.Tensor:
+    """L_msr, Eqs. (3), (4) and (6) of [0]: the likelihood of the positive, averaged over the strata.
+
+        P(Y | do(X)) = 1/n sum_t  e(z, z+_t) / ( e(z, z+_t) + sum_neg e(z, z-) ),   e = exp(cosine / tau)
+        L_msr = mean over anchors of -log P(Y | do(X))
+
+    z+_t is the positive whose channels were weighted by a_t. Negatives are the unweighted projections of
+    all views of the *other* images. The text of Eqs. (3) and (4) lost the exponentials; with one stratum
+    of ones and two views this is :func:`~metamask_plugin.losses.nt_xent_loss`. Eq. (6) sums; the mean
+    here keeps lambda independent of the batch size, as in the contrastive loss beside it.
+
+    Args:
+        views: M >= 2 projections, each of shape (N, P); they need not be normalised.
+        weighted: the same views' projections with weighted channels, each of shape (N, n, P).
+        temperature: tau > 0.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: for shapes that do not fit, a batch of one image, or tau <= 0.
+
+    [0] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
+    """
+    _check_shapes("backdoor_adjusted_loss", views, weighted)
+    if not temperature > 0:
+        raise ValueError(f"backdoor_adjusted_loss: temperature must be > 0, got {temperature}")
+    images = len(views[0])
+    if images < 2:
+        raise ValueError("backdoor_adjusted_loss: views must hold 2 images or more, got 1: no negatives")
+
+    z = [F.normalize(view, dim=-1) for view in views]
+    strata = [F.normalize(view, dim=-1) for view in weighted]
+    same_image = torch.eye(images, dtype=torch.bool, device=z[0].device).repeat(1, len(z))
+    everything = torch.cat(z)
+
+    terms = []
+    for anchor, positive in permutations(range(len(z)), 2):
+        negatives = (z[anchor] @ everything.T / temperature).masked_fill(same_image, float("-inf"))
+        log_negatives = negatives.logsumexp(dim=1, keepdim=True)
+        logits = torch.einsum("np,ntp->nt", z[anchor], strata[positive]) / temperature
+        log_p = logits - torch.logaddexp(logits, log_negatives)
+        terms.append(math.log(log_p.shape[1]) - log_p.logsumexp(dim=1))
+    return torch.stack(terms).mean()
+
+
+def stratified_loss(
+    pair_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    views: Sequence[torch.Tensor],
+    weighted: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """L_msr for a task without negatives: its own loss on the weighted positives, averaged over strata.
+
+    Not in the paper, which adds its regulariser to BYOL and ReSSL and gives a formula for contrastive
+    losses only [0]. Without negatives there is no probability to average; the loss takes its place:
+
+        L_msr = mean over t and ordered pairs of views (j, k) of pair_loss(z_j, z_k,t)
+
+    Args:
+        pair_loss: from an anchor (N, P) and a positive (N, P) to a scalar.
+        views: M >= 2 anchors, each of shape (N, P).
+        weighted: the positives with weighted channels, each of shape (N, n, P).
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+
+    [0] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
+    """
+    _check_shapes("stratified_loss", views, weighted)
+    return torch.stack(
+        [
+            pair_loss(views[anchor], stratum)
+            for anchor, positive in permutations(range(len(views)), 2)
+            for stratum in weighted[positive].unbind(1)
+        ]
+    ).mean()
+
+
+def _check_shapes(name: str, views: Sequence[torch.Tensor], weighted: Sequence[torch.Tensor]) -> None:
+    fits = (
+        len(views) >= 2
+        and len(views) == len(weighted)
+        and views[0].dim() == 2
+        and len({view.shape for view in views}) == 1
+        and len({view.shape for view in weighted}) == 1
+        and weighted[0].dim() == 3
+        and (len(weighted[0]), weighted[0].shape[2]) == tuple(views[0].shape)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name}: views must be two or more tensors of one shape (N, P), weighted as many of (N, n, P), "
+            f"got {[tuple(view.shape) for view in views]} and {[tuple(view.shape) for view in weighted]}"
+        )
