@@ -4,8 +4,10 @@ from metamask_plugin.data.augmentations import Augmentation, parse_augmentations
 from metamask_plugin.data.confounded_digits import ConfoundedImages, confounded_digits
 from metamask_plugin.data.datamodule import PretrainDataModule
 from metamask_plugin.data.digits import digits
+from metamask_plugin.data.regions import region_of
 from metamask_plugin.data.registry import DATASETS, Dataset, load_dataset
 from metamask_plugin.data.splits import (
+    FileImages,
     FolderImages,
     ImageSplit,
     MemoryImages,
@@ -20,6 +22,7 @@ __all__ = [
     "ConfoundedImages",
     "Dataset",
     "EvaluationView",
+    "FileImages",
     "FolderImages",
     "ImageSplit",
     "KorniaViews",
@@ -31,5 +34,6 @@ __all__ = [
     "digits",
     "load_dataset",
     "parse_augmentations",
+    "region_of",
     "stratified_subset",
 ]

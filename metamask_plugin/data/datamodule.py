@@ -19,8 +19,9 @@ from metamask_plugin.data.batches import (
     RawBatch,
     whole,
 )
+from metamask_plugin.data.regions import region_of
 from metamask_plugin.data.registry import Dataset
-from metamask_plugin.data.splits import FolderImages, ImageSplit, MemoryImages
+from metamask_plugin.data.splits import FileImages, ImageSplit, MemoryImages
 from metamask_plugin.data.views import EvaluationView, KorniaViews, TorchvisionViews
 from metamask_plugin.errors import check, choose
 
@@ -42,14 +43,20 @@ class PretrainDataModule(LightningDataModule):
 
     The default is ``kornia`` if the training split is in memory, else ``torchvision``.
 
+    ``data.region`` (``full``, ``foreground`` or ``background``; default ``full``) and ``data.region_form``
+    (``fill`` or ``zoom``; default ``fill``) say what of the training and test images is to be seen, see
+    :func:`region_of`.
+
     Args:
         dataset: see :func:`load_dataset`.
-        cfg: the run's configuration; read are ``data.pipeline``, ``data.num_workers``, ``augmentations``,
-            ``optimizer.batch_size`` and ``seed``.
+        cfg: the run's configuration; read are ``data.pipeline``, ``data.num_workers``, ``data.region``,
+            ``data.region_form``, ``augmentations``, ``optimizer.batch_size`` and ``seed``.
 
     Attributes:
         dataset: the data set as it is used: in memory for ``kornia``; for ``custom`` with the mean and std of
             ``augmentations[0]``, where they are given.
+        full: the data set as loaded, full images, whatever ``data.region`` says, and files not decoded; mean
+            and std as in ``dataset``.
         pipeline: ``kornia`` or ``torchvision``.
         view: the evaluation view, of the first augmentation's crop size.
 
@@ -73,6 +80,8 @@ class PretrainDataModule(LightningDataModule):
         self.seed = SEED if seed is None else seed
         if dataset.name == "custom":
             dataset = _with_configured_mean_std(dataset, cfg.augmentations[0])
+        self.full = dataset
+        dataset = dataset.in_region(cfg.data.get("region") or "full", cfg.data.get("region_form") or "fill")
         if self.pipeline == "kornia":
             dataset = _in_memory(dataset, max(entry.crop_size for entry in entries))
         self.dataset = dataset
@@ -126,6 +135,32 @@ class PretrainDataModule(LightningDataModule):
             images, batch_size, generator=generator, pin_memory=pin, num_workers=self.num_workers
         )
 
+    def region_loader(
+        self, split_name: str, region: str, form: str = "fill", batch_size: int = 256
+    ) -> DataLoader:
+        """The labelled images of ``full``, seen in one region, as :meth:`evaluation_loader` gives them.
+
+        Args:
+            split_name: ``"train"`` or ``"test"``.
+            region: see :func:`region_of`; independent of ``data.region``.
+            form: see :func:`region_of`.
+            batch_size: images in a batch.
+
+        Raises:
+            UserError: an unknown split, region or form, a split without boxes, or no test split.
+        """
+        split = getattr(self.full, choose("split", split_name, ("train", "test")))
+        check(
+            split is not None,
+            f"data set {self.full.name}",
+            "one with a test split",
+            None,
+            "set data.val_path",
+        )
+        labelled = (split.labels >= 0).nonzero().flatten()
+        seen = region_of(split.subset(labelled), region, self.full.mean, form)
+        return self.evaluation_loader(seen, batch_size)
+
     def _evaluation_batch(self, indexes: Tensor, images: Tensor, targets: Tensor) -> list[Tensor]:
         return [self.view(images), targets]
 
@@ -162,7 +197,7 @@ def _in_memory(dataset: Dataset, size: int) -> Dataset:
     decoded = {}
     for name in ("train", "test"):
         split = getattr(dataset, name)
-        if isinstance(split, FolderImages):
+        if isinstance(split, FileImages):
             rank_zero_info(
                 f"data.pipeline=kornia: decoding {len(split)} {name} images to {size} x {size} in memory "
                 f"({len(split) * 3 * size * size / 1e6:.0f} MB)"

@@ -3,16 +3,19 @@
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from metamask_plugin.data.coco import coco_splits
 from metamask_plugin.data.confounded_digits import confounded_digits
 from metamask_plugin.data.digits import digits
+from metamask_plugin.data.regions import region_of
 from metamask_plugin.data.splits import FolderImages, ImageSplit, MemoryImages, stratified_subset
+from metamask_plugin.data.tiny_imagenet import tiny_imagenet_splits
 from metamask_plugin.data.torchvision_sets import Splits, folder_splits, torchvision_splits
 from metamask_plugin.errors import check, choose
 
@@ -22,6 +25,8 @@ MEAN_STD = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "stl10": ((0.4914, 0.4823, 0.4466), (0.2470, 0.2430, 0.2610)),
+    "tiny_imagenet": ((0.480, 0.448, 0.398), (0.277, 0.269, 0.282)),
+    "coco": IMAGENET_MEAN_STD,
     "imagenet100": IMAGENET_MEAN_STD,
     "imagenet": IMAGENET_MEAN_STD,
     "custom": IMAGENET_MEAN_STD,
@@ -51,6 +56,23 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def in_region(self, region: str, form: str = "fill") -> "Dataset":
+        """The same data set with the foregrounds or the backgrounds alone; what is removed turns the mean.
+
+        Args:
+            region: ``full``, ``foreground`` or ``background``, see :func:`region_of`.
+            form: ``fill`` or ``zoom``, likewise.
+
+        Raises:
+            UserError: an unknown region or form, or a split without boxes.
+        """
+        splits = {
+            name: region_of(split, region, self.mean, form)
+            for name, split in (("train", self.train), ("test", self.test))
+            if split is not None
+        }
+        return replace(self, **splits)
+
 
 def load_dataset(data_cfg: DictConfig | Mapping[str, Any]) -> Dataset:
     """Builds the data set that the ``data`` node of the configuration asks for.
@@ -58,7 +80,11 @@ def load_dataset(data_cfg: DictConfig | Mapping[str, Any]) -> Dataset:
     Keys: ``dataset`` (one of :data:`DATASETS`), ``train_path`` and ``val_path`` (where files are read),
     ``download`` (False), ``fraction`` (share of the training images, the same of every class; -1 for all),
     ``no_labels`` (False; training labels become -1, and a ``custom`` training folder needs no class folders
-    and has no test split) and ``kwargs`` (options of the generated sets). Other keys are left to others.
+    and has no test split) and ``kwargs`` (options of the generated sets; ``train_annotations`` and
+    ``val_annotations``, the box files of ``coco``). Other keys are left to others.
+
+    The images are always full ones: ``region`` (``full``, ``foreground`` or ``background``) and
+    ``region_form`` (``fill`` or ``zoom``) are applied by ``PretrainDataModule``, see :func:`region_of`.
 
     For ``custom``, mean and std are ImageNet's here; ``PretrainDataModule`` takes ``augmentations[0].mean``
     and ``.std`` where they are given.
@@ -98,6 +124,17 @@ def _folders(node: Mapping[str, Any]) -> Splits:
     return folder_splits(node.get("train_path"), node.get("val_path"))
 
 
+def _tiny_imagenet(node: Mapping[str, Any]) -> Splits:
+    return tiny_imagenet_splits(node.get("train_path"), node.get("val_path"))
+
+
+def _coco(node: Mapping[str, Any]) -> Splits:
+    options = dict(node.get("kwargs") or {})
+    for option in options:
+        choose("data.kwargs key of coco", option, ("train_annotations", "val_annotations"))
+    return coco_splits(node.get("train_path"), node.get("val_path"), **options)
+
+
 def _custom(node: Mapping[str, Any]) -> Splits:
     if not node.get("no_labels"):
         return _folders(node)
@@ -130,6 +167,8 @@ DATASETS: dict[str, Callable[[Mapping[str, Any]], Splits]] = {
     "cifar10": partial(_torchvision, "cifar10"),
     "cifar100": partial(_torchvision, "cifar100"),
     "stl10": partial(_torchvision, "stl10"),
+    "tiny_imagenet": _tiny_imagenet,
+    "coco": _coco,
     "imagenet100": _folders,
     "imagenet": _folders,
     "custom": _custom,

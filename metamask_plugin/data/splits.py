@@ -1,6 +1,7 @@
 """Image splits: labelled images with one interface, whether they lie in memory or in a folder."""
 
 import copy
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 from tqdm import tqdm
 
+from metamask_plugin.data.boxes import square_box
 from metamask_plugin.errors import UserError, check
 
 # Below this a progress bar flickers by before it can be read.
@@ -95,11 +97,7 @@ class MemoryImages(ImageSplit):
                 f"images must be uint8 of shape (N, 3, H, W), got {images.dtype} {tuple(images.shape)}"
             )
         self.labels = torch.as_tensor(labels, dtype=torch.long)
-        for name, rows in (("labels", self.labels), ("boxes", boxes), ("masks", masks)):
-            if rows is not None and len(rows) != len(images):
-                raise ValueError(
-                    f"{name} must have one row for each of {len(images)} images, got {len(rows)}"
-                )
+        _require_rows(len(images), labels=self.labels, boxes=boxes, masks=masks)
         self.images = images
         self.classes = list(classes)
         self.boxes = boxes
@@ -113,8 +111,88 @@ class MemoryImages(ImageSplit):
         return self.images[torch.as_tensor(indices, dtype=torch.long)]
 
 
-class FolderImages(ImageSplit):
-    """Image files, decoded when asked for: ``<root>/<class>/*.jpg`` and what else torchvision reads.
+class FileImages(ImageSplit):
+    """Image files, decoded when asked for.
+
+    Args:
+        paths: one for each image, of whatever size.
+        labels: shape (N,).
+        classes: class names.
+        boxes: see :class:`ImageSplit`, in pixels of the file.
+
+    Raises:
+        ValueError: another number of labels or boxes than of paths.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: Tensor | Sequence[int],
+        classes: Sequence[str],
+        boxes: Tensor | None = None,
+    ) -> None:
+        self.labels = torch.as_tensor(labels, dtype=torch.long)
+        _require_rows(len(paths), labels=self.labels, boxes=boxes)
+        self.paths = list(paths)
+        self.classes = list(classes)
+        self.boxes = boxes
+
+    def image(self, index: int) -> Image.Image:
+        path = self.paths[index]
+        try:
+            with open(path, "rb") as file:
+                return Image.open(file).convert("RGB")
+        # Pillow signals a broken file by OSError, SyntaxError (PNG), ValueError or its own bomb error.
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = " ".join(str(error).split())
+            raise UnreadableImage(
+                f"image file {path} must be readable, got {type(error).__name__}: {reason}; "
+                "replace or delete it"
+            ) from None
+
+    def subset(self, indices: Sequence[int] | Tensor) -> "FileImages":
+        picked = super().subset(indices)
+        picked.paths = [self.paths[i] for i in torch.as_tensor(indices).tolist()]
+        return picked
+
+    def to_memory(self, size: int, threads: int = 4) -> MemoryImages:
+        """Decodes everything: shorter side resized to ``size`` (bicubic), then the centre square.
+
+        Boxes are moved along; of one that lies outside the square, the nearest pixel stays.
+
+        Args:
+            size: height and width in pixels.
+            threads: decoders that run at once; Pillow releases the GIL while it decodes.
+
+        Raises:
+            UserError: a file cannot be decoded.
+        """
+        images = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
+        boxes = None if self.boxes is None else torch.empty(len(self), 4, dtype=torch.int32)
+
+        def decode(index: int) -> None:
+            image = self.image(index)
+            square = centre_square(image, size)
+            images[index] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
+            if boxes is not None:
+                boxes[index] = torch.tensor(square_box(self.boxes[index].tolist(), *image.size, size))
+
+        with ThreadPoolExecutor(threads) as pool:
+            done = pool.map(decode, range(len(self)))
+            hidden = len(self) <= PROGRESS_FROM or not sys.stderr.isatty()
+            progress = tqdm(done, "decoding", len(self), unit="image", disable=hidden)
+            try:
+                for _ in progress:
+                    pass
+            except UserError:
+                # Otherwise leaving the pool first decodes all the images that are still queued.
+                pool.shutdown(cancel_futures=True)
+                raise
+        return MemoryImages(images, self.labels, self.classes, boxes)
+
+
+class FolderImages(FileImages):
+    """Image files in class folders: ``<root>/<class>/*.jpg`` and what else torchvision reads.
 
     Args:
         root: folder that holds one folder a class. Images deeper inside a class folder count, as in
@@ -126,25 +204,22 @@ class FolderImages(ImageSplit):
 
     def __init__(self, root: str | Path) -> None:
         root = Path(root)
-        self.classes = sorted(
-            entry.name for entry in listing(root) if entry.is_dir() and entry.name[0] != "."
-        )
+        classes = sorted(entry.name for entry in listing(root) if entry.is_dir() and entry.name[0] != ".")
         check(
-            bool(self.classes),
+            bool(classes),
             f"image folder {root}",
             "a folder of class folders (<class>/*.jpg)",
             "no class folders",
             "move the images into one folder a class, or set data.dataset=custom data.no_labels=True",
         )
-        refuse_folder_of_splits(root, self.classes)
-        for name in self.classes:
+        refuse_folder_of_splits(root, classes)
+        for name in classes:
             listing(root / name)
         # torchvision's check for empty classes is switched off: its message is many lines for many classes.
         samples = make_dataset(
-            root, {name: i for i, name in enumerate(self.classes)}, IMG_EXTENSIONS, allow_empty=True
+            root, {name: i for i, name in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True
         )
-        self.paths = [path for path, _ in samples]
-        self.labels = torch.tensor([label for _, label in samples], dtype=torch.long)
+        super().__init__([path for path, _ in samples], [label for _, label in samples], classes)
         self._refuse_empty_classes(root)
 
     @classmethod
@@ -180,53 +255,6 @@ class FolderImages(ImageSplit):
             "fill or remove the empty folders",
         )
 
-    def image(self, index: int) -> Image.Image:
-        path = self.paths[index]
-        try:
-            with open(path, "rb") as file:
-                return Image.open(file).convert("RGB")
-        # Pillow signals a broken file by OSError, SyntaxError (PNG), ValueError or its own bomb error.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = " ".join(str(error).split())
-            raise UnreadableImage(
-                f"image file {path} must be readable, got {type(error).__name__}: {reason}; "
-                "replace or delete it"
-            ) from None
-
-    def subset(self, indices: Sequence[int] | Tensor) -> "FolderImages":
-        picked = super().subset(indices)
-        picked.paths = [self.paths[i] for i in torch.as_tensor(indices).tolist()]
-        return picked
-
-    def to_memory(self, size: int, threads: int = 4) -> MemoryImages:
-        """Decodes everything: shorter side resized to ``size`` (bicubic), then the centre square.
-
-        Args:
-            size: height and width in pixels.
-            threads: decoders that run at once; Pillow releases the GIL while it decodes.
-
-        Raises:
-            UserError: a file cannot be decoded.
-        """
-        images = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
-
-        def decode(index: int) -> None:
-            square = centre_square(self.image(index), size)
-            images[index] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
-
-        with ThreadPoolExecutor(threads) as pool:
-            done = pool.map(decode, range(len(self)))
-            hidden = len(self) <= PROGRESS_FROM or not sys.stderr.isatty()
-            progress = tqdm(done, "decoding", len(self), unit="image", disable=hidden)
-            try:
-                for _ in progress:
-                    pass
-            except UserError:
-                # Otherwise leaving the pool first decodes all the images that are still queued.
-                pool.shutdown(cancel_futures=True)
-                raise
-        return MemoryImages(images, self.labels, self.classes)
-
 
 def centre_square(image: Image.Image, size: int) -> Image.Image:
     """The image's centre, ``size`` pixels square, after its shorter side was resized to that (bicubic)."""
@@ -254,6 +282,29 @@ def stratified_subset(split: ImageSplit, fraction: float, seed: int) -> ImageSpl
     rank_in_class = torch.cat([torch.arange(count) for count in counts.tolist()])
     keep = torch.round(counts * fraction).clamp(min=1).repeat_interleave(counts)
     return split.subset(by_class[rank_in_class < keep].sort().values)
+
+
+def holds_image(folder: Path) -> bool:
+    """Whether an image file lies in ``folder`` itself."""
+    return any(entry.suffix.lower() in IMG_EXTENSIONS for entry in listing(folder))
+
+
+def refuse_missing_files(source: Path, paths: Sequence[str]) -> None:
+    """One line for all the ``paths`` that are named in the file ``source`` and not there."""
+    missing = [path for path in paths if not os.path.isfile(path)]
+    check(
+        not missing,
+        f"the {len(paths)} images of {source}",
+        "files in the image folder",
+        f"{len(missing)} missing, the first {missing[0] if missing else ''}",
+        "correct the image folder or complete it",
+    )
+
+
+def _require_rows(count: int, **rows: Tensor | None) -> None:
+    for name, given in rows.items():
+        if given is not None and len(given) != count:
+            raise ValueError(f"{name} must have one row for each of {count} images, got {len(given)}")
 
 
 def listing(folder: Path) -> list[Path]:

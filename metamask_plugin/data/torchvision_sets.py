@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from metamask_plugin.data.splits import (
     FolderImages,
     ImageSplit,
     MemoryImages,
+    holds_image,
     listing,
     refuse_folder_of_splits,
 )
@@ -44,7 +44,7 @@ def torchvision_splits(name: str, train_path: str | None, val_path: str | None, 
     if root.is_dir():
         folders = [entry for entry in listing(root) if entry.is_dir()]
         refuse_folder_of_splits(root, [folder.name for folder in folders])
-        if any(_holds_image(folder) for folder in folders):
+        if any(holds_image(folder) for folder in folders):
             return folder_splits(train_path, val_path)
     if download:
         return _guarded(load, name, root, root, True)
@@ -62,10 +62,6 @@ def folder_splits(train_path: str | None, val_path: str | None) -> Splits:
     """
     check(bool(train_path), "data.train_path", "a folder of class folders", train_path, "set it in the YAML")
     return FolderImages(train_path), FolderImages(val_path) if val_path else None
-
-
-def _holds_image(folder: Path) -> bool:
-    return any(entry.suffix.lower() in IMG_EXTENSIONS for entry in listing(folder))
 
 
 def _guarded(

@@ -132,6 +132,80 @@ def test_custom_takes_mean_and_std_from_the_augmentation(tmp_path):
     assert module(augmentations=augmentations).dataset.mean != (0.1, 0.2, 0.3)
 
 
+def boxed_folders(tmp_path, **options) -> PretrainDataModule:
+    """Image files of 20 x 16 pixels, red or blue, whose foreground is the centre."""
+    cfg = configuration(
+        batch_size=4, augmentations=[{"crop_size": 16}], **folder_options(tmp_path, **options)
+    )
+    dataset = load_dataset(cfg.data)
+    for split in (dataset.train, dataset.test):
+        split.boxes = torch.tensor([[6, 4, 14, 12]] * len(split), dtype=torch.int32)
+    return PretrainDataModule(dataset, cfg)
+
+
+def collected(loader) -> list[torch.Tensor]:
+    return [torch.cat(part) for part in zip(*loader, strict=True)]
+
+
+@pytest.mark.parametrize("pipeline", ["kornia", "torchvision"])
+@pytest.mark.parametrize("region", ["foreground", "background"])
+def test_region_of_image_files(tmp_path, pipeline, region):
+    data = boxed_folders(tmp_path, pipeline=pipeline, region=region)
+    assert isinstance(data.dataset.train, MemoryImages) == (pipeline == "kornia")
+    assert len(batches(data)) == 3
+    for images, _ in ((views[0], targets) for _, views, targets in batches(data)):
+        removed = images.abs().amax(1) < 0.05
+        inside = torch.zeros(16, 16, dtype=torch.bool)
+        inside[4:12, 4:12] = True
+        assert (removed == (inside if region == "background" else ~inside)).all()
+    assert data.full.train.boxes is not None and data.full.train.image(0).size == (20, 16)
+    seen = collected(data.val_dataloader())[0]
+    assert torch.allclose(seen, collected(data.region_loader("test", region))[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("region", [None, "full"])
+def test_full_region_changes_nothing(region):
+    plain = module(dataset="confounded_digits")
+    data = module(dataset="confounded_digits", region=region)
+    assert torch.equal(data.dataset.train.images, plain.dataset.train.images)
+    assert data.dataset.train.boxes is not None
+    assert data.full.train is data.dataset.train
+
+
+def test_custom_mean_is_the_colour_of_what_is_removed(tmp_path):
+    augmentations = [{"crop_size": 16, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}]
+    cfg = configuration(augmentations, 4, **folder_options(tmp_path, region="background"))
+    dataset = load_dataset(cfg.data)
+    for split in (dataset.train, dataset.test):
+        split.boxes = torch.tensor([[0, 0, 20, 16]] * len(split), dtype=torch.int32)
+    data = PretrainDataModule(dataset, cfg)
+    assert data.full.mean == data.dataset.mean == (0.1, 0.2, 0.3)
+    assert collected(data.val_dataloader())[0].abs().max() < 0.01
+
+
+def test_region_loader_shows_labelled_full_images_whatever_the_region():
+    data = module(dataset="confounded_digits", region="background")
+    data.full.train.labels[::2] = -1
+    labelled = data.full.train.labels >= 0
+    for split, keep in (("train", labelled), ("test", slice(None))):
+        full = getattr(data.full, split)
+        images, targets = collected(data.region_loader(split, "full", batch_size=50))
+        assert torch.equal(targets, full.labels[keep]) and (targets >= 0).all()
+        assert torch.allclose(images, data.view(full.images[keep]))
+        for region, form in (("foreground", "fill"), ("foreground", "zoom"), ("background", "fill")):
+            images, _ = collected(data.region_loader(split, region, form))
+            seen = getattr(data.full.in_region(region, form), split)
+            assert torch.allclose(images, data.view(seen.images[keep]))
+
+
+def test_region_loader_without_a_test_split(tmp_path):
+    data = module(batch_size=4, **folder_options(tmp_path, val_path=None))
+    with pytest.raises(UserError, match="must be one with a test split"):
+        data.region_loader("test", "full")
+    with pytest.raises(UserError, match=r"data\.region must be full"):
+        data.region_loader("train", "foreground")
+
+
 class Recorder(LightningModule):
     """Records what Lightning hands to a method."""
 
@@ -189,6 +263,9 @@ def test_lightning_trains_on_it(tmp_path, with_test):
             r"data\.pipeline must be one of kornia, torchvision, .* did you mean 'kornia'",
         ),
         ({"num_workers": -1}, r"data\.num_workers must be a whole number"),
+        ({"region": "front"}, r"data\.region must be one of background, foreground, full, got 'front'"),
+        ({"region": "foreground"}, r"data\.region must be full, as these images have no foreground boxes"),
+        ({"region_form": "zoomed"}, r"data\.region_form must be one of .* did you mean 'zoom'"),
     ],
 )
 def test_settings_are_checked(options, message):

@@ -17,7 +17,7 @@ def write_folders(root, **counts):
 
 
 def test_names():
-    names = "digits confounded_digits cifar10 cifar100 stl10 imagenet100 imagenet custom"
+    names = "digits confounded_digits cifar10 cifar100 stl10 tiny_imagenet coco imagenet100 imagenet custom"
     assert set(DATASETS) == set(names.split())
 
 
@@ -51,6 +51,32 @@ def test_no_labels():
     dataset = load_dataset({"dataset": "digits", "no_labels": True})
     assert (dataset.train.labels == -1).all() and dataset.num_classes == 10
     assert (dataset.test.labels >= 0).all()
+
+
+def test_in_region_takes_both_splits_and_turns_the_rest_to_the_mean():
+    dataset = load_dataset({"dataset": "confounded_digits", "kwargs": {"size": 16}})
+    colour = torch.tensor([round(255 * channel) for channel in dataset.mean]).view(3, 1, 1)
+    seen = dataset.in_region("foreground")
+    assert (seen.name, seen.mean, seen.num_classes) == (dataset.name, dataset.mean, 10)
+    for full, part in ((dataset.train, seen.train), (dataset.test, seen.test)):
+        x0, y0, x1, y1 = full.boxes[7].tolist()
+        expected = colour.expand(3, 16, 16).to(torch.uint8).clone()
+        expected[:, y0:y1, x0:x1] = full.images[7, :, y0:y1, x0:x1]
+        assert torch.equal(part.images[7], expected)
+    assert not torch.equal(dataset.in_region("foreground", "zoom").test.images, seen.test.images)
+    full = dataset.in_region("full")
+    assert full.train is dataset.train and full.test is dataset.test
+
+
+def test_in_region_without_test_split_or_boxes(tmp_path):
+    train = write_folders(tmp_path, cat=2)
+    dataset = load_dataset({"dataset": "imagenet", "train_path": train, "region": "foreground"})
+    assert dataset.train.image(0).size == (8, 8), "load_dataset leaves the region to others"
+    assert dataset.in_region("full").test is None
+    with pytest.raises(UserError, match=r"data\.region must be full, .* got 'background'; take"):
+        dataset.in_region("background")
+    dataset.train.boxes = torch.tensor([[0, 0, 4, 4]] * 2, dtype=torch.int32)
+    assert dataset.in_region("background").test is None
 
 
 @pytest.mark.parametrize("name", ["imagenet", "imagenet100", "custom", "cifar10", "stl10"])

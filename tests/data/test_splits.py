@@ -5,7 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from metamask_plugin.data.splits import FolderImages, MemoryImages, UnreadableImage, stratified_subset
+from metamask_plugin.data.splits import (
+    FileImages,
+    FolderImages,
+    MemoryImages,
+    UnreadableImage,
+    stratified_subset,
+)
 from metamask_plugin.errors import UserError
 
 
@@ -83,6 +89,31 @@ def test_to_memory_resizes_the_shorter_side_and_crops_the_centre(tmp_path):
     assert split.images.shape == (1, 3, 8, 8)
     assert (split.images[0, 2] == 255).all() and (split.images[0, 0] == 0).all()
     assert FolderImages(tmp_path).to_memory(4).images.shape == (1, 3, 4, 4)
+
+
+def test_to_memory_moves_the_boxes_along(tmp_path):
+    paths, boxes = [], torch.tensor([[10, 2, 14, 6], [0, 0, 24, 8], [0, 1, 5, 3]], dtype=torch.int32)
+    for i, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+        image = Image.new("RGB", (24, 8))
+        image.paste((255, 255, 255), (x0, y0, x1, y1))
+        paths.append(str(tmp_path / f"{i}.png"))
+        image.save(paths[-1])
+    split = FileImages(paths, [0, 0, 1], ["a", "b"], boxes)
+    decoded = split.to_memory(8)
+    assert decoded.boxes.dtype == torch.int32 and decoded.labels.tolist() == [0, 0, 1]
+    # the square is columns 8 to 16; the third box lies left of it, and its nearest pixels stay
+    assert decoded.boxes.tolist() == [[2, 2, 6, 6], [0, 0, 8, 8], [0, 1, 1, 3]]
+    assert (decoded.images[0, 0] == 255).nonzero().amin(0).tolist() == [2, 2]
+    assert (decoded.images[0, 0] == 255).nonzero().amax(0).tolist() == [5, 5]
+    assert split.subset([2, 0]).to_memory(4).boxes.tolist() == [[0, 0, 1, 2], [1, 1, 3, 3]]
+    assert FileImages(paths, [0, 0, 1], ["a", "b"]).to_memory(8).boxes is None
+
+
+def test_files_reject_wrong_rows():
+    with pytest.raises(ValueError, match="labels must have one row for each of 1"):
+        FileImages(["a.png"], [0, 1], ["a"])
+    with pytest.raises(ValueError, match="boxes must have one row for each of 1"):
+        FileImages(["a.png"], [0], ["a"], torch.zeros(2, 4, dtype=torch.int32))
 
 
 def test_unlabelled_folder(tmp_path):
