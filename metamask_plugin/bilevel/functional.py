@@ -1,5 +1,7 @@
 """Modules as pure functions of their parameters."""
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -16,15 +18,19 @@ class Functional:
 
     Args:
         module: the module; its mode (train or eval) is kept.
+        names: the parameters to expose, where not all of the module's take part; the others stay as
+            the module has them.
 
     Attributes:
         params: the parameters that train, by name, detached and shared with the module.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, names: Collection[str] | None = None):
         self.module = module
         self.params: Params = {
-            name: param.detach() for name, param in module.named_parameters() if param.requires_grad
+            name: param.detach()
+            for name, param in module.named_parameters()
+            if param.requires_grad and (names is None or name in names)
         }
 
     def __call__(self, params: Params, *args, **kwargs):

@@ -48,7 +48,8 @@ class MomentumStep(PlainStep):
         lr: l >= 0.
         momentum: the optimiser's momentum.
         weight_decay: the optimiser's weight decay.
-        buffers: momentum buffers by parameter name; a missing one counts as the optimiser's first step.
+        buffers: momentum buffers by parameter name; a missing one counts as the optimiser's first step, one
+            too many is not used.
 
     [0] https://github.com/lionellee9089/MetaMask
     """
@@ -59,8 +60,8 @@ class MomentumStep(PlainStep):
 
     def step(self, params: Params, grads: Params) -> Params:
         descent = {name: grads[name] + self.weight_decay * param for name, param in params.items()}
-        for name, buffer in self.buffers.items():
-            descent[name] = descent[name] + self.momentum * buffer
+        for name in params.keys() & self.buffers.keys():
+            descent[name] = descent[name] + self.momentum * self.buffers[name]
         return super().step(params, descent)
 
 

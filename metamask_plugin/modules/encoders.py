@@ -1,7 +1,9 @@
 """Encoders ``f_theta``: images (N, 3, H, W) to features (N, D).
 
 Every encoder built here has an integer attribute ``num_features`` (D). Ours are registered by
-name in :data:`ENCODERS`; any other name is looked up in timm.
+name in :data:`ENCODERS`; any other name is looked up in timm. Where an encoder may be cut at its
+feature map it has timm's ``forward_features`` and ``forward_head``, see
+:mod:`~metamask_plugin.modules.encoder_split`.
 """
 
 from collections.abc import Callable
@@ -14,35 +16,48 @@ from torch import nn
 from metamask_plugin.errors import UserError, check, choose
 
 STEMS = ("auto", "cifar", "small", "imagenet")
+NORMS = {"batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(8, channels)}
 
 
-def _conv_bn_relu(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+def _conv_norm_relu(
+    channels_in: int, channels_out: int, kernel: int, stride: int = 1, norm: str = "batch"
+) -> list[nn.Module]:
     return [
         nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(channels_out),
+        NORMS[norm](channels_out),
         nn.ReLU(inplace=True),
     ]
 
 
 class Conv4(nn.Module):
-    """Four strided 3x3 convolutions with BatchNorm: small enough to train in minutes on two cores.
+    """Four strided 3x3 convolutions: small enough to train in minutes on two cores.
 
     Args:
         image_size: side of the square input, pixels; unused, all sizes from 16 work.
         width: channels of the first layer; each next one doubles them, D = 8 * width.
+        norm: ``batch``, or ``group`` (8 groups), with which an image's features do not depend on the
+            rest of its batch.
     """
 
-    def __init__(self, image_size: int = 32, width: int = 32):
+    def __init__(self, image_size: int = 32, width: int = 32, norm: str = "batch"):
         super().__init__()
+        choose("conv4's norm", norm, NORMS)
+        check(width >= 8 and width % 8 == 0, "conv4's width", "a multiple of 8", width)
         widths = [3, width, 2 * width, 4 * width, 8 * width]
         layers = []
         for c_in, c_out in zip(widths, widths[1:]):
-            layers += _conv_bn_relu(c_in, c_out, kernel=3, stride=2)
+            layers += _conv_norm_relu(c_in, c_out, kernel=3, stride=2, norm=norm)
         self.layers = nn.Sequential(*layers)
         self.num_features = widths[-1]
 
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+    def forward_head(self, feature_map: torch.Tensor) -> torch.Tensor:
+        return feature_map.mean(dim=(2, 3))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x).mean(dim=(2, 3))
+        return self.forward_head(self.forward_features(x))
 
 
 class AlexNetConv(nn.Module):
@@ -63,18 +78,24 @@ class AlexNetConv(nn.Module):
         super().__init__()
         pool = nn.MaxPool2d(2)
         self.layers = nn.Sequential(
-            *_conv_bn_relu(3, 64, kernel=5, stride=2 if image_size <= 48 else 4),
+            *_conv_norm_relu(3, 64, kernel=5, stride=2 if image_size <= 48 else 4),
             pool,
-            *_conv_bn_relu(64, 192, kernel=5),
+            *_conv_norm_relu(64, 192, kernel=5),
             pool,
-            *_conv_bn_relu(192, 384, kernel=3),
-            *_conv_bn_relu(384, 256, kernel=3),
-            *_conv_bn_relu(256, 256, kernel=3),
+            *_conv_norm_relu(192, 384, kernel=3),
+            *_conv_norm_relu(384, 256, kernel=3),
+            *_conv_norm_relu(256, 256, kernel=3),
         )
         self.num_features = 256
 
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+    def forward_head(self, feature_map: torch.Tensor) -> torch.Tensor:
+        return feature_map.mean(dim=(2, 3))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x).mean(dim=(2, 3))
+        return self.forward_head(self.forward_features(x))
 
 
 class AlexNetFC(nn.Module):
@@ -101,8 +122,14 @@ class AlexNetFC(nn.Module):
         )
         self.num_features = fc_dim
 
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv.forward_features(x)
+
+    def forward_head(self, feature_map: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.pool(feature_map).flatten(1))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.pool(self.conv.layers(x)).flatten(1))
+        return self.forward_head(self.forward_features(x))
 
 
 def _resnet(constructor: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -139,12 +166,13 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_encoder(name: str, image_size: int, **kwargs) -> nn.Module:
+def build_encoder(name: str, image_size: int, setting: str = "backbone", **kwargs) -> nn.Module:
     """Builds an encoder by name, ours first, then timm's (without a classifier, random weights).
 
     Args:
         name: a key of :data:`ENCODERS`, or any name in ``timm.list_models()``.
         image_size: side of the square input, pixels.
+        setting: the config block that names the encoder, for messages.
         kwargs: passed on to the constructor.
 
     Returns:
@@ -153,15 +181,15 @@ def build_encoder(name: str, image_size: int, **kwargs) -> nn.Module:
     Raises:
         UserError: for an unknown name, or arguments that the constructor refuses.
     """
-    check(image_size >= 16, "augmentations[0].crop_size", ">= 16 pixels", image_size)
+    check(image_size >= 16, f"{setting}'s crop_size", ">= 16 pixels", image_size)
     try:
         if name in ENCODERS:
             return ENCODERS[name](image_size=image_size, **kwargs)
         if timm.is_model(name):
             return _build_timm(name, image_size, **kwargs)
     except TypeError as error:
-        raise UserError(f"backbone.kwargs do not fit backbone.name={name!r}: {error}") from error
-    choose("backbone.name", name, [*ENCODERS, *timm.list_models(f"{name[:4]}*")[:12], "any timm model"])
+        raise UserError(f"{setting}.kwargs do not fit {setting}.name={name!r}: {error}") from error
+    choose(f"{setting}.name", name, [*ENCODERS, *timm.list_models(f"{name[:4]}*")[:12], "any timm model"])
     raise AssertionError("unreachable")
 
 
