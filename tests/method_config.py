@@ -1,4 +1,4 @@
-"""A small MetaMask config, for whoever tests a method or a host."""
+"""Small configs of both methods, for whoever tests a method or a host."""
 
 from omegaconf import OmegaConf
 
@@ -35,3 +35,18 @@ def method_config(backbone="conv4", crop_size=32, **overrides):
     for key, value in overrides.items():
         OmegaConf.update(cfg, key.replace("__", "."), value, merge=False, force_add=True)
     return cfg
+
+
+def icl_msr_config(backbone="conv4", crop_size=32, **overrides):
+    """A complete config of ICL-MSR with a small head and a small f_msr, un-augmented view included."""
+    original = {"crop_size": crop_size + 4, "num_crops": 1}
+    settings = {
+        "method": "icl_msr",
+        "data__num_small_crops": 1,
+        "augmentations": [{"crop_size": crop_size, "num_crops": 2}, original],
+        "method_kwargs": {
+            "task_kwargs": {"proj_hidden_dim": 24, "proj_output_dim": 16},
+            "regularizer": {"n": 3, "kwargs": {"width": 8, "norm": "group"}},
+        },
+    }
+    return method_config(backbone, crop_size, **{**settings, **overrides})

@@ -59,6 +59,13 @@ class Method(Protocol):
     classifier: nn.Module
     """The online linear classifier, (N, features_dim) to (N, num_classes), on detached features."""
     num_large_crops: int
+    num_small_crops: int
+    num_crops: int
+    """Views that ``training_step`` expects, and runs through the backbone: both kinds together."""
+    multicrop: bool
+    """Whether there are small crops among them."""
+    scheduler: str
+    """``scheduler.name``; with ``none``, ``configure_optimizers`` returns the optimiser alone."""
     no_channel_last: bool
 
     @staticmethod
@@ -73,5 +80,6 @@ class Method(Protocol):
         """Returns at least ``feats`` (N, features_dim) and ``logits`` (N, num_classes)."""
 
     def training_step(self, batch: list, batch_idx: int) -> dict[str, Any]:
-        """Returns ``loss`` (online classifier), ``feats`` (a list, one a view), ``logits``, ``acc1``,
-        ``acc5``; runs each view through the backbone on its own, so that BatchNorm sees one view."""
+        """Returns ``loss`` (online classifier), ``acc1``, ``acc5``, and what ``forward`` gives as lists
+        with one entry a view (``feats``, ``logits``). Runs each view through the backbone on its own, so
+        that BatchNorm sees one view."""

@@ -50,8 +50,11 @@ class BaseMethod(pl.LightningModule):
         self.classifier = nn.Linear(self.features_dim, self.num_classes)
 
         self.max_epochs: int = cfg.max_epochs
+        self.scheduler: str = cfg.scheduler.name
         self.num_large_crops: int = cfg.data.num_large_crops
         self.num_small_crops: int = cfg.data.num_small_crops
+        self.num_crops: int = self.num_large_crops + self.num_small_crops
+        self.multicrop: bool = self.num_small_crops > 0
         self.no_channel_last: bool = cfg.performance.disable_channel_last
         # with gradient accumulation one step averages over more samples: the rates grow with it
         accumulated = cfg.accumulate_grad_batches or 1
@@ -104,10 +107,10 @@ class BaseMethod(pl.LightningModule):
             cfg.optimizer.weight_decay,
             OmegaConf.to_container(cfg.optimizer.kwargs),
         )
-        by_step = cfg.scheduler.interval == "step" and cfg.scheduler.name == "warmup_cosine"
+        by_step = cfg.scheduler.interval == "step" and self.scheduler == "warmup_cosine"
         total = self.trainer.estimated_stepping_batches if by_step else self.max_epochs
         scheduler = build_scheduler(
-            cfg.scheduler.name,
+            self.scheduler,
             optimizer,
             warmup=cfg.scheduler.warmup_epochs * total / self.max_epochs,
             total=total,
@@ -142,16 +145,16 @@ class BaseMethod(pl.LightningModule):
             batch_idx: unused.
 
         Returns:
-            ``loss``, ``acc1``, ``acc5``: means over the large views; ``feats``, ``logits``: one a view.
+            ``loss``, ``acc1``, ``acc5``: means over the large views; whatever :meth:`forward` gives
+            (``feats``, ``logits``): lists, one entry a view.
         """
         _, views, targets = batch
         views = [views] if isinstance(views, torch.Tensor) else views
-        expected = self.num_large_crops + self.num_small_crops
-        check(len(views) == expected, "augmentations", f"{expected} views a sample", len(views))
+        check(len(views) == self.num_crops, "augmentations", f"{self.num_crops} views a sample", len(views))
 
         large = [self._classify(x, targets) for x in views[: self.num_large_crops]]
         small = [self(x) for x in views[self.num_large_crops :]]
-        outs = {key: [out[key] for out in large + small] for key in ("feats", "logits")}
+        outs = {key: [out[key] for out in large + small if key in out] for key in large[0]}
         for key in ("loss", "acc1", "acc5"):
             outs[key] = sum(out[key] for out in large) / len(large)
         metrics = {"train_class_loss": outs["loss"], "train_acc1": outs["acc1"], "train_acc5": outs["acc5"]}

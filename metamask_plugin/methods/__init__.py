@@ -4,8 +4,10 @@ Importing this package registers them with the host.
 """
 
 from metamask_plugin.host import METHODS, register
+from metamask_plugin.methods.icl_msr import ICLMSR
 from metamask_plugin.methods.metamask import MetaMask
 
 register("metamask", MetaMask)
+register("icl_msr", ICLMSR)
 
-__all__ = ["METHODS", "MetaMask"]
+__all__ = ["ICLMSR", "METHODS", "MetaMask"]

@@ -21,6 +21,7 @@ from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.host.optimizers import build_optimizer
 
 TRIALS = ("plain", "momentum")
+SCHEDULES = ("iteration", "epoch")
 
 
 def build_estimator(name: str, kwargs: dict[str, Any]) -> Estimator:
@@ -43,18 +44,24 @@ class MetaUpdate:
     Args:
         cfg: ``method_kwargs.meta``: ``estimator``, ``estimator_kwargs``; ``trial`` (``plain``, or
             ``momentum`` as the official release); ``inner_lr``, the trial step's length, ``null`` for
-            the main optimiser's current learning rate; ``every_n_steps``; ``optimizer`` (name, lr,
-            weight_decay, kwargs); ``follow_schedule``, whether the meta learning rate decays with
-            the main one.
+            the main optimiser's current learning rate; ``schedule``: ``iteration``, a meta step
+            after a regular step, or ``epoch``, all meta steps after the epoch's last regular step;
+            ``every_n_steps``: of these only every n-th; ``optimizer`` (name, lr, weight_decay,
+            kwargs); ``follow_schedule``, whether the meta learning rate decays with the main one.
+
+    Attributes:
+        per_epoch: whether the meta steps wait for the epoch's end.
     """
 
     def __init__(self, cfg: DictConfig):
         choose("method_kwargs.meta.trial", cfg.trial, TRIALS)
+        choose("method_kwargs.meta.schedule", cfg.schedule, SCHEDULES)
         name = "method_kwargs.meta"
         check(cfg.every_n_steps >= 1, f"{name}.every_n_steps", ">= 1", cfg.every_n_steps)
         check(cfg.optimizer.lr > 0, f"{name}.optimizer.lr", "> 0", cfg.optimizer.lr)
         check(cfg.inner_lr is None or cfg.inner_lr >= 0, f"{name}.inner_lr", ">= 0 or null", cfg.inner_lr)
         self.cfg = cfg
+        self.per_epoch: bool = cfg.schedule == "epoch"
         self.estimator = build_estimator(cfg.estimator, OmegaConf.to_container(cfg.estimator_kwargs))
         self.optimizer: torch.optim.Optimizer | None = None
         self._state: dict | None = None
@@ -91,9 +98,9 @@ class MetaUpdate:
         """Whether the learning rate is a step length: for SGD, and for any host's LARS."""
         return isinstance(main, torch.optim.SGD) or type(main).__name__.lower() == "lars"
 
-    def due(self, global_step: int) -> bool:
-        """Whether the meta step follows the ``global_step``-th regular step (counted from 1)."""
-        return global_step % self.cfg.every_n_steps == 0
+    def due(self, step: int) -> bool:
+        """Whether the ``step``-th meta step, counted from 1, is to be made."""
+        return step % self.cfg.every_n_steps == 0
 
     def trial(self, main: torch.optim.Optimizer, encoder: nn.Module, head: nn.Module) -> Trial:
         """The trial steps of this iteration, from the main optimiser's current state."""

@@ -1,16 +1,18 @@
 """MetaMask: a meta-learned mask over feature dimensions, beside a redundancy-reduction loss."""
 
+from collections.abc import Iterable
 from itertools import combinations
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from metamask_plugin.bilevel import BilevelProblem, Functional
 from metamask_plugin.errors import check, choose
-from metamask_plugin.host import BaseMethod
 from metamask_plugin.losses import redundancy_reduction_loss
 from metamask_plugin.losses.redundancy_reduction import FORMS
+from metamask_plugin.methods.bilevel_method import BilevelMethod
 from metamask_plugin.methods.meta_update import MetaUpdate
 from metamask_plugin.methods.presets import apply_preset
 from metamask_plugin.modules.dimensional_mask import DimensionalMask
@@ -38,6 +40,7 @@ PAPER: dict[str, Any] = {
         "trial": "plain",
         "inner_lr": None,
         "every_n_steps": 1,
+        "schedule": "iteration",
         # the paper does not name the mask's optimiser: at this rate the weights of a mask that
         # starts at 1 spread visibly within an epoch and keep their mean
         "optimizer": {"name": "adam", "lr": 1e-2, "weight_decay": 0.0, "kwargs": {}},
@@ -71,6 +74,7 @@ OFFICIAL: dict[str, Any] = {
         "trial": "momentum",
         "inner_lr": None,
         "every_n_steps": 1,
+        "schedule": "iteration",
         "optimizer": {"name": "sgd", "lr": 1e-3, "weight_decay": 5e-4, "kwargs": {"momentum": 0.9}},
         "follow_schedule": True,
     },
@@ -79,7 +83,7 @@ OFFICIAL: dict[str, Any] = {
 PRESETS = {"paper": PAPER, "official": OFFICIAL}
 
 
-class MetaMask(BaseMethod):
+class MetaMask(BilevelMethod):
     """MetaMask on top of any task. Algorithm 1 of [0].
 
     Regular step, M fixed, over encoder and heads (Eq. 5):
@@ -197,23 +201,15 @@ class MetaMask(BaseMethod):
             for z1, z2 in combinations(z, 2)
         )
 
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        self._last_step = self.trainer.global_step
-        if self.meta is not None:
-            self.meta.start(self.mask.parameters(), self.optimizers(use_pl_optimizer=False))
+    def meta_parameters(self) -> Iterable[nn.Parameter]:
+        return self.mask.parameters()
 
-    def on_train_batch_end(self, outputs: Any, batch: list, batch_idx: int) -> None:
-        """Makes the meta step once the optimiser has stepped (gradient accumulation may skip it)."""
-        super().on_train_batch_end(outputs, batch, batch_idx)
-        step, stepped = self.trainer.global_step, self.trainer.global_step > self._last_step
-        self._last_step = step
-        if self.meta is not None and stepped and self.meta.due(step):
-            self._meta_step(batch[1])
-        if self.trainer.is_last_batch:  # the mask as the epoch leaves it, not its mean over the epoch
-            self.log_dict(self.mask.statistics(), on_step=False, on_epoch=True)
+    def meta_state(self) -> dict[str, torch.Tensor]:
+        return self.mask.statistics()
 
-    def _meta_step(self, views: list[torch.Tensor]) -> None:
+    def meta_step(self, batch: list) -> None:
+        """Eqs. (6) and (7): the mask goes down the gradient of the trial weights' loss."""
+        views = batch[1]
         main = self.optimizers(use_pl_optimizer=False)
         meta_gradient = self.meta.gradient(
             self.meta_problem(views), self.meta.trial(main, self.backbone, self.task)
@@ -251,13 +247,3 @@ class MetaMask(BaseMethod):
         return BilevelProblem(
             encode, task_loss, task_loss, backbone.params, task.params, (self.mask.values(),)
         )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self.meta is not None:
-            checkpoint["meta_optimizer"] = self.meta.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if self.meta is not None:
-            self.meta.load_state_dict(checkpoint.get("meta_optimizer"))

@@ -9,6 +9,13 @@ from metamask_plugin.errors import choose
 FREE_FORM = ("task_kwargs", "estimator_kwargs", "kwargs")
 """Blocks whose keys belong to the object they are passed to, and are checked there."""
 
+CHOICES = {
+    "task": "task_kwargs",
+    "meta.estimator": "meta.estimator_kwargs",
+    "regularizer.name": "regularizer.kwargs",
+}
+"""Where the user makes another choice than the preset, the preset's settings for its own one go."""
+
 
 def apply_preset(presets: dict[str, dict[str, Any]], user: DictConfig) -> DictConfig:
     """Lays the user's ``method_kwargs`` over the preset that they name (``preset``, default paper).
@@ -26,10 +33,10 @@ def apply_preset(presets: dict[str, dict[str, Any]], user: DictConfig) -> DictCo
     name = choose("method_kwargs.preset", user.get("preset") or "paper", presets)
     defaults = OmegaConf.create({"preset": name, **presets[name]})
     _check_keys(defaults, user, "method_kwargs")
-    if user.get("task", defaults.task) != defaults.task:
-        defaults.task_kwargs = {}  # the preset's are for its own task
-    if OmegaConf.select(user, "meta.estimator", default=defaults.meta.estimator) != defaults.meta.estimator:
-        defaults.meta.estimator_kwargs = {}
+    for choice, settings in CHOICES.items():
+        own = OmegaConf.select(defaults, choice)
+        if OmegaConf.select(user, choice, default=own) != own:
+            OmegaConf.update(defaults, settings, {}, merge=False)
     return OmegaConf.merge(defaults, user)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from metamask_plugin.errors import check
-from metamask_plugin.losses import nt_xent_loss
+from metamask_plugin.losses import backdoor_adjusted_loss, nt_xent_loss
 from metamask_plugin.modules.heads import projection_head
 from metamask_plugin.tasks.base import Task
 
@@ -35,6 +35,7 @@ class SimCLR(Task):
         super().__init__(features_dim)
         check(temperature > 0, "method_kwargs.task_kwargs.temperature", "> 0", temperature)
         self.temperature = temperature
+        self.projection_dim = proj_output_dim
         self.projector = projection_head(
             features_dim, proj_hidden_dim, proj_output_dim, layers=2, final_norm=final_norm
         )
@@ -42,5 +43,10 @@ class SimCLR(Task):
     def project(self, feats: torch.Tensor) -> torch.Tensor:
         return self.projector(feats)
 
-    def forward(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
-        return nt_xent_loss([self.project(feats) for feats in views], self.temperature)
+    def loss(self, projections: Sequence[torch.Tensor]) -> torch.Tensor:
+        return nt_xent_loss(projections, self.temperature)
+
+    def backdoor_adjusted_loss(
+        self, projections: Sequence[torch.Tensor], weighted: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        return backdoor_adjusted_loss(projections, weighted, self.temperature)

@@ -6,40 +6,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from method_config import method_config
-from torch.utils.data import DataLoader, Dataset
+from method_training import train
 
 from metamask_plugin.errors import UserError
 from metamask_plugin.methods import MetaMask
-
-
-class Views(Dataset):
-    """Two noisy views of fixed random images."""
-
-    def __init__(self, count=24):
-        generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(count, 2, 3, 32, 32, generator=generator)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return index, list(self.images[index]), index % 10
-
-
-def train(model, steps=3, callbacks=(), **kwargs):
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        limit_train_batches=steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        **kwargs,
-    )
-    trainer.fit(model, DataLoader(Views(), batch_size=8))
-    return trainer
 
 
 def build(**overrides):

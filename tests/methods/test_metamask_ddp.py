@@ -9,7 +9,7 @@ SCRIPT = """
 import lightning.pytorch as pl, torch
 from torch.utils.data import DataLoader
 from method_config import method_config
-from test_metamask import Views
+from method_training import Views
 from metamask_plugin.methods import MetaMask
 
 if __name__ == "__main__":
@@ -35,7 +35,7 @@ def test_masks_of_two_processes_stay_equal(tmp_path):
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "PYTHONPATH": f"{tests}:{tests / 'methods'}"},
+        env={**os.environ, "PYTHONPATH": f"{tests}"},
     )
     assert "world 2" in done.stdout, done.stderr[-2000:]
     assert "equal True moved True" in done.stdout

@@ -1,0 +1,307 @@
+"""ICL-MSR: contrastive learning whose positives are adjusted for what the background explains."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from metamask_plugin.bilevel import BilevelProblem, Functional, MetaGradient
+from metamask_plugin.errors import check, choose
+from metamask_plugin.losses import uniformity_loss
+from metamask_plugin.losses.uniformity import SCOPES
+from metamask_plugin.methods.bilevel_method import BilevelMethod
+from metamask_plugin.methods.meta_update import MetaUpdate
+from metamask_plugin.methods.presets import apply_preset
+from metamask_plugin.modules.encoder_split import EncoderSplit
+from metamask_plugin.modules.encoders import build_encoder
+from metamask_plugin.modules.semantic_regularizer import SemanticRegularizer, weight_statistics
+from metamask_plugin.tasks import build_task
+from metamask_plugin.tasks.interventional import LEVELS, InterventionalTask
+
+PAPER: dict[str, Any] = {
+    "task": "simclr",
+    # "head 1024" is the hidden width and "64" its output, as in the W-MSE code base that it follows
+    "task_kwargs": {"proj_hidden_dim": 1024, "proj_output_dim": 64, "temperature": 0.5},
+    "lamb": 1.0,  # SimCLR + MSR, Section 6.3; docs/method.md has the other tasks'
+    "gamma": 1.0,
+    "level": "features",
+    "uniformity": {"t": 2.0, "scope": "image"},
+    "regularizer": {
+        "n": 6,
+        "name": "conv4",
+        "kwargs": {"width": 16, "norm": "group"},
+        "activation": "sigmoid",
+    },
+    "meta": {
+        "enabled": True,
+        "estimator": "exact",
+        "estimator_kwargs": {},
+        "trial": "plain",
+        "inner_lr": None,
+        "every_n_steps": 1,
+        "schedule": "iteration",
+        # beta is not in the paper
+        "optimizer": {"name": "adam", "lr": 1e-3, "weight_decay": 0.0, "kwargs": {}},
+        "follow_schedule": False,
+    },
+}
+
+PRESETS = {"paper": PAPER}
+
+
+class ICLMSR(BilevelMethod):
+    """ICL-MSR on top of any contrastive task. Algorithm 1 of [0].
+
+    Regular step, f_msr fixed, over encoder and head (Eq. 5), with A = f_msr(un-augmented image):
+
+        L_to = L_ct + lamb * L_msr(A)
+
+    Meta step over f_msr, on the same batch right after the optimiser's step (Eqs. 7, 8):
+
+        L_ct(f', f_ph') + gamma * L_uni(A)   through the trial weights   f' = f - l grad L_to
+
+    f_msr plays no part at test time.
+
+    A batch's last view is the un-augmented image: the last pipeline of ``augmentations`` must draw
+    nothing, make one crop, and have a ``crop_size`` of its own, by which solo-learn's loader, too, tells
+    it from the augmented views. The backbone never sees it.
+
+    Args:
+        cfg: the host's configuration; its ``method_kwargs`` are
+
+            - ``preset``: ``paper``, what the rest defaults to;
+            - ``task``, ``task_kwargs``: what fills L_ct, and its settings;
+            - ``lamb``: lambda of Eq. (5), >= 0;
+            - ``gamma``: of Eq. (8), >= 0;
+            - ``level``: where A enters, see
+              :class:`~metamask_plugin.tasks.interventional.InterventionalTask`;
+            - ``uniformity``: ``t`` and ``scope`` of Eq. (9), see
+              :func:`~metamask_plugin.losses.uniformity_loss`;
+            - ``regularizer``: f_msr: ``n``, ``activation``, and ``name`` and ``kwargs`` of its trunk, one of
+              our encoders or any timm model;
+            - ``meta``: see :class:`~metamask_plugin.methods.meta_update.MetaUpdate`, and ``enabled``
+              (``False``: f_msr stays as it was initialised).
+
+    Raises:
+        UserError: for settings that cannot be, or without the un-augmented view.
+
+    [0] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        super().__init__(cfg)
+        kwargs = self.cfg.method_kwargs
+        self.task = build_task(kwargs.task, self.features_dim, OmegaConf.to_container(kwargs.task_kwargs))
+        self.split = None
+        if kwargs.level == "feature_map":
+            self.split = EncoderSplit(
+                self.backbone, OmegaConf.select(self.cfg, "augmentations[0].crop_size", default=32)
+            )
+        self.original = original_pipeline(self.cfg)
+        if self.original is not None:  # it is f_msr's: the host does not count it among the views
+            self.num_small_crops -= 1
+            self.num_crops -= 1
+            self.multicrop = self.num_small_crops > 0
+        # built last: encoder and head start as they would without it, under the same seed
+        self.regularizer = self._build_regularizer() if needs_regularizer(kwargs) else None
+        self.meta = MetaUpdate(kwargs.meta) if kwargs.meta.enabled else None
+
+    def _build_regularizer(self) -> SemanticRegularizer:
+        kwargs = self.cfg.method_kwargs
+        channels = {
+            "features": self.features_dim,
+            "feature_map": self.split.channels if self.split else None,
+            "projection": self.task.projection_dim,
+        }[kwargs.level]
+        settings = kwargs.regularizer
+        options = OmegaConf.to_container(settings.kwargs)
+        size = self.original.crop_size
+        trunk = build_encoder(settings.name, size, setting="method_kwargs.regularizer", **options)
+        return SemanticRegularizer(trunk, channels, settings.n, settings.activation)
+
+    @staticmethod
+    def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
+        """Adds the host's defaults and the preset's, and checks ``method_kwargs`` and the views."""
+        cfg = super(ICLMSR, ICLMSR).add_and_assert_specific_cfg(cfg)
+        cfg.method_kwargs = kwargs = apply_preset(PRESETS, cfg.method_kwargs)
+        check(kwargs.lamb >= 0, "method_kwargs.lamb", ">= 0", kwargs.lamb)
+        check(kwargs.gamma >= 0, "method_kwargs.gamma", ">= 0", kwargs.gamma)
+        check(kwargs.uniformity.t > 0, "method_kwargs.uniformity.t", "> 0", kwargs.uniformity.t)
+        choose("method_kwargs.uniformity.scope", kwargs.uniformity.scope, SCOPES)
+        choose("method_kwargs.level", kwargs.level, LEVELS)
+        check(
+            original_pipeline(cfg) is not None or not needs_regularizer(kwargs),
+            "augmentations",
+            "a list whose last block makes f_msr's un-augmented view (num_crops 1, nothing random, a "
+            "crop_size that no other block has)",
+            "none such",
+            "append '- {crop_size: 36, num_crops: 1}', for solo-learn's own loader with every key, as in "
+            "scripts/pretrain/cifar/augmentations/with_original.yaml",
+        )
+        return cfg
+
+    @property
+    def learnable_params(self) -> list[dict[str, Any]]:
+        """Adds the task's head. f_msr is not here: it has an optimiser of its own."""
+        return [*super().learnable_params, {"name": "task", "params": list(self.task.parameters())}]
+
+    def forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Adds, in evaluation, the task's projection ``z``; for ``level: feature_map``, the ``maps``."""
+        if self.split is None:
+            out = super().forward(X)
+        else:
+            maps = self.split.front(X if self.no_channel_last else X.to(memory_format=torch.channels_last))
+            feats = self.split.tail(maps)
+            out = {"logits": self.classifier(feats.detach()), "feats": feats, "maps": maps}
+        if not self.training:
+            out["z"] = self.task.project(out["feats"])
+        return out
+
+    def multicrop_forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
+        """solo-learn's path for small crops, with the same outputs as the large ones."""
+        return self(X)
+
+    def training_step(self, batch: list, batch_idx: int) -> torch.Tensor:
+        """The regular loss of Eq. (5), plus the online classifier's."""
+        indexes, views, targets = batch
+        views, original = self.separate(views)
+        out = super().training_step([indexes, views, targets], batch_idx)
+        loss, metrics = self.regular_loss(
+            out["feats"], out["feats" if self.split is None else "maps"], original
+        )
+        metrics["train_loss"] = loss
+        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(indexes))
+        return loss + out["loss"]
+
+    def separate(self, views: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """The augmented views, and the un-augmented one if the data come with it."""
+        return (views, None) if self.original is None else (views[:-1], views[-1])
+
+    def regular_loss(
+        self, feats: list[torch.Tensor], encoded: list[torch.Tensor], original: torch.Tensor | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Eq. (5) for one batch.
+
+        Args:
+            feats: features of each view, (N, D) each.
+            encoded: what A weighs: these features, or the feature maps (N, C, h, w).
+            original: the un-augmented images (N, 3, H, W).
+
+        Returns:
+            The loss and, to log, its parts.
+        """
+        lamb = self.cfg.method_kwargs.lamb
+        weights = None
+        if lamb > 0:
+            with torch.no_grad():  # f_msr is fixed here, down to the statistics a trunk may keep
+                weights = Functional(self.regularizer)({}, original)
+        contrast, adjusted = self._interventional_task().losses(feats, encoded, weights)
+        if adjusted is None:
+            return contrast, {"train_task_loss": contrast}
+        return contrast + lamb * adjusted, {"train_task_loss": contrast, "train_msr_loss": adjusted}
+
+    def meta_parameters(self) -> Iterable[nn.Parameter]:
+        return self.regularizer.parameters()
+
+    def meta_state(self) -> dict[str, torch.Tensor]:
+        weights = getattr(self, "_latest_weights", None)
+        return {} if weights is None else weight_statistics(weights)
+
+    def meta_step(self, batch: list) -> None:
+        """Eqs. (7) and (8): f_msr goes down the gradient that reaches it through A."""
+        views, original = self.separate(batch[1])
+        main = self.optimizers(use_pl_optimizer=False)
+        leaves = {name: p.detach().requires_grad_() for name, p in self.regularizer.named_parameters()}
+        weights = torch.func.functional_call(self.regularizer, leaves, (original,))
+        trial = self.meta.trial(main, self._encoder(), self._interventional_task())
+        meta_gradient = self.meta.gradient(self.meta_problem(views, weights.detach()), trial)
+
+        dloss_dleaves = torch.autograd.grad(
+            weights, list(leaves.values()), meta_gradient.weights[0], materialize_grads=True
+        )
+        for parameter, gradient in zip(self.regularizer.parameters(), dloss_dleaves):
+            # each process solves its own batch's problem; averaged like DDP's gradients, f_msr stays one
+            parameter.grad = self.trainer.strategy.reduce(gradient, reduce_op="mean")
+        self.meta.step(main)
+        self._log_meta_step(weights.detach(), meta_gradient)
+
+    def _log_meta_step(self, weights: torch.Tensor, meta_gradient: MetaGradient) -> None:
+        """Both terms of Eq. (8), and how hard each pulls at A."""
+        self._latest_weights = weights
+        leaf = weights.clone().requires_grad_()
+        uniformity = self._uniformity(leaf)
+        gamma = self.cfg.method_kwargs.gamma
+        (pull,) = torch.autograd.grad(gamma * uniformity, leaf)
+        metrics = {
+            "train_outer_loss": meta_gradient.outer_loss - gamma * uniformity.detach(),
+            "train_uniformity_loss": uniformity.detach(),
+            "meta_gradient_task": (meta_gradient.weights[0] - pull).norm(),
+            "meta_gradient_uniformity": pull.norm(),
+        }
+        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(weights))
+
+    def _uniformity(self, weights: torch.Tensor) -> torch.Tensor:
+        settings = self.cfg.method_kwargs.uniformity
+        return uniformity_loss(weights, settings.t, settings.scope)
+
+    def meta_problem(self, views: list[torch.Tensor], weights: torch.Tensor) -> BilevelProblem:
+        """Eqs. (7) and (8) for one batch: w is A, from which the engine's result goes on into f_msr.
+
+        Args:
+            views: augmented images of each view, (N, 3, H, W) each; BatchNorm sees them one by one, as in
+                the regular step.
+            weights: A, shape (N, n, C), detached.
+        """
+        if not self.no_channel_last:
+            views = [x.to(memory_format=torch.channels_last) for x in views]
+        lamb, gamma = self.cfg.method_kwargs.lamb, self.cfg.method_kwargs.gamma
+        encoder_names = head_names = None
+        if self.split is not None:  # what lies behind the map is the head's here
+            encoder_names = self.split.front_names
+            head_names = {f"tail.{name}" for name in self.split.tail_names}
+            head_names |= {f"task.{name}" for name, _ in self.task.named_parameters()}
+        encoder = Functional(self._encoder(), encoder_names)
+        head = Functional(self._interventional_task(), head_names)
+
+        def encode(theta):
+            return torch.stack([encoder(theta, x) for x in views])
+
+        def inner_loss(encoded, phi, w):
+            if lamb == 0:
+                return head(phi, list(encoded), None)[0]
+            contrast, adjusted = head(phi, list(encoded), w[0])
+            return contrast + lamb * adjusted
+
+        def outer_loss(encoded, phi, w):
+            contrast, _ = head(phi, list(encoded), None)
+            return contrast + gamma * self._uniformity(w[0])
+
+        return BilevelProblem(encode, inner_loss, outer_loss, encoder.params, head.params, (weights,))
+
+    def _encoder(self) -> nn.Module:
+        """What A follows: the backbone, or its part before the feature map is pooled."""
+        return self.backbone if self.split is None else self.split.front
+
+    def _interventional_task(self) -> InterventionalTask:
+        """Made anew where it is needed: as an attribute it would list the task's weights twice."""
+        tail = None if self.split is None else self.split.tail
+        return InterventionalTask(self.task, self.cfg.method_kwargs.level, tail)
+
+
+def needs_regularizer(kwargs: DictConfig) -> bool:
+    """Whether f_msr has anything to do: without lambda and without a meta step this is the plain task."""
+    return kwargs.lamb > 0 or kwargs.meta.enabled
+
+
+def original_pipeline(cfg: DictConfig) -> DictConfig | None:
+    """The pipeline of the un-augmented view, the last of ``augmentations``; None if that is another one."""
+    pipelines = OmegaConf.select(cfg, "augmentations", default=None) or []
+    if len(pipelines) < 2:
+        return None
+    *others, last = pipelines
+    operations = [node for node in last.values() if OmegaConf.is_dict(node)]
+    random = any(node.get("enabled", False) or node.get("prob", 0) > 0 for node in operations)
+    own_size = all(other.crop_size != last.crop_size for other in others)
+    return last if own_size and not random and last.get("num_crops", 1) == 1 else None

@@ -1,0 +1,84 @@
+"""A task beside its backdoor-adjusted self: the two terms of ICL-MSR's regular loss."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from metamask_plugin.tasks.base import Task
+
+LEVELS = ("features", "feature_map", "projection")
+
+
+class InterventionalTask(nn.Module):
+    """L_ct and L_msr on the same projections, Eq. (5) of [0].
+
+    The weight vectors A enter at one of three levels:
+
+    - ``features``: the encoder's pooled features, which the head then projects;
+    - ``feature_map``: the channels of the feature map before it is pooled, as Section 4.1 of [0] writes
+      it. Where nothing but an average follows the map (ResNet), this is ``features`` by another route;
+    - ``projection``: the head's output.
+
+    The anchors and negatives are never weighted.
+
+    Args:
+        task: what gives both losses.
+        level: where A enters.
+        tail: from the feature map to features, for ``feature_map`` alone.
+
+    [0] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
+    """
+
+    def __init__(self, task: Task, level: str, tail: nn.Module | None = None):
+        super().__init__()
+        self.task, self.level, self.tail = task, level, tail
+
+    def forward(
+        self, encoded: Sequence[torch.Tensor], weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """L_ct and, with weights, L_msr, from what the encoder gives.
+
+        Args:
+            encoded: of each view, features (N, D); for ``feature_map`` the map (N, C, h, w).
+            weights: A, shape (N, n, C), shared by an image's views; None for L_ct alone.
+        """
+        feats = encoded if self.tail is None else [self.tail(feature_map) for feature_map in encoded]
+        return self.losses(feats, encoded, weights)
+
+    def losses(
+        self, feats: Sequence[torch.Tensor], encoded: Sequence[torch.Tensor], weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """:meth:`forward` where the features (N, D) of each view are there already."""
+        z = [self.task.project(view) for view in feats]
+        contrast = self.task.loss(z)
+        if weights is None:
+            return contrast, None
+        with _statistics_kept(self):
+            strata = [self._strata(view, projection, weights) for view, projection in zip(encoded, z)]
+        return contrast, self.task.backdoor_adjusted_loss(z, strata)
+
+    def _strata(self, view: torch.Tensor, z: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """a_t * Z for every t, projected: (N, n, P). Each stratum is a batch of its own for BatchNorm."""
+        if self.level == "projection":
+            return z[:, None] * weights
+        if self.level == "feature_map":
+            feats = [self.tail(view * a[:, :, None, None]) for a in weights.unbind(1)]
+        else:
+            feats = [view * a for a in weights.unbind(1)]
+        return torch.stack([self.task.project(stratum) for stratum in feats], dim=1)
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Weighted features must not enter BatchNorm's running statistics: at test time nothing is weighted."""
+    momenta = [(norm, norm.momentum) for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    for norm, _ in momenta:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in momenta:
+            norm.momentum = momentum

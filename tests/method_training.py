@@ -1,0 +1,37 @@
+"""A Trainer on random views, for whoever tests a method."""
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class Views(Dataset):
+    """Two noisy views of fixed random images, and the un-augmented one where it is asked for."""
+
+    def __init__(self, count=24, original=False):
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(count, 2, 3, 32, 32, generator=generator)
+        self.originals = torch.randn(count, 3, 36, 36, generator=generator) if original else None
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        views = list(self.images[index])
+        return index, views if self.originals is None else [*views, self.originals[index]], index % 10
+
+
+def train(model, steps=3, callbacks=(), original=False, **kwargs):
+    """Trains for one epoch of ``steps`` batches of 8 and returns the trainer."""
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        limit_train_batches=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        **{"max_epochs": 1, **kwargs},
+    )
+    trainer.fit(model, DataLoader(Views(original=original), batch_size=8))
+    return trainer

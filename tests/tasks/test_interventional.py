@@ -1,0 +1,89 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from metamask_plugin.errors import UserError
+from metamask_plugin.losses import backdoor_adjusted_loss
+from metamask_plugin.tasks import SimCLR, Task
+from metamask_plugin.tasks.interventional import InterventionalTask
+
+
+@pytest.fixture
+def task():
+    torch.manual_seed(0)
+    return SimCLR(8, proj_hidden_dim=12, proj_output_dim=5, temperature=0.3)
+
+
+def features(count=6):
+    return [torch.randn(count, 8) for _ in range(2)]
+
+
+def test_features_are_weighted_before_the_head(task):
+    feats, weights = features(), torch.rand(6, 3, 8)
+    contrast, adjusted = InterventionalTask(task, "features")(feats, weights)
+    torch.testing.assert_close(contrast, task(feats))
+    strata = [torch.stack([task.project(h * weights[:, t]) for t in range(3)], dim=1) for h in feats]
+    expected = backdoor_adjusted_loss([task.project(h) for h in feats], strata, 0.3)
+    torch.testing.assert_close(adjusted, expected)
+
+
+def test_projections_are_weighted_behind_the_head(task):
+    feats, weights = features(), torch.rand(6, 3, 5)
+    _, adjusted = InterventionalTask(task, "projection")(feats, weights)
+    z = [task.project(h) for h in feats]
+    expected = backdoor_adjusted_loss(z, [view[:, None] * weights for view in z], 0.3)
+    torch.testing.assert_close(adjusted, expected)
+
+
+class Average(nn.Module):
+    def forward(self, feature_map):
+        return feature_map.mean(dim=(2, 3))
+
+
+def test_before_an_average_the_map_is_the_features_by_another_route(task):
+    maps, weights = [torch.randn(6, 8, 3, 3) for _ in range(2)], torch.rand(6, 4, 8)
+    by_map = InterventionalTask(task, "feature_map", Average())(maps, weights)
+    by_features = InterventionalTask(task, "features")([m.mean(dim=(2, 3)) for m in maps], weights)
+    torch.testing.assert_close(by_map, by_features)
+
+
+def test_before_anything_else_it_is_not(task):
+    tail = nn.Sequential(nn.MaxPool2d(3), nn.Flatten(), nn.Linear(8, 8))
+    maps, weights = [torch.randn(6, 8, 3, 3) for _ in range(2)], torch.rand(6, 4, 8)
+    _, by_map = InterventionalTask(task, "feature_map", tail)(maps, weights)
+    _, by_features = InterventionalTask(task, "features")([tail(m) for m in maps], weights)
+    assert (by_map - by_features).abs() > 1e-4
+
+
+def test_weighted_features_leave_the_running_statistics_alone(task):
+    reference = copy.deepcopy(task)
+    feats = features()
+    InterventionalTask(task, "features")(feats, torch.rand(6, 3, 8) * 100)
+    reference(feats)
+    norm, expected = task.projector[1], reference.projector[1]
+    assert torch.equal(norm.running_mean, expected.running_mean)
+    assert torch.equal(norm.running_var, expected.running_var)
+    assert norm.momentum == 0.1
+
+
+def test_without_weights_there_is_one_loss(task):
+    feats = features()
+    contrast, adjusted = InterventionalTask(task, "features")(feats, None)
+    assert adjusted is None
+    assert torch.equal(contrast, task(feats))
+
+
+def test_a_task_without_such_a_form_says_so():
+    class Bare(Task):
+        projection_dim = 8
+
+        def project(self, feats):
+            return feats
+
+        def loss(self, projections):
+            return projections[0].sum()
+
+    with pytest.raises(UserError, match="must have a backdoor-adjusted form, got Bare"):
+        InterventionalTask(Bare(8), "features")(features(), torch.rand(6, 3, 8))
