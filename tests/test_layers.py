@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "evaluation": {"errors", "modules", "data"},
     "host": {"errors", "modules", "evaluation"},
     "methods": {"errors", "bilevel", "host", "losses", "modules", "tasks"},
-    "training": {"errors", "data", "evaluation"},
+    "training": {"errors", "data", "evaluation", "modules"},
     "cli": {"errors", "data", "evaluation", "methods", "training", "modules"},
 }
 

@@ -83,7 +83,7 @@ def _run(cfg: DictConfig) -> RunFolder:
     resuming = cfg.auto_resume.enabled or cfg.resume_from_checkpoint is not None
     folder = RunFolder(cfg, resume=resuming)
     model = METHODS[cfg.method](cfg)
-    initial = copy.deepcopy(model.backbone)
+    initial = copy.deepcopy(model)
     if cfg.auto_resume.enabled and folder.summary.exists():
         print(
             f"This run is complete: {folder.path}\n{(folder.path / 'table.txt').read_text()}"

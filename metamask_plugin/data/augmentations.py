@@ -30,7 +30,7 @@ class Augmentation:
         crop_size: height and width of the views in pixels.
         num_crops: views made by this entry.
         crop_scale: smallest and largest share of the image's area that a random resized crop keeps; None
-            resizes the whole image.
+            resizes the whole image, as does a crop that keeps all of it.
         color_jitter: probability.
         brightness: strength, as are contrast and saturation, at least 0.
         contrast: strength.
@@ -95,7 +95,7 @@ def _parse(node: Any, name: str) -> Augmentation:
     return Augmentation(
         crop_size=node["crop_size"],
         num_crops=node.get("num_crops", 1),
-        crop_scale=(rrc["crop_min_scale"], rrc["crop_max_scale"]) if rrc["enabled"] else None,
+        crop_scale=_crop_scale(rrc),
         **{strength: jitter[strength] for strength in ("brightness", "contrast", "saturation", "hue")},
         **{group: values[group]["prob"] for group in GRAMMAR if group != "rrc"},
     )
@@ -126,6 +126,11 @@ def _group(node: Mapping[str, Any], group: str, name: str) -> dict[str, Any]:
         low, high = values["crop_min_scale"], values["crop_max_scale"]
         check(low <= high, f"{name}.crop_min_scale", f"at most crop_max_scale ({high})", low)
     return values
+
+
+def _crop_scale(rrc: dict[str, Any]) -> tuple[float, float] | None:
+    scale = (rrc["crop_min_scale"], rrc["crop_max_scale"])
+    return scale if rrc["enabled"] and scale != (1, 1) else None
 
 
 def _is_whole(value: Any) -> bool:

@@ -25,6 +25,8 @@ LOSSES = {
     "train_task_loss": ("task (inner)", BLUE),
     "train_redundancy_loss": ("redundancy reduction", ORANGE),
     "train_outer_loss": ("task after the trial step (outer)", GREEN),
+    "train_msr_loss": ("backdoor-adjusted (MSR)", PURPLE),
+    "train_uniformity_loss": ("uniformity of A", GREY),
 }
 ACCURACIES = {
     "knn5": ("k = 5", PURPLE, "-"),
@@ -53,7 +55,8 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     for key, (label, colour) in LOSSES.items():
         _curve(losses, history, key, label=label, color=colour)
     values = [value for line in losses.lines for value in line.get_ydata()]
-    # the redundancy loss starts orders of magnitude above the others
+    # the redundancy loss starts orders of magnitude above the others; the uniformity loss is a logarithm and
+    # may be 0 or below, where there is no log scale
     if values and 0 < 10 * min(values) < max(values):
         losses.set_yscale("log")
     losses.set_title("Losses", fontsize=10)
@@ -192,12 +195,10 @@ def save(figure: Figure, path: str | Path, dpi: int = 150) -> None:
         return
     rendered = BytesIO()
     figure.savefig(rendered, format="png", dpi=dpi, facecolor="white")
-    # 256 colours are enough for lines and colour maps, and a third of the bytes
-    image = (
-        Image.open(rendered)
-        .convert("RGB")
-        .quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
-    )
+    image = Image.open(rendered).convert("RGB")
+    # 256 colours are enough for lines and colour maps, and a third of the bytes; not for photographs
+    if not any(picture.get_array().ndim == 3 for axes in figure.axes for picture in axes.images):
+        image = image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
     image.save(path, optimize=True, dpi=(dpi, dpi))
 
 

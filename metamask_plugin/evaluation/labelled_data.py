@@ -12,20 +12,22 @@ from metamask_plugin.errors import UserError, check
 
 READABLE_FORMATS = ("image_folder", "dali", None)
 DATASET_KEYS = ("train_path", "val_path", "kwargs", "fraction", "download")
+# what an encoder saw of its images; an evaluation reads them whole and cuts out regions itself
+REGION_KEYS = ("region", "region_form")
 
 
 def merged_data(args: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The ``data`` node for an evaluation: what was asked for, over what the checkpoint was trained on.
 
-    Paths and options of the training data are used for the same data set only. ``no_labels`` is not:
-    an evaluation always reads labels.
+    Paths and options of the training data are used for the same data set only. ``no_labels`` and
+    ``region`` are not: an evaluation always reads labels, and full images.
 
     Args:
         args: the training config from ``args.json``, maybe empty.
         given: the ``data`` node that the user gave; keys that are None count as not given.
 
     Raises:
-        UserError: when no data set is named, or its format cannot be read here.
+        UserError: when no data set is named, its format cannot be read here, or a region is asked for.
     """
     given = {key: value for key, value in given.items() if value is not None}
     trained_on = args.get("data") or {}
@@ -42,7 +44,15 @@ def merged_data(args: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
             f"data.format must be image_folder or dali for this evaluator, got {merged['format']!r}; "
             "unpack the images into one folder a class, or use solo-learn's own evaluation"
         )
-    merged.pop("no_labels", None)
+    check(
+        given.get("region", "full") == "full",
+        "data.region",
+        "full for this evaluator",
+        given.get("region"),
+        "main_foreground.py tests on foregrounds and backgrounds",
+    )
+    for key in ("no_labels", *REGION_KEYS):
+        merged.pop(key, None)
     return merged
 
 
@@ -72,6 +82,7 @@ class LabelledData:
         std: Sequence[float] | None = None,
         batch_size: int = 256,
     ):
+        data = {key: value for key, value in data.items() if key not in REGION_KEYS}
         dataset = load_dataset(data)
         remedy = "set data.val_path (main_knn.py: --val_data_path)"
         check(dataset.test is not None, f"data set {dataset.name}", "one with a test split", None, remedy)
@@ -84,13 +95,41 @@ class LabelledData:
         entry = {"crop_size": crop_size, "num_crops": 1}
         entry.update({key: list(value) for key, value in (("mean", mean), ("std", std)) if value is not None})
         # the module checks a training batch size, which plays no part here
-        cfg = {"data": dict(data), "augmentations": [entry], "optimizer": {"batch_size": 1}}
+        cfg = {"data": data, "augmentations": [entry], "optimizer": {"batch_size": 1}}
         self._module = PretrainDataModule(replace(dataset, **splits), OmegaConf.create(cfg))
         self._batch_size = batch_size
         self.num_classes = dataset.num_classes
         self.sizes = {name: len(split) for name, split in splits.items()}
 
-    def evaluation_loader(self, split: str, batch_size: int | None = None) -> DataLoader:
-        """Normalised images (B, 3, s, s) and labels (B,) of ``"train"`` or ``"test"``."""
-        images = getattr(self._module.dataset, split)
-        return self._module.evaluation_loader(images, batch_size or self._batch_size)
+    def evaluation_loader(
+        self, split: str, batch_size: int | None = None, region: str = "full", form: str = "fill"
+    ) -> DataLoader:
+        """Normalised images (B, 3, s, s) and labels (B,), in a fixed order.
+
+        Args:
+            split: ``"train"`` or ``"test"``.
+            batch_size: by default the one given at construction.
+            region: what of the images is to be seen; the rest becomes the data set's mean, which is 0
+                after normalisation. See :func:`~metamask_plugin.data.regions.region_of`.
+            form: how a foreground is shown, ``"fill"`` or ``"zoom"``.
+
+        Raises:
+            UserError: for an unknown region or form, or images without foreground boxes.
+        """
+        batch_size = batch_size or self._batch_size
+        if region == "full":  # these may lie decoded in memory
+            return self._module.evaluation_loader(getattr(self._module.dataset, split), batch_size)
+        self.require_boxes()
+        return self._module.region_loader(split, region, form, batch_size)
+
+    def require_boxes(self) -> None:
+        """Raises a :class:`UserError` unless foreground and background of all images are known."""
+        full = self._module.full
+        without = [name for name in ("train", "test") if getattr(full, name).boxes is None]
+        check(
+            not without,
+            f"data set {full.name}",
+            "one with foreground boxes",
+            f"none for its {' and '.join(without)} images",
+            "take confounded_digits, coco, or tiny_imagenet with its box files",
+        )

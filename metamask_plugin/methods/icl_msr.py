@@ -301,7 +301,12 @@ def original_pipeline(cfg: DictConfig) -> DictConfig | None:
     if len(pipelines) < 2:
         return None
     *others, last = pipelines
-    operations = [node for node in last.values() if OmegaConf.is_dict(node)]
-    random = any(node.get("enabled", False) or node.get("prob", 0) > 0 for node in operations)
     own_size = all(other.crop_size != last.crop_size for other in others)
-    return last if own_size and not random and last.get("num_crops", 1) == 1 else None
+    return last if own_size and not _is_random(last) and last.get("num_crops", 1) == 1 else None
+
+
+def _is_random(pipeline: DictConfig) -> bool:
+    rrc = pipeline.get("rrc") or {}
+    # solo-learn's way to make images that are not square into a batch: a "random" crop of the whole
+    cropped = rrc.get("enabled", False) and not rrc.get("crop_min_scale") == rrc.get("crop_max_scale") == 1
+    return cropped or any(node.get("prob", 0) > 0 for node in pipeline.values() if OmegaConf.is_dict(node))

@@ -42,7 +42,8 @@ class Conv4(nn.Module):
     def __init__(self, image_size: int = 32, width: int = 32, norm: str = "batch"):
         super().__init__()
         choose("conv4's norm", norm, NORMS)
-        check(width >= 8 and width % 8 == 0, "conv4's width", "a multiple of 8", width)
+        if norm == "group":
+            check(width % 8 == 0, "conv4's width", "a multiple of 8 for norm='group'", width)
         widths = [3, width, 2 * width, 4 * width, 8 * width]
         layers = []
         for c_in, c_out in zip(widths, widths[1:]):

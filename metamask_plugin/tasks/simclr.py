@@ -18,10 +18,12 @@ class SimCLR(Task):
         proj_hidden_dim: width of the head's hidden layer.
         proj_output_dim: P, the projection's dimension.
         temperature: tau; [0] uses 0.5 on CIFAR-10 and 0.1 on ImageNet.
+        proj_layers: of the head; 2, and 3 in SimCLRv2 [2].
         final_norm: BatchNorm on the head's output, as the official MetaMask release has it.
 
     [0] Chen et al., *A Simple Framework for Contrastive Learning of Visual Representations*, ICML 2020.
     [1] Li et al., *MetaMask*, NeurIPS 2022.
+    [2] Chen et al., *Big Self-Supervised Models are Strong Semi-Supervised Learners*, NeurIPS 2020.
     """
 
     def __init__(
@@ -30,14 +32,16 @@ class SimCLR(Task):
         proj_hidden_dim: int = 2048,
         proj_output_dim: int = 256,
         temperature: float = 0.5,
+        proj_layers: int = 2,
         final_norm: bool = False,
     ):
         super().__init__(features_dim)
+        check(proj_layers >= 1, "method_kwargs.task_kwargs.proj_layers", ">= 1", proj_layers)
         check(temperature > 0, "method_kwargs.task_kwargs.temperature", "> 0", temperature)
         self.temperature = temperature
         self.projection_dim = proj_output_dim
         self.projector = projection_head(
-            features_dim, proj_hidden_dim, proj_output_dim, layers=2, final_norm=final_norm
+            features_dim, proj_hidden_dim, proj_output_dim, proj_layers, final_norm
         )
 
     def project(self, feats: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How a run ends: a table, a summary, three pictures, and the next command."""
+"""How a run ends: tables, a summary, pictures, and the next command."""
 
 import os
 import platform
@@ -8,23 +8,29 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from torch import nn
 
 import metamask_plugin
-from metamask_plugin.evaluation import figures
+from metamask_plugin.errors import UserError
+from metamask_plugin.evaluation import figures, semantic_figures
 from metamask_plugin.evaluation.features import extract_features
+from metamask_plugin.evaluation.regions import region_accuracies
 from metamask_plugin.evaluation.report import evaluate_rows, format_table, write_summary
+from metamask_plugin.modules.encoder_split import EncoderSplit
 from metamask_plugin.training.evaluation_data import EvaluationData
 from metamask_plugin.training.history import History
 from metamask_plugin.training.run_folder import RunFolder, write_text
+
+SEMANTIC_SAMPLES, SEMANTIC_IMAGES = 256, 3
+"""Test images over which A's Gram matrix is averaged, and for which its maps are drawn."""
 
 
 def final_report(
     cfg: DictConfig,
     folder: RunFolder,
     data: EvaluationData,
-    initial: nn.Module,
+    initial: pl.LightningModule,
     model: pl.LightningModule,
     history: History,
     seconds: float,
@@ -36,7 +42,7 @@ def final_report(
         cfg: the run's config.
         folder: gets ``summary.json``, ``table.txt`` and the PNGs.
         data: the run's labelled images.
-        initial: the backbone as it was before training.
+        initial: the method as it was before training.
         model: the trained method.
         history: the run's epochs.
         seconds: training time of this process, for the summary.
@@ -52,7 +58,7 @@ def final_report(
     mask = model.mask.values().cpu() if hasattr(model, "mask") else None
     rows = evaluate_rows(
         data,
-        {"random initialisation": initial, "trained encoder": model.backbone},
+        {"random initialisation": initial.backbone, "trained encoder": model.backbone},
         masks=None if mask is None else {"trained encoder": mask},
         ks=ks,
         temperature=cfg.evaluation.knn.temperature,
@@ -60,9 +66,12 @@ def final_report(
         seed=cfg.seed,
         device=device,
     )
+    regions = _regions(cfg, data, initial, model, device) if data.has_boxes else []
     table = format_table(rows)
+    if regions:
+        table += f"\n\n{format_table(regions)}"
     write_text(folder.path / "table.txt", table + "\n")
-    _draw(folder, data, initial, model.backbone, mask, history, device)
+    pictures = _draw(cfg, folder, data, initial, model, mask, history, device)
     best = history.best(f"knn{ks[0]}")
     write_summary(
         folder.summary,
@@ -75,6 +84,7 @@ def final_report(
             "epochs": len(history.rows),
             "training_seconds": round(seconds, 1),
             "table": rows,
+            "regions": regions,
             "last_epoch": history.rows[-1] if history.rows else None,
             "best_epoch": best,
             "versions": {
@@ -86,27 +96,83 @@ def final_report(
             "hardware": {"device": str(device), "threads": torch.get_num_threads()},
         },
     )
-    _say(folder, table, best, ks[0])
+    _say(folder, table, best, ks[0], pictures)
     return rows
 
 
-def _draw(folder, data, initial, trained, mask, history, device) -> None:
-    figures.save(figures.training_curves(history.rows), folder.path / "curves.png")
+def _regions(
+    cfg: DictConfig,
+    data: EvaluationData,
+    initial: pl.LightningModule,
+    model: pl.LightningModule,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Full images, foregrounds and backgrounds, for classifiers learnt on what the run was trained on."""
+    node, k = cfg.data, cfg.evaluation.knn.k[0]
+    trained_on = node.get("region") or "full"
+    rows = []
+    for name, method in (("random initialisation", initial), ("trained encoder", model)):
+        tested = region_accuracies(
+            method.backbone,
+            data,
+            trained_on,
+            k=k,
+            temperature=cfg.evaluation.knn.temperature,
+            protocol=cfg.evaluation.linear.protocol,
+            form=node.get("region_form") or "fill",
+            seed=cfg.seed,
+            device=device,
+        )
+        for classifier in (f"knn{k}", "linear"):
+            row = {f"learnt on {trained_on}, tested on": name, "classifier": classifier}
+            rows.append(row | {region["tested on"]: region[classifier] for region in tested})
+    return rows
+
+
+def _draw(cfg, folder, data, initial, model, mask, history, device) -> list[str]:
+    """Draws what there is to draw; returns the files' names."""
+    pictures = {"curves.png": figures.training_curves(history.rows)}
     if mask is not None and history.masks:
-        figures.save(figures.mask_weights(mask, torch.stack(history.masks)), folder.path / "mask.png")
-    before = extract_features(initial, data.evaluation_loader("test"), device)
-    after = extract_features(trained, data.evaluation_loader("test"), device)
-    figures.save(
-        figures.feature_correlation(before.feats, after.feats, before.labels),
-        folder.path / "feature_correlation.png",
+        pictures["mask.png"] = figures.mask_weights(mask, torch.stack(history.masks))
+    before = extract_features(initial.backbone, data.evaluation_loader("test"), device)
+    after = extract_features(model.backbone, data.evaluation_loader("test"), device)
+    pictures["feature_correlation.png"] = figures.feature_correlation(
+        before.feats, after.feats, before.labels
     )
+    if getattr(model, "regularizer", None) is not None:
+        pictures |= _semantic_pictures(data, initial, model)
+    for name, figure in pictures.items():
+        figures.save(figure, folder.path / name)
+    return list(pictures)
 
 
-def _say(folder: RunFolder, table: str, best: dict[str, Any] | None, k: int) -> None:
+@torch.no_grad()
+def _semantic_pictures(
+    data: EvaluationData, initial: pl.LightningModule, model: pl.LightningModule
+) -> dict[str, Figure]:
+    """What ICL-MSR's weight vectors look at, and how alike they are."""
+    originals = data.samples(SEMANTIC_SAMPLES, model.original.crop_size)
+    before, after = (method.regularizer.cpu().eval()(originals) for method in (initial, model))
+    pictures = {}
+    if model.regularizer.n > 1:
+        pictures["semantic_gram.png"] = semantic_figures.gram_matrix(before, after)
+    images = data.samples(SEMANTIC_IMAGES)
+    backbone = model.backbone.cpu().eval()
+    try:
+        maps = EncoderSplit(backbone, images.shape[-1]).front(images)
+    except UserError:  # a transformer's tokens are no map
+        return pictures
+    if maps.shape[1] == after.shape[2]:  # at the level of the projection it is not channels that are weighed
+        weights = after[:SEMANTIC_IMAGES]
+        pictures["semantic_maps.png"] = semantic_figures.semantic_maps(data.pixels(images), maps, weights)
+    return pictures
+
+
+def _say(folder: RunFolder, table: str, best: dict[str, Any] | None, k: int, pictures: list[str]) -> None:
     print(f"\n{table}\n")
     if best is not None:
         print(f"best epoch by kNN-{k}: {best['epoch'] + 1} ({best[f'knn{k}']:.2f} %)")
-    print(f"in {folder.path}: curves.png, mask.png, feature_correlation.png, metrics.csv, summary.json")
+    print(f"in {folder.path}: {', '.join(pictures)}, metrics.csv, summary.json")
     print(f"next: {_python()} main_knn.py --pretrained_checkpoint_dir {shlex.quote(str(folder.path))}")
 
 

@@ -9,8 +9,10 @@ from tqdm import tqdm
 SHOWN = {
     "train_task_loss": "task",
     "train_redundancy_loss": "drr",
+    "train_msr_loss": "msr",
     "train_outer_loss": "outer",
     "mask_std": "mask_std",
+    "msr_overlap": "overlap",
     "knn20": "knn20",
 }
 """Epoch metrics that the bar shows, and how it calls them."""

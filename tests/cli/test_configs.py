@@ -13,9 +13,17 @@ from metamask_plugin.cli.pretrain import run
 ROOT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain"
 CONFIGS = sorted(
     str(path.relative_to(ROOT).with_suffix(""))
-    for path in [*ROOT.glob("*.yaml"), *ROOT.glob("*/metamask_*.yaml")]
+    for path in [*ROOT.glob("*.yaml"), *ROOT.glob("*/metamask_*.yaml"), *ROOT.glob("*/icl_msr_*.yaml")]
 )
-ABLATIONS = sorted(path.stem for path in (ROOT / "ablation").glob("*.yaml"))
+ABLATIONS = {
+    "metamask": ("barlow", "fixed_lr", "no_drr", "official", "simclr"),
+    "icl_msr": ("no_msr", "no_uniformity", "semi_supervised"),
+    "either": ("finite_difference", "first_order", "no_meta", "per_epoch"),
+}
+APPLICABLE = [
+    (method, name) for method in ("metamask", "icl_msr") for name in ABLATIONS[method] + ABLATIONS["either"]
+]
+SHIPPED = {"metamask": "metamask_barlow", "icl_msr": "icl_msr_simclr"}
 
 
 @pytest.fixture
@@ -38,8 +46,22 @@ def composed(name, *overrides, folder=""):
 
 
 def test_there_is_one_for_every_data_set():
-    folders = {Path(name).parent.name for name in CONFIGS}
-    assert folders == {"", "cifar", "stl10", "tiny-imagenet", "imagenet-100", "imagenet"}
+    def folders(config):
+        return {Path(name).parent.name for name in CONFIGS if Path(name).name == config}
+
+    both = {"", "cifar", "stl10", "tiny-imagenet", "imagenet-100", "imagenet"}
+    assert folders("metamask_barlow") == both
+    assert folders("icl_msr_simclr") == both | {"coco"}
+
+
+def test_every_ablation_is_tried_here():
+    shipped = {path.stem for path in (ROOT / "ablation").glob("*.yaml")}
+    assert {name for names in ABLATIONS.values() for name in names} | {"none"} == shipped
+
+
+@pytest.mark.parametrize("name", SHIPPED.values())
+def test_none_is_no_ablation(name):
+    assert composed(name, "ablation=none") == composed(name)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "/" in name])
@@ -62,13 +84,16 @@ def test_trains(name, image_folder, tmp_path):
     ]
     if "/" in name:
         overrides += [f"data.train_path={image_folder / 'train'}", f"data.val_path={image_folder / 'val'}"]
-        if composed(name).data.dataset == "stl10":  # read by torchvision or from class folders alike
+        if composed(name).augmentations[0].crop_size == 224:  # as large as the machine is not
+            overrides.append("augmentations.0.crop_size=64")
+        if composed(name).augmentations[-1].crop_size == 112:
+            overrides.append("augmentations.1.crop_size=48")
+        if composed(name).data.dataset in ("stl10", "coco"):  # the rest of the config does not depend on it
             overrides += ["data.dataset=custom"]
     # a wide head costs memory and teaches a test nothing
-    overrides += [
-        "method_kwargs.redundancy.proj_hidden_dim=32",
-        "method_kwargs.redundancy.proj_output_dim=32",
-    ]
+    overrides += ["method_kwargs.task_kwargs.proj_hidden_dim=32"]
+    if composed(name).method == "metamask":
+        overrides += [f"method_kwargs.redundancy.proj_{width}_dim=32" for width in ("hidden", "output")]
     cfg = composed(name, *overrides)
     folder = run(cfg)
     assert folder.last_checkpoint.exists()
@@ -76,19 +101,19 @@ def test_trains(name, image_folder, tmp_path):
     assert (folder.path / "args.json").exists()
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
-def test_ablations_apply_to_any_config(ablation):
-    for name in ("metamask_barlow", "cifar/metamask_barlow"):
+@pytest.mark.parametrize(("method", "ablation"), APPLICABLE)
+def test_ablations_apply_to_any_config_of_the_method(method, ablation):
+    for name in (SHIPPED[method], f"cifar/{SHIPPED[method]}"):
         plain, ablated = composed(name), composed(name, f"ablation={ablation}")
-        assert ablated.name == f"metamask-{ablation}"
+        assert ablated.name == f"{method}-{ablation}"
         del plain.name, ablated.name
         assert OmegaConf.to_container(plain) != OmegaConf.to_container(ablated)
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
-def test_ablations_train(ablation, tmp_path):
+@pytest.mark.parametrize(("method", "ablation"), APPLICABLE)
+def test_ablations_train(method, ablation, tmp_path):
     cfg = composed(
-        "metamask_barlow",
+        SHIPPED[method],
         f"ablation={ablation}",
         "accelerator=cpu",
         "max_epochs=1",
@@ -99,5 +124,26 @@ def test_ablations_train(ablation, tmp_path):
         "++limit_train_batches=2",
     )
     metrics = (run(cfg).path / "metrics.csv").read_text()
-    assert ("train_outer_loss" in metrics) == (ablation not in ("no_meta", "simclr", "barlow"))
-    assert ("train_redundancy_loss" in metrics) == (ablation not in ("no_drr", "simclr"))
+    assert ("train_outer_loss" in metrics) == (ablation not in ("no_meta", "simclr", "barlow", "no_msr"))
+    assert ("train_redundancy_loss" in metrics) == (
+        method == "metamask" and ablation not in ("no_drr", "simclr")
+    )
+    assert ("train_msr_loss" in metrics) == (method == "icl_msr" and ablation != "no_msr")
+
+
+def test_the_papers_lambda_gamma_and_schedule_are_shipped():
+    """ICL-MSR, Sections 6.2 and 6.3, for SimCLR + MSR."""
+    rates = {"cifar": 3e-3, "stl10": 2e-3, "tiny-imagenet": 2e-3, "imagenet-100": 2e-3}
+    epochs = {"cifar": 1000, "stl10": 2000, "tiny-imagenet": 1000, "imagenet-100": 1000}
+    for folder, rate in rates.items():
+        cfg = composed(f"{folder}/icl_msr_simclr")
+        kwargs = cfg.method_kwargs
+        assert cfg.optimizer.name == "adam" and cfg.optimizer.weight_decay == 1e-6
+        assert cfg.optimizer.lr * cfg.optimizer.batch_size / 256 == pytest.approx(rate)
+        assert cfg.max_epochs == epochs[folder]
+        assert (cfg.scheduler.warmup_steps, cfg.scheduler.decay_factor) == (500, 0.2)
+        assert list(cfg.scheduler.lr_decay_steps) == [-50, -25]
+        assert (kwargs.gamma, kwargs.uniformity.t, kwargs.regularizer.n) == (1.0, 2.0, 6)
+        assert kwargs.lamb == (0.1 if folder == "imagenet-100" else 1.0)
+        assert kwargs.task_kwargs.temperature == 0.5
+    assert composed("imagenet/icl_msr_simclr").method_kwargs.lamb == 0.1

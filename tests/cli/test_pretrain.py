@@ -16,7 +16,7 @@ from metamask_plugin.training.progress import Progress
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def config(tmp_path, *overrides):
+def config(tmp_path, *overrides, name="metamask_barlow"):
     small = [
         "backbone.name=conv4",
         "++backbone.kwargs.width=4",
@@ -31,7 +31,7 @@ def config(tmp_path, *overrides):
         "evaluation.knn.every_n_epochs=1",
     ]
     with initialize_config_dir(str(ROOT / "scripts" / "pretrain"), version_base="1.2"):
-        return compose("metamask_barlow", overrides=[*small, *overrides])
+        return compose(name, overrides=[*small, *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,65 @@ def test_a_run_leaves_everything_behind(finished):
     assert pictures | files <= names
     assert not any(name.endswith(".part") for name in names)
     assert (finished.path / "best" / "best.ckpt").exists() and (finished.path / "best" / "args.json").exists()
+
+
+def test_where_there_are_boxes_there_is_a_table_of_regions(finished):
+    rows = json.loads(finished.summary.read_text())["regions"]
+    assert [row["classifier"] for row in rows] == ["knn5", "linear"] * 2
+    assert all(0 <= row[region] <= 100 for row in rows for region in ("full", "foreground", "background"))
+    table = json.loads(finished.summary.read_text())["table"]
+    assert rows[2]["full"] == pytest.approx(table[2]["knn5"])
+    assert "learnt on full, tested on" in (finished.path / "table.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def finished_msr(tmp_path_factory):
+    overrides = ["method_kwargs.regularizer.kwargs.width=8", "data.region=foreground"]
+    return pretrain.run(config(tmp_path_factory.mktemp("msr"), *overrides, name="icl_msr_simclr"))
+
+
+def test_a_run_of_icl_msr(finished_msr):
+    names = {path.name for path in finished_msr.path.iterdir()}
+    assert {"curves.png", "feature_correlation.png", "semantic_gram.png", "semantic_maps.png"} <= names
+    assert "mask.png" not in names
+    rows = list(csv.DictReader((finished_msr.path / "metrics.csv").open()))
+    for key in ("train_msr_loss", "train_outer_loss", "train_uniformity_loss", "msr_overlap", "knn5"):
+        assert all(row[key] for row in rows), key
+    summary = json.loads(finished_msr.summary.read_text())
+    assert [row["features"] for row in summary["table"]][1:] == ["random initialisation", "trained encoder"]
+    # the classifiers learnt on what the encoder was trained on, and so did those of the table above
+    assert summary["regions"][2]["foreground"] == pytest.approx(summary["table"][2]["knn5"])
+    state = torch.load(finished_msr.last_checkpoint, weights_only=True)
+    assert state["meta_optimizer"] and "regularizer.to_weights.weight" in state["state_dict"]
+
+
+@pytest.mark.parametrize("schedule", ["iteration", "epoch"])
+def test_icl_msr_interrupted_and_resumed_is_as_if_nothing_had_happened(tmp_path, monkeypatch, schedule):
+    overrides = [
+        "method_kwargs.regularizer.kwargs.width=8",
+        "++evaluation.enabled=False",
+        f"method_kwargs.meta.schedule={schedule}",
+    ]
+
+    def weights(folder):
+        return torch.load(folder.last_checkpoint, weights_only=True)["state_dict"]
+
+    straight = pretrain.run(config(tmp_path / "a", *overrides, name="icl_msr_simclr"))
+    plain = Progress.on_train_epoch_start
+
+    def interrupt(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            raise KeyboardInterrupt
+        plain(self, trainer, pl_module)
+
+    cfg = config(tmp_path / "b", *overrides, name="icl_msr_simclr")
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "on_train_epoch_start", interrupt)
+        with pytest.raises(SystemExit):
+            pretrain.run(cfg.copy())
+    resumed = pretrain.run(cfg)
+    expected, found = weights(straight), weights(resumed)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
 def test_metrics_have_a_row_an_epoch(finished):
@@ -135,7 +194,7 @@ def test_a_run_limited_by_steps_is_complete_and_saved(tmp_path):
     [
         (
             ["method=metamsk"],
-            "error: method must be one of metamask, got 'metamsk'; did you mean 'metamask'?",
+            "error: method must be one of icl_msr, metamask, got 'metamsk'; did you mean 'metamask'?",
         ),
         (["method_kwargs.task=simcrl"], "error: method_kwargs.task must be one of simclr"),
         (["backbone.name=resnt18"], "did you mean 'resnet18'"),

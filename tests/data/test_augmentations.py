@@ -33,6 +33,11 @@ def test_reads_solo_learns_grammar():
     assert parse_augmentations([full, plain]) == [full, plain]
 
 
+def test_a_crop_of_everything_is_no_crop():
+    whole = {"enabled": True, "crop_min_scale": 1.0, "crop_max_scale": 1.0}
+    assert parse_augmentations([{"crop_size": 32, "rrc": whole}]) == [Augmentation(crop_size=32)]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

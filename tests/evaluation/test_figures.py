@@ -42,6 +42,19 @@ def test_curves_skip_gaps_and_non_finite_values_and_say_what_is_missing():
         figures.training_curves([])
 
 
+def test_a_loss_that_is_0_or_below_keeps_the_scale_linear():
+    history = [
+        {"epoch": e, "train_msr_loss": 500.0, "train_redundancy_loss": 1.0, "train_uniformity_loss": value}
+        for e, value in enumerate((2.0, 0.0, -3.0))
+    ]
+    losses, _ = figures.training_curves(history).axes
+    assert labels_of(losses) == ["redundancy reduction", "backdoor-adjusted (MSR)", "uniformity of A"]
+    assert losses.get_yscale() == "linear"
+    assert list(losses.lines[2].get_ydata()) == [2, 0, -3]
+    assert losses.get_ylim()[0] < -3
+    assert figures.training_curves(history[:1]).axes[0].get_yscale() == "log"
+
+
 def test_mask_weights_are_sorted_with_their_mean_and_at_most_64_lines():
     history = 1 + 0.1 * torch.randn(7, 200, generator=GENERATOR)
     ordered, moving = figures.mask_weights(history[-1], history).axes

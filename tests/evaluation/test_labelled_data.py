@@ -5,7 +5,9 @@ import torch
 from PIL import Image
 
 from metamask_plugin.data import MemoryImages
+from metamask_plugin.data.regions import region_of
 from metamask_plugin.data.registry import Dataset
+from metamask_plugin.data.splits import FolderImages
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation import labelled_data
 from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
@@ -37,6 +39,20 @@ def test_no_data_set_and_a_format_that_is_not_read_are_named():
     with pytest.raises(UserError, match="data.format must be image_folder or dali .* got 'h5'"):
         merged_data(TRAINED, {"format": "h5"})
     assert merged_data(TRAINED, {"format": "dali"})["dataset"] == "confounded_digits"
+
+
+def test_an_evaluation_reads_full_images_whatever_the_encoder_saw():
+    seen = {"data": {**TRAINED["data"], "region": "foreground", "region_form": "zoom"}}
+    assert merged_data(seen, {}) == merged_data(TRAINED, {})
+    assert merged_data(seen, {"region": "full"}) == merged_data(TRAINED, {})
+    with pytest.raises(UserError, match="data.region must be full .* got 'background'; main_foreground.py"):
+        merged_data(TRAINED, {"region": "background"})
+    node = {"dataset": "confounded_digits", "kwargs": {"size": 16}}
+    full, seen = (
+        LabelledData({**node, **more}, 16) for more in ({}, {"region": "foreground", "region_form": "zoom"})
+    )
+    for (x, _), (y, _) in zip(full.evaluation_loader("test"), seen.evaluation_loader("test")):
+        assert torch.equal(x, y)
 
 
 def images(labels):
@@ -87,3 +103,50 @@ def test_folders_of_images_are_read_with_the_given_mean(tmp_path):
     assert x[:, 0, 0, 0].tolist() == [-1, 1]
     assert y.tolist() == [0, 1]
     assert data.num_classes == 2
+
+
+@pytest.mark.parametrize("form", ["fill", "zoom"])
+@pytest.mark.parametrize("region", ["foreground", "background"])
+def test_regions_are_those_of_the_labelled_images_with_the_mean_as_0(monkeypatch, region, form):
+    boxes = torch.tensor([[0, 0, 8, 8], [4, 4, 30, 20], [8, 0, 24, 32]], dtype=torch.int32)
+    noise = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    split = MemoryImages(noise, [0, -1, 1], ["a", "b"], boxes)
+    mean, std = (0.2, 0.4, 0.6), (0.5, 0.25, 0.125)
+    dataset = Dataset("confounded_digits", split, split, 2, mean, std)
+    monkeypatch.setattr(labelled_data, "load_dataset", lambda data: dataset)
+    data = LabelledData({"dataset": "confounded_digits"}, 32)
+    ((x, y),) = data.evaluation_loader("train", region=region, form=form)
+    expected = region_of(split.subset([0, 2]), region, mean, form).images.float() / 255
+    expected = (expected - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(x, expected)
+    assert y.tolist() == [0, 1]
+    corner = x[0, :, :8, :8] if region == "background" else x[1, :, :, :8]
+    # 0.2, 0.4 and 0.6 are whole numbers of 1/255
+    assert corner.abs().max() < 1e-6
+
+
+def test_files_that_the_module_decodes_into_memory_keep_their_boxes(monkeypatch, tmp_path):
+    for label, value in (("cat", 0), ("dog", 200)):
+        (tmp_path / label).mkdir()
+        Image.new("RGB", (32, 32), (value,) * 3).save(tmp_path / label / "1.png")
+    split = FolderImages(tmp_path)
+    split.boxes = torch.tensor([[0, 0, 16, 32], [16, 0, 32, 32]], dtype=torch.int32)
+    dataset = Dataset("tiny_imagenet", split, split, 2, (1.0,) * 3, (1.0,) * 3)
+    monkeypatch.setattr(labelled_data, "load_dataset", lambda data: dataset)
+    for pipeline in ("kornia", "torchvision"):
+        data = LabelledData({"dataset": "tiny_imagenet", "pipeline": pipeline, "num_workers": 0}, 32)
+        ((x, _),) = data.evaluation_loader("test", region="foreground")
+        assert x[0, 0, 0, 0] == -1 and x[0, 0, 0, 31] == 0
+        assert x[1, 0, 0, 0] == 0 and x[1, 0, 0, 31] == pytest.approx(200 / 255 - 1)
+        ((x, _),) = data.evaluation_loader("test")
+        assert (x[0] == -1).all(), "the full image"
+
+
+def test_images_without_boxes_have_no_regions(monkeypatch):
+    data = fake(monkeypatch, [0, 1], [1, 0])
+    message = "data set digits must be one with foreground boxes, got 'none for its train and test images'"
+    with pytest.raises(UserError, match=message):
+        data.evaluation_loader("test", region="foreground")
+    with pytest.raises(UserError, match="take confounded_digits, tiny_imagenet or coco"):
+        data.require_boxes()
+    assert len(list(data.evaluation_loader("test", region="full"))) == 1

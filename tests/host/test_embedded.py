@@ -8,7 +8,12 @@ from method_config import method_config
 
 from metamask_plugin.errors import UserError
 from metamask_plugin.host.embedded import BaseMethod, topk_accuracy
-from metamask_plugin.host.optimizers import build_optimizer, build_scheduler, without_decay_on_vectors
+from metamask_plugin.host.optimizers import (
+    build_optimizer,
+    build_scheduler,
+    build_warmup_step,
+    without_decay_on_vectors,
+)
 
 
 def parameters():
@@ -109,3 +114,33 @@ def test_topk_accuracy_with_few_classes_and_missing_labels():
     assert topk_accuracy(logits, torch.tensor([0, 2]), 1).item() == 50
     assert topk_accuracy(logits, torch.tensor([0, 2]), 5).item() == 100
     assert topk_accuracy(logits, torch.tensor([-1, 1]), 1).item() == 50
+
+
+def test_warmup_step_drops_count_from_either_end_and_leave_static_groups_alone():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "static_lr": True}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    # epochs of 2 steps; the drop 9 epochs before the end of 4 would lie before the start
+    schedule = build_warmup_step(optimizer, 3, 2.0, 4, [-9, 2, -1], 0.5)
+    rates = []
+    for _ in range(8):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    expected = [1 / 3, 2 / 3, 1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert [rate for rate, _ in rates] == pytest.approx(expected)
+    assert {rate for _, rate in rates} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"warmup_steps": -1}, "scheduler.warmup_steps must be a number of optimiser steps >= 0, got -1"),
+        ({"decay_factor": 0.0}, r"scheduler.decay_factor must be in \(0, 1\], got 0.0"),
+    ],
+)
+def test_warmup_step_refuses_what_cannot_be(kwargs, message):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    settings = {"warmup_steps": 1, "steps_per_epoch": 2.0, "max_epochs": 4, "lr_decay_steps": None}
+    with pytest.raises(UserError, match=message):
+        build_warmup_step(optimizer, **{**settings, "decay_factor": 0.5, **kwargs})

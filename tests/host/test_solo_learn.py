@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = Path(os.environ.get("SOLO_LEARN_ROOT", Path.home() / "solo-learn"))
@@ -25,7 +27,14 @@ def under_solo(*args):
 
 
 @pytest.mark.parametrize(
-    "tests", ["host/test_contract.py", "methods/test_metamask_gradient.py", "methods/test_metamask.py"]
+    "tests",
+    [
+        "host/test_contract.py",
+        "methods/test_metamask_gradient.py",
+        "methods/test_metamask.py",
+        "methods/test_icl_msr.py",
+        "methods/test_icl_msr_gradient.py",
+    ],
 )
 def test_our_tests_pass_on_solo_learns_base_method(tests):
     done = under_solo(
@@ -37,7 +46,7 @@ def test_our_tests_pass_on_solo_learns_base_method(tests):
         "-W",
         "default",
         "-k",
-        "not resnet50 and not test_convnext and not test_vit",
+        "not resnet50 and not timm and not test_convnext and not test_vit",
         str(TESTS / tests),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
@@ -52,3 +61,58 @@ def test_the_host_is_solo_learn_and_has_our_encoders():
         "print(name, ours is theirs, 'conv4' in theirs._BACKBONES)",
     )
     assert done.stdout.split() == ["solo", "True", "True"], done.stderr[-2000:]
+
+
+# solo-learn's main_pretrain.py, step by step, as far as it runs on a CPU with the newest torchmetrics
+LOADER = """
+import sys
+import lightning.pytorch as pl, torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from solo.args.pretrain import parse_cfg
+from solo.data.pretrain_dataloader import (
+    FullTransformPipeline, NCropAugmentation, build_transform_pipeline, prepare_dataloader, prepare_datasets)
+from solo.methods import METHODS
+import metamask_plugin.methods
+
+configs, images, config, size = sys.argv[1:]
+torch.set_num_threads(1)
+with initialize_config_dir(configs, version_base="1.2"):
+    cfg = compose(config, [
+        "data.dataset=custom", f"data.train_path={images}", f"data.val_path={images}", "data.num_workers=0",
+        "optimizer.batch_size=4", "augmentations.0.crop_size=64", f"augmentations.1.crop_size={size}",
+        "max_epochs=1", f"checkpoint.dir={images}",
+        "method_kwargs.task_kwargs.proj_hidden_dim=32", "backbone.name=resnet18"])
+OmegaConf.set_struct(cfg, False)
+cfg = parse_cfg(cfg)
+assert (cfg.data.num_large_crops, cfg.data.num_small_crops) == (2, 1)
+model = METHODS[cfg.method](cfg)
+transform = FullTransformPipeline([
+    NCropAugmentation(build_transform_pipeline(cfg.data.dataset, node), node.num_crops)
+    for node in cfg.augmentations])
+loader = prepare_dataloader(
+    prepare_datasets(cfg.data.dataset, transform, train_data_path=images, data_format="image_folder"),
+    batch_size=4, num_workers=0)
+print("views", [view.shape[-1] for view in next(iter(loader))[1]])
+before = {name: value.clone() for name, value in model.regularizer.state_dict().items()}
+trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
+                     enable_progress_bar=False)
+trainer.fit(model, loader)
+after = model.regularizer.state_dict()
+print("moved", any(not torch.equal(value, after[name]) for name, value in before.items()))
+print("host", type(model).__mro__[2].__module__)
+"""
+
+
+@pytest.mark.parametrize(("config", "original"), [("stl10", 48), ("imagenet-100", 112)])
+def test_icl_msr_gets_its_unaugmented_view_from_solo_learns_own_loader(tmp_path, config, original):
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        folder = tmp_path / ("cat", "dog")[index % 2]
+        folder.mkdir(exist_ok=True)
+        size = (72, 80 if config == "imagenet-100" else 72, 3)  # ImageNet's images are not square
+        Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).save(folder / f"{index}.png")
+    scripts = TESTS.parent / "scripts" / "pretrain"
+    done = under_solo("-c", LOADER, str(scripts), str(tmp_path), f"{config}/icl_msr_simclr", str(original))
+    assert f"views [64, 64, {original}]" in done.stdout, done.stderr[-2000:]
+    assert "moved True" in done.stdout and "host solo.methods.base" in done.stdout, done.stdout

@@ -176,6 +176,12 @@ def test_the_backbone_never_sees_the_unaugmented_view():
     assert sizes == [32, 32, -36]
 
 
+def test_a_crop_of_the_whole_image_is_no_crop():
+    whole = {"enabled": True, "crop_min_scale": 1.0, "crop_max_scale": 1.0}
+    augmentations = [{"crop_size": 32, "num_crops": 2}, {"crop_size": 36, "num_crops": 1, "rrc": whole}]
+    assert build(augmentations=augmentations).original.crop_size == 36
+
+
 def test_small_crops_beside_it_still_count():
     augmentations = [{"crop_size": size, "num_crops": count} for size, count in ((32, 2), (24, 1), (36, 1))]
     augmentations[1]["horizontal_flip"] = {"prob": 0.5}

@@ -62,7 +62,7 @@ def test_statistics():
     [
         ({"n": 0}, "regularizer.n must be an integer >= 1, got 0"),
         ({"activation": "sigmod"}, "did you mean 'sigmoid'"),
-        ({"width": 12}, "conv4's width must be a multiple of 8"),
+        ({"width": 12, "norm": "group"}, "conv4's width must be a multiple of 8"),
         ({"norm": "layer"}, "conv4's norm must be one of"),
     ],
 )

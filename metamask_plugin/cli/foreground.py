@@ -1,0 +1,292 @@
+"""``main_foreground.py``: checkpoints on full images, foregrounds and backgrounds, as in ICL-MSR's Fig. 1."""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from metamask_plugin.cli.errors import one_line_errors
+from metamask_plugin.data.regions import FORMS, REGIONS
+from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.evaluation.checkpoints import find_checkpoint, load_pretrained, read_args
+from metamask_plugin.evaluation.figures import save
+from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
+from metamask_plugin.evaluation.linear import PROTOCOLS
+from metamask_plugin.evaluation.regions import FIT_ON, SETTINGS, region_accuracies, summarise_seeds
+from metamask_plugin.evaluation.report import format_table, write_summary
+from metamask_plugin.evaluation.semantic_figures import region_bars
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checkpoint to be tested, and what its ``args.json`` says.
+
+    Attributes:
+        checkpoint: the file.
+        args: the training config.
+        data: the ``data`` node of the evaluation.
+        name: of its method, by which runs of several seeds belong together.
+        seed: of its training, or None.
+        trained_on: the region of the images that it was trained on.
+    """
+
+    checkpoint: Path
+    args: dict[str, Any]
+    data: dict[str, Any]
+    name: str
+    seed: int | None
+    trained_on: str
+
+    @property
+    def view(self) -> dict[str, Any]:
+        """Crop size, mean and std of the first augmentation."""
+        entry = next(iter(self.args.get("augmentations") or []), {})
+        return {key: entry.get(key) for key in ("crop_size", "mean", "std")}
+
+    @property
+    def data_key(self) -> str:
+        """The same for runs that can be tested on the same images."""
+        node = {key: value for key, value in self.data.items() if key != "num_workers"}
+        return json.dumps([node, self.view], sort_keys=True, default=str)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints a table, writes ``foreground.json`` and ``foreground.png``; bad input ends with exit code 2.
+
+    Args:
+        argv: the command line without the program's name; by default the process's.
+    """
+    args = parse_args(argv)
+    with one_line_errors():
+        run(args)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags named as those of ``main_knn.py``; what is left out is taken from each run's args.json."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--pretrained_checkpoint_dir",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="runs, or checkpoints",
+    )
+    add("--names", nargs="+", help="one a run; by default as in args.json. Seeds of one name are averaged")
+    add("--fit_on", default="trained", help="training images of the region trained on, or of the one tested")
+    add("--form", help="fill or zoom for foregrounds; by default as the runs were trained, else fill")
+    add("--k", type=int, default=5, help="number of neighbours")
+    add("--protocol", default="paper", help="of the linear probe: paper, solo, fast, none")
+    add("--dataset", help="by default the one they were trained on, as for the paths")
+    add("--train_data_path", help="images that the classifiers learn from")
+    add("--val_data_path", help="images to classify")
+    add("--num_workers", type=int, help="processes that decode image files")
+    add("--batch_size", type=int, default=256, help="images run through the encoder at once")
+    add("--output", type=Path, help="folder of the results; by default the run's, for several ./foreground")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Tests every run on every region.
+
+    Args:
+        args: see :func:`parse_args`.
+
+    Returns:
+        What is written to ``foreground.json``: the settings, ``runs`` (a row for each run and region) and
+        ``summary`` (a row for each name and region, over the seeds). Accuracies in percent.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    choose("--fit_on", args.fit_on, FIT_ON)
+    choose("--protocol", args.protocol, [*PROTOCOLS, "none"])
+    check(args.k >= 1, "--k", ">= 1", args.k)
+    check(args.batch_size >= 1, "--batch_size", ">= 1", args.batch_size)
+    runs = _runs(args)
+    form = _form(args.form, runs)
+    output = _output(args.output, runs)
+    rows = _test(runs, form, args)
+    summary = {
+        "dataset": runs[0].data["dataset"],
+        "k": args.k,
+        "protocol": args.protocol,
+        "fit_on": args.fit_on,
+        "form": form,
+        "runs": rows,
+        "summary": summarise_seeds(rows),
+    }
+    print(f"\n{_table(summary)}\n\n{_legend(summary)}")
+    write_summary(output / "foreground.json", summary)
+    save(region_bars(summary["summary"]), output / "foreground.png")
+    print(f"in {output}: foreground.json, foreground.png")
+    return summary
+
+
+def _runs(args: argparse.Namespace) -> list[Run]:
+    """Everything that can be refused before the first encoder is loaded, is refused here."""
+    given = {
+        "dataset": args.dataset,
+        "train_path": args.train_data_path,
+        "val_path": args.val_data_path,
+        "num_workers": args.num_workers,
+    }
+    paths = args.pretrained_checkpoint_dir
+    names = args.names or [None] * len(paths)
+    check(len(names) == len(paths), "--names", f"{len(paths)}, one for each run", len(names))
+    runs = [_described(path, name, given) for path, name in zip(paths, names)]
+    files = [run.checkpoint.resolve() for run in runs]
+    twice = next((str(run.checkpoint) for run, file in zip(runs, files) if files.count(file) > 1), None)
+    check(twice is None, "--pretrained_checkpoint_dir", "different runs", twice, "give each once")
+    datasets = list(dict.fromkeys(run.data["dataset"] for run in runs))
+    remedy = "test them one data set at a time, or give --dataset"
+    check(len(datasets) == 1, "--pretrained_checkpoint_dir", "runs on one data set", datasets, remedy)
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.name, run.trained_on), []).append(run)
+    for (name, region), group in groups.items():
+        seeds = [run.seed for run in group]
+        label = f"runs {name!r} trained on {region} images"
+        remedy = "give different methods different --names"
+        check(len(set(seeds)) == len(seeds), label, "of different seeds", seeds, remedy)
+        same = len({run.data_key for run in group}) == 1
+        check(same, label, "trained on the same data", "different data options", remedy)
+    return runs
+
+
+def _described(path: Path, name: str | None, given: Mapping[str, Any]) -> Run:
+    checkpoint = find_checkpoint(path)
+    args = read_args(checkpoint)
+    remedy = "give a folder written by main_pretrain.py"
+    check(bool(args), f"args.json beside {checkpoint}", "there, with the training config", "none", remedy)
+    node = args.get("data") or {}
+    run = Run(
+        checkpoint=checkpoint,
+        args=args,
+        data=merged_data(args, given),
+        name=str(name or args.get("name") or args.get("method") or checkpoint.parent.name),
+        seed=args.get("seed"),
+        trained_on=choose(f"data.region of {checkpoint.parent}", node.get("region") or "full", REGIONS),
+    )
+    crop_size, label = run.view["crop_size"], f"augmentations[0].crop_size of {checkpoint.parent}"
+    check(isinstance(crop_size, int), label, "a number of pixels", crop_size, remedy)
+    return run
+
+
+def _form(asked: str | None, runs: Sequence[Run]) -> str:
+    """How foregrounds are shown: as asked for, or as in the runs that were trained on them."""
+    if asked is not None:
+        return choose("--form", asked, FORMS)
+    nodes = [run.args.get("data") or {} for run in runs if run.trained_on == "foreground"]
+    forms = sorted({node.get("region_form") or "fill" for node in nodes}) or ["fill"]
+    check(len(forms) == 1, "--form", "given, as the runs were trained on different ones", forms)
+    return choose("--form", forms[0], FORMS)
+
+
+def _output(asked: Path | None, runs: Sequence[Run]) -> Path:
+    """The folder of the results, made before hours are spent on them."""
+    output = asked or (runs[0].checkpoint.parent if len(runs) == 1 else Path("foreground"))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output must be a folder that can be written, got {str(output)!r} ({error.strerror}); "
+            "give another --output"
+        ) from error
+    return output
+
+
+class _Watched:
+    """Labelled data whose loaders show a bar on a terminal."""
+
+    def __init__(self, data: LabelledData):
+        self._data = data
+
+    def evaluation_loader(
+        self, split: str, batch_size: int | None = None, region: str = "full", form: str = "fill"
+    ) -> DataLoader | tqdm:
+        loader = self._data.evaluation_loader(split, batch_size, region, form)
+        return tqdm(loader, f"{region} {split} features", leave=False, disable=not sys.stderr.isatty())
+
+
+def _test(runs: Sequence[Run], form: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    loaded: dict[str, LabelledData] = {}
+    device = "cuda" if torch.cuda.is_available() else None
+    rows = []
+    for run in runs:
+        if run.data_key not in loaded:
+            data = LabelledData(run.data, **run.view, batch_size=args.batch_size)
+            data.require_boxes()
+            sizes = f"{data.sizes['test']} test and {data.sizes['train']} training images"
+            print(f"{run.data['dataset']}: {sizes}", flush=True)
+            loaded[run.data_key] = data
+        described = f"{run.name}, seed {run.seed}, trained on {run.trained_on} images"
+        print(f"{run.checkpoint}: {described}", flush=True)
+        accuracies = region_accuracies(
+            load_pretrained(run.checkpoint).backbone,
+            _Watched(loaded[run.data_key]),
+            run.trained_on,
+            args.fit_on,
+            args.k,
+            protocol=None if args.protocol == "none" else args.protocol,
+            form=form,
+            device=device,
+        )
+        for row in accuracies:
+            tested_on = row.pop("tested on")
+            rows.append(
+                {
+                    "name": run.name,
+                    "seed": run.seed,
+                    "trained on": run.trained_on,
+                    "tested on": tested_on,
+                    "setting": SETTINGS.get((run.trained_on, tested_on)),
+                    **row,
+                    "checkpoint": str(run.checkpoint),
+                }
+            )
+    return rows
+
+
+def _table(summary: Mapping[str, Any]) -> str:
+    """A row for each run where there is one of each name, else one for each name with its deviation."""
+    rows = summary["runs"]
+    if len(summary["summary"]) < len(rows):
+        rows = [_with_deviation(row) for row in summary["summary"]]
+    rows = [{key: value for key, value in row.items() if key != "checkpoint"} for row in rows]
+    return format_table(rows, width=max(80, shutil.get_terminal_size().columns))
+
+
+def _with_deviation(row: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {}
+    for key, value in row.items():
+        if f"{key}_std" in row:
+            std = row[f"{key}_std"]
+            shown[key] = f"{value:.2f}" if std is None else f"{value:.2f} ± {std:.2f}"
+        elif not key.endswith("_std"):
+            shown[key] = value
+    return shown
+
+
+def _legend(summary: Mapping[str, Any]) -> str:
+    fitted = "the region that the encoder was trained on"
+    if summary["fit_on"] == "tested":
+        fitted = "the region that is tested"
+    lines = [
+        "accuracies in percent; setting: the number in Figs. 1 and 4 of ICL-MSR (Qiang et al., ICML 2022)",
+        f"classifiers learnt from training images of {fitted} (--fit_on {summary['fit_on']})",
+        f"foregrounds shown as by --form {summary['form']}",
+    ]
+    if any(row["n"] > 1 for row in summary["summary"]):
+        lines.append("n: number of seeds; ±: sample standard deviation over them")
+    return "\n".join(lines)
