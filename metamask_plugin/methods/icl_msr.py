@@ -104,6 +104,12 @@ class ICLMSR(BilevelMethod):
             self.num_small_crops -= 1
             self.num_crops -= 1
             self.multicrop = self.num_small_crops > 0
+        check(
+            self.split is None or not self.multicrop,
+            "method_kwargs.level",
+            "features or projection with small crops, whose feature maps have another size",
+            kwargs.level,
+        )
         # built last: encoder and head start as they would without it, under the same seed
         self.regularizer = self._build_regularizer() if needs_regularizer(kwargs) else None
         self.meta = MetaUpdate(kwargs.meta) if kwargs.meta.enabled else None

@@ -190,6 +190,8 @@ def test_small_crops_beside_it_still_count():
     model.log_dict = lambda *args, **kwargs: None
     views = [torch.randn(8, 3, size, size) for size in (32, 32, 24, 36)]
     assert model.training_step([torch.arange(8), views, torch.arange(8)], 0).isfinite()
+    with pytest.raises(UserError, match="level must be features or projection with small crops"):
+        build(augmentations=augmentations, data__num_small_crops=2, method_kwargs__level="feature_map")
 
 
 @pytest.mark.parametrize(
