@@ -12,7 +12,7 @@ from metamask_plugin.errors import check, choose
 from metamask_plugin.losses import uniformity_loss
 from metamask_plugin.losses.uniformity import SCOPES
 from metamask_plugin.methods.bilevel_method import BilevelMethod
-from metamask_plugin.methods.meta_update import MetaUpdate
+from metamask_plugin.methods.meta_update import DEFAULTS, MetaUpdate
 from metamask_plugin.methods.presets import apply_preset
 from metamask_plugin.modules.encoder_split import EncoderSplit
 from metamask_plugin.modules.encoders import build_encoder
@@ -35,16 +35,9 @@ PAPER: dict[str, Any] = {
         "activation": "sigmoid",
     },
     "meta": {
-        "enabled": True,
-        "estimator": "exact",
-        "estimator_kwargs": {},
-        "trial": "plain",
-        "inner_lr": None,
-        "every_n_steps": 1,
-        "schedule": "iteration",
+        **DEFAULTS,
         # beta is not in the paper
         "optimizer": {"name": "adam", "lr": 1e-3, "weight_decay": 0.0, "kwargs": {}},
-        "follow_schedule": False,
     },
 }
 

@@ -23,6 +23,18 @@ from metamask_plugin.host.optimizers import build_optimizer
 TRIALS = ("plain", "momentum")
 SCHEDULES = ("iteration", "epoch")
 
+DEFAULTS: dict[str, Any] = {
+    "enabled": True,
+    "estimator": "exact",
+    "estimator_kwargs": {},
+    "trial": "plain",
+    "inner_lr": None,
+    "every_n_steps": 1,
+    "schedule": "iteration",
+    "follow_schedule": False,
+}
+"""``method_kwargs.meta`` as both papers have it; each method's preset adds its ``optimizer``."""
+
 
 def build_estimator(name: str, kwargs: dict[str, Any]) -> Estimator:
     """Builds an estimator by name (``method_kwargs.meta.estimator``) with its own settings."""

@@ -13,7 +13,7 @@ from metamask_plugin.errors import check, choose
 from metamask_plugin.losses import redundancy_reduction_loss
 from metamask_plugin.losses.redundancy_reduction import FORMS
 from metamask_plugin.methods.bilevel_method import BilevelMethod
-from metamask_plugin.methods.meta_update import MetaUpdate
+from metamask_plugin.methods.meta_update import DEFAULTS, MetaUpdate
 from metamask_plugin.methods.presets import apply_preset
 from metamask_plugin.modules.dimensional_mask import DimensionalMask
 from metamask_plugin.modules.heads import projection_head
@@ -34,17 +34,10 @@ PAPER: dict[str, Any] = {
     },
     "mask": {"parameterisation": "free"},
     "meta": {
-        "enabled": True,
-        "estimator": "exact",
-        "estimator_kwargs": {},
-        "trial": "plain",
-        "inner_lr": None,
-        "every_n_steps": 1,
-        "schedule": "iteration",
+        **DEFAULTS,
         # the paper does not name the mask's optimiser: at this rate the weights of a mask that
         # starts at 1 spread visibly within an epoch and keep their mean
         "optimizer": {"name": "adam", "lr": 1e-2, "weight_decay": 0.0, "kwargs": {}},
-        "follow_schedule": False,
     },
 }
 
@@ -68,13 +61,10 @@ OFFICIAL: dict[str, Any] = {
     },
     "mask": {"parameterisation": "sigmoid"},
     "meta": {
-        "enabled": True,
+        **DEFAULTS,
         "estimator": "finite_difference",
         "estimator_kwargs": {"r": 1e-2},
         "trial": "momentum",
-        "inner_lr": None,
-        "every_n_steps": 1,
-        "schedule": "iteration",
         "optimizer": {"name": "sgd", "lr": 1e-3, "weight_decay": 5e-4, "kwargs": {"momentum": 0.9}},
         "follow_schedule": True,
     },

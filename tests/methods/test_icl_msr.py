@@ -312,7 +312,7 @@ def test_wrong_settings(kwargs, message):
         build(**{f"method_kwargs__{key}": value for key, value in kwargs.items()})
 
 
-def test_a_level_that_the_encoder_does_not_have():
+def test_a_level_that_a_timm_encoder_does_not_have():
     with pytest.raises(UserError, match="needs an encoder with a feature map"):
         build(backbone="test_vit", method_kwargs__level="feature_map")
 
