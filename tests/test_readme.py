@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -24,11 +25,27 @@ def test_the_engines_example_runs():
     assert names["gradient"].shape == (4,) and names["gradient"].abs().sum() > 0
 
 
-def test_what_it_links_to_exists():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
-    assert links
+def anchors(page):
+    """GitHub's names for a page's headings; a repeated one gets a number."""
+    found = []
+    for heading in re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE):
+        name = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        found.append(f"{name}-{found.count(name)}" if name in found else name)
+    return found
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
+)
+def test_what_the_pages_link_to_exists(page):
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text())
+    assert links or page.name in ("configuration.md", "solo_learn.md")
     for link in links:
-        assert (ROOT / link).exists(), link
+        if not link.startswith("http"):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path) if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
 
 
 def test_the_two_commands_are_in_the_makefile():
