@@ -242,7 +242,7 @@ def test_the_script_itself_ends_with_one_line_and_code_2(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert "error: method must be one of metamask" in done.stderr and "Traceback" not in done.stderr
+    assert "error: method must be one of icl_msr, metamask" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_without_a_config_the_shipped_ones_are_listed(tmp_path):

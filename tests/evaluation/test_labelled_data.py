@@ -147,6 +147,6 @@ def test_images_without_boxes_have_no_regions(monkeypatch):
     message = "data set digits must be one with foreground boxes, got 'none for its train and test images'"
     with pytest.raises(UserError, match=message):
         data.evaluation_loader("test", region="foreground")
-    with pytest.raises(UserError, match="take confounded_digits, tiny_imagenet or coco"):
+    with pytest.raises(UserError, match="take confounded_digits, coco, or tiny_imagenet with its box files"):
         data.require_boxes()
     assert len(list(data.evaluation_loader("test", region="full"))) == 1
