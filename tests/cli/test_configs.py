@@ -84,7 +84,7 @@ def test_trains(name, image_folder, tmp_path):
     ]
     if "/" in name:
         overrides += [f"data.train_path={image_folder / 'train'}", f"data.val_path={image_folder / 'val'}"]
-        if composed(name).augmentations[0].crop_size == 224:  # as large as the machine is not
+        if composed(name).augmentations[0].crop_size == 224:  # seconds instead of a minute
             overrides.append("augmentations.0.crop_size=64")
         if composed(name).augmentations[-1].crop_size == 112:
             overrides.append("augmentations.1.crop_size=48")

@@ -107,3 +107,24 @@ def test_registering_over_a_foreign_class_is_refused():
 
 def test_the_host_has_a_name():
     assert host.name in ("solo", "embedded")
+
+
+def test_views_are_counted_and_a_method_may_take_some_out():
+    model = silence(BaseMethod(method_config(data__num_small_crops=1)))
+    assert (model.num_large_crops, model.num_small_crops, model.num_crops) == (2, 1, 3)
+    assert model.multicrop
+    model.num_small_crops, model.num_crops, model.multicrop = 0, 2, False
+    assert len(model.training_step(batch(), 0)["feats"]) == 2
+
+
+def test_what_forward_adds_comes_as_a_list_of_views(model):
+    plain = silence(model).forward
+    model.forward = lambda X: {**plain(X), "mean": X.mean()}
+    indexes, views, targets = batch()
+    assert model.training_step([indexes, views, targets], 0)["mean"] == [view.mean() for view in views]
+
+
+def test_with_scheduler_none_the_optimiser_comes_alone(model):
+    assert model.scheduler == model.cfg.scheduler.name
+    model.scheduler = "none"
+    assert isinstance(model.configure_optimizers(), torch.optim.Optimizer)
