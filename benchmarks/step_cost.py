@@ -59,7 +59,7 @@ def build_model(backbone: str, size: int) -> MetaMask:
 
 def regular_step(model: MetaMask, views: list[torch.Tensor]) -> None:
     """The unit: forward and backward of Eq. (5), without the optimiser."""
-    loss, _ = model.regular_loss([model.backbone(x) for x in views])
+    loss, *_ = model.regular_loss({"feats": [model.backbone(x) for x in views]}, model.target_features(views))
     loss.backward()
     model.zero_grad()
 

@@ -1,15 +1,19 @@
 """ICL-MSR's backdoor-adjusted losses: the positive is seen once through each semantic stratum."""
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import permutations
 
 import torch
-import torch.nn.functional as F
+
+from metamask_plugin.losses.contrastive import NegativeMass, contrastive_loss, same_image, summed
 
 
 def backdoor_adjusted_loss(
-    views: Sequence[torch.Tensor], weighted: Sequence[torch.Tensor], temperature: float = 0.5
+    views: Sequence[torch.Tensor],
+    weighted: Sequence[torch.Tensor],
+    temperature: float = 0.5,
+    bank: torch.Tensor | None = None,
+    negative_mass: NegativeMass = summed,
 ) -> torch.Tensor:
     """L_msr, Eqs. (3), (4) and (6) of [0]: the likelihood of the positive, averaged over the strata.
 
@@ -25,6 +29,8 @@ def backdoor_adjusted_loss(
         views: M >= 2 projections, each of shape (N, P); they need not be normalised.
         weighted: the same views' projections with weighted channels, each of shape (N, n, P).
         temperature: tau > 0.
+        bank: further negatives, shape (K, P).
+        negative_mass: what the negatives amount to; the sum, if not given.
 
     Returns:
         A scalar.
@@ -35,25 +41,17 @@ def backdoor_adjusted_loss(
     [0] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
     """
     _check_shapes("backdoor_adjusted_loss", views, weighted)
-    if not temperature > 0:
-        raise ValueError(f"backdoor_adjusted_loss: temperature must be > 0, got {temperature}")
     images = len(views[0])
     if images < 2:
         raise ValueError("backdoor_adjusted_loss: views must hold 2 images or more, got 1: no negatives")
-
-    z = [F.normalize(view, dim=-1) for view in views]
-    strata = [F.normalize(view, dim=-1) for view in weighted]
-    same_image = torch.eye(images, dtype=torch.bool, device=z[0].device).repeat(1, len(z))
-    everything = torch.cat(z)
-
-    terms = []
-    for anchor, positive in permutations(range(len(z)), 2):
-        negatives = (z[anchor] @ everything.T / temperature).masked_fill(same_image, float("-inf"))
-        log_negatives = negatives.logsumexp(dim=1, keepdim=True)
-        logits = torch.einsum("np,ntp->nt", z[anchor], strata[positive]) / temperature
-        log_p = logits - torch.logaddexp(logits, log_negatives)
-        terms.append(math.log(log_p.shape[1]) - log_p.logsumexp(dim=1))
-    return torch.stack(terms).mean()
+    candidates = torch.cat([*views, *([] if bank is None else [bank])])
+    own = same_image(images, len(views), len(candidates) - images * len(views), device=candidates.device)
+    return torch.stack(
+        [
+            contrastive_loss(views[anchor], weighted[positive], candidates, temperature, own, negative_mass)
+            for anchor, positive in permutations(range(len(views)), 2)
+        ]
+    ).mean()
 
 
 def stratified_loss(

@@ -8,7 +8,10 @@ import torch.nn.functional as F
 
 
 def nt_xent_loss(
-    views: Sequence[torch.Tensor], temperature: float = 0.5, symmetric: bool = True
+    views: Sequence[torch.Tensor],
+    temperature: float = 0.5,
+    symmetric: bool = True,
+    bank: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Contrastive loss over all views of a batch, Eq. (1) of [0] with d the cosine similarity.
 
@@ -25,6 +28,7 @@ def nt_xent_loss(
         temperature: tau > 0.
         symmetric: take each pair of views both ways, as [1]; ``False`` is Eq. (1) to the letter,
             divided by N times the number of pairs.
+        bank: further negatives of every anchor, shape (K, P), as a memory bank gives them.
 
     Returns:
         The mean of the terms, a scalar.
@@ -48,7 +52,11 @@ def nt_xent_loss(
     logits = z @ z.T / temperature
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     # log of the denominator: everything in the batch but the anchor itself
-    log_denominator = logits.masked_fill(itself, float("-inf")).logsumexp(dim=1).view(-1, n)
+    log_denominator = logits.masked_fill(itself, float("-inf")).logsumexp(dim=1)
+    if bank is not None and len(bank) > 0:
+        with_bank = (z @ F.normalize(bank, dim=1).T / temperature).logsumexp(dim=1)
+        log_denominator = torch.logaddexp(log_denominator, with_bank)
+    log_denominator = log_denominator.view(-1, n)
 
     pairs = [(j, k) for j, k in permutations(range(len(views)), 2) if symmetric or j < k]
     terms = [

@@ -4,10 +4,12 @@ Importing this package registers them with the host.
 """
 
 from metamask_plugin.host import METHODS, register
+from metamask_plugin.methods.bare import Bare
 from metamask_plugin.methods.icl_msr import ICLMSR
 from metamask_plugin.methods.metamask import MetaMask
 
+register("bare", Bare)
 register("metamask", MetaMask)
 register("icl_msr", ICLMSR)
 
-__all__ = ["ICLMSR", "METHODS", "MetaMask"]
+__all__ = ["METHODS", "Bare", "ICLMSR", "MetaMask"]

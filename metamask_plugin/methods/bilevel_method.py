@@ -6,15 +6,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
-from metamask_plugin.host import BaseMethod
-from metamask_plugin.host.optimizers import build_warmup_step
 from metamask_plugin.methods.meta_update import MetaUpdate
+from metamask_plugin.methods.task_method import TaskMethod
 
 
-class BilevelMethod(BaseMethod):
+class BilevelMethod(TaskMethod):
     """A method whose regular step Lightning optimises, followed by a meta step on other parameters.
 
     The regular step is ``training_step``'s loss under automatic optimisation, so that precision,
@@ -41,39 +39,17 @@ class BilevelMethod(BaseMethod):
     def meta_state(self) -> dict[str, torch.Tensor]:
         """Scalars to log about the meta parameters, as an epoch leaves them."""
 
-    def configure_optimizers(self):
-        """The host's, and for either host the schedule ``warmup_step``, which ICL-MSR trains with."""
-        scheduler = self.cfg.scheduler
-        if scheduler.name != "warmup_step":
-            return super().configure_optimizers()
-        self.scheduler = "none"  # the host builds the optimiser alone
-        optimizer = super().configure_optimizers()
-        self.scheduler = scheduler.name
-        schedule = build_warmup_step(
-            optimizer,
-            warmup_steps=OmegaConf.select(scheduler, "warmup_steps", default=0),
-            steps_per_epoch=self.trainer.estimated_stepping_batches / self.max_epochs,
-            max_epochs=self.max_epochs,
-            lr_decay_steps=scheduler.lr_decay_steps,
-            decay_factor=OmegaConf.select(scheduler, "decay_factor", default=0.1),
-        )
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
     def on_train_start(self) -> None:
         super().on_train_start()
-        self._last_step = self.trainer.global_step
         if self.meta is not None:
             self.meta.start(self.meta_parameters(), self.optimizers(use_pl_optimizer=False))
 
-    def on_train_batch_end(self, outputs: Any, batch: list, batch_idx: int) -> None:
-        """Makes the meta step once the optimiser has stepped (gradient accumulation may skip it)."""
-        super().on_train_batch_end(outputs, batch, batch_idx)
-        step, stepped = self.trainer.global_step, self.trainer.global_step > self._last_step
-        self._last_step = step
+    def meta_stage(self, batch: list, stepped: bool) -> None:
+        """The meta step, once the optimiser has stepped (gradient accumulation may skip it)."""
         if self.meta is not None:
             if self.meta.per_epoch and self.trainer.is_last_batch:
                 self._meta_epoch()
-            elif not self.meta.per_epoch and stepped and self.meta.due(step):
+            elif not self.meta.per_epoch and stepped and self.meta.due(self.trainer.global_step):
                 self.meta_step(batch)
         if self.trainer.is_last_batch:  # as the epoch leaves it, not its mean over the epoch
             self.log_dict(self.meta_state(), on_step=False, on_epoch=True)

@@ -14,10 +14,11 @@ from metamask_plugin.losses.uniformity import SCOPES
 from metamask_plugin.methods.bilevel_method import BilevelMethod
 from metamask_plugin.methods.meta_update import DEFAULTS, MetaUpdate
 from metamask_plugin.methods.presets import apply_preset
+from metamask_plugin.methods.task_method import original_pipeline
 from metamask_plugin.modules.encoder_split import EncoderSplit
 from metamask_plugin.modules.encoders import build_encoder
 from metamask_plugin.modules.semantic_regularizer import SemanticRegularizer, weight_statistics
-from metamask_plugin.tasks import build_task
+from metamask_plugin.tasks import Projections
 from metamask_plugin.tasks.interventional import LEVELS, InterventionalTask
 
 PAPER: dict[str, Any] = {
@@ -86,17 +87,17 @@ class ICLMSR(BilevelMethod):
     def __init__(self, cfg: DictConfig):
         super().__init__(cfg)
         kwargs = self.cfg.method_kwargs
-        self.task = build_task(kwargs.task, self.features_dim, OmegaConf.to_container(kwargs.task_kwargs))
         self.split = None
         if kwargs.level == "feature_map":
+            check(
+                self.task.target is None,
+                "method_kwargs.level",
+                "features or projection with a task that has a target network",
+                kwargs.level,
+            )
             self.split = EncoderSplit(
                 self.backbone, OmegaConf.select(self.cfg, "augmentations[0].crop_size", default=32)
             )
-        self.original = original_pipeline(self.cfg)
-        if self.original is not None:  # it is f_msr's: the host does not count it among the views
-            self.num_small_crops -= 1
-            self.num_crops -= 1
-            self.multicrop = self.num_small_crops > 0
         check(
             self.split is None or not self.multicrop,
             "method_kwargs.level",
@@ -141,65 +142,36 @@ class ICLMSR(BilevelMethod):
         )
         return cfg
 
-    @property
-    def learnable_params(self) -> list[dict[str, Any]]:
-        """Adds the task's head. f_msr is not here: it has an optimiser of its own."""
-        return [*super().learnable_params, {"name": "task", "params": list(self.task.parameters())}]
-
     def forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Adds, in evaluation, the task's projection ``z``; for ``level: feature_map``, the ``maps``."""
+        """Adds the feature ``maps`` for ``level: feature_map``."""
         if self.split is None:
-            out = super().forward(X)
-        else:
-            maps = self.split.front(X if self.no_channel_last else X.to(memory_format=torch.channels_last))
-            feats = self.split.tail(maps)
-            out = {"logits": self.classifier(feats.detach()), "feats": feats, "maps": maps}
+            return super().forward(X)
+        maps = self.split.front(self._layout(X))
+        feats = self.split.tail(maps)
+        out = {"logits": self.classifier(feats.detach()), "feats": feats, "maps": maps}
         if not self.training:
             out["z"] = self.task.project(out["feats"])
         return out
 
-    def multicrop_forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
-        """solo-learn's path for small crops, with the same outputs as the large ones."""
-        return self(X)
-
-    def training_step(self, batch: list, batch_idx: int) -> torch.Tensor:
-        """The regular loss of Eq. (5), plus the online classifier's."""
-        indexes, views, targets = batch
-        views, original = self.separate(views)
-        out = super().training_step([indexes, views, targets], batch_idx)
-        loss, metrics = self.regular_loss(
-            out["feats"], out["feats" if self.split is None else "maps"], original
-        )
-        metrics["train_loss"] = loss
-        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(indexes))
-        return loss + out["loss"]
-
-    def separate(self, views: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """The augmented views, and the un-augmented one if the data come with it."""
-        return (views, None) if self.original is None else (views[:-1], views[-1])
-
     def regular_loss(
-        self, feats: list[torch.Tensor], encoded: list[torch.Tensor], original: torch.Tensor | None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Eq. (5) for one batch.
-
-        Args:
-            feats: features of each view, (N, D) each.
-            encoded: what A weighs: these features, or the feature maps (N, C, h, w).
-            original: the un-augmented images (N, 3, H, W).
-
-        Returns:
-            The loss and, to log, its parts.
-        """
+        self,
+        out: dict[str, list[torch.Tensor]],
+        target_feats: list[torch.Tensor] | None,
+        original: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[Projections, Projections | None]]:
+        """Eq. (5) for one batch."""
         lamb = self.cfg.method_kwargs.lamb
         weights = None
         if lamb > 0:
             with torch.no_grad():  # f_msr is fixed here, down to the statistics a trunk may keep
                 weights = Functional(self.regularizer)({}, original)
-        contrast, adjusted = self._interventional_task().losses(feats, encoded, weights)
+        branches = self.task.branches(out["feats"], target_feats)
+        positives = out["feats" if self.split is None else "maps"] if target_feats is None else target_feats
+        contrast, adjusted = self._interventional_task().losses(*branches, positives, weights)
         if adjusted is None:
-            return contrast, {"train_task_loss": contrast}
-        return contrast + lamb * adjusted, {"train_task_loss": contrast, "train_msr_loss": adjusted}
+            return contrast, {"train_task_loss": contrast}, branches
+        parts = {"train_task_loss": contrast, "train_msr_loss": adjusted}
+        return contrast + lamb * adjusted, parts, branches
 
     def meta_parameters(self) -> Iterable[nn.Parameter]:
         return self.regularizer.parameters()
@@ -253,8 +225,8 @@ class ICLMSR(BilevelMethod):
                 the regular step.
             weights: A, shape (N, n, C), detached.
         """
-        if not self.no_channel_last:
-            views = [x.to(memory_format=torch.channels_last) for x in views]
+        views = [self._layout(x) for x in views]
+        target_feats = self.target_features(views, keep_statistics=True)
         lamb, gamma = self.cfg.method_kwargs.lamb, self.cfg.method_kwargs.gamma
         encoder_names = head_names = None
         if self.split is not None:  # what lies behind the map is the head's here
@@ -269,12 +241,12 @@ class ICLMSR(BilevelMethod):
 
         def inner_loss(encoded, phi, w):
             if lamb == 0:
-                return head(phi, list(encoded), None)[0]
-            contrast, adjusted = head(phi, list(encoded), w[0])
+                return head(phi, list(encoded), None, target_feats)[0]
+            contrast, adjusted = head(phi, list(encoded), w[0], target_feats)
             return contrast + lamb * adjusted
 
         def outer_loss(encoded, phi, w):
-            contrast, _ = head(phi, list(encoded), None)
+            contrast, _ = head(phi, list(encoded), None, target_feats)
             return contrast + gamma * self._uniformity(w[0])
 
         return BilevelProblem(encode, inner_loss, outer_loss, encoder.params, head.params, (weights,))
@@ -292,20 +264,3 @@ class ICLMSR(BilevelMethod):
 def needs_regularizer(kwargs: DictConfig) -> bool:
     """Whether f_msr has anything to do: without lambda and without a meta step this is the plain task."""
     return kwargs.lamb > 0 or kwargs.meta.enabled
-
-
-def original_pipeline(cfg: DictConfig) -> DictConfig | None:
-    """The pipeline of the un-augmented view, the last of ``augmentations``; None if that is another one."""
-    pipelines = OmegaConf.select(cfg, "augmentations", default=None) or []
-    if len(pipelines) < 2:
-        return None
-    *others, last = pipelines
-    own_size = all(other.crop_size != last.crop_size for other in others)
-    return last if own_size and not _is_random(last) and last.get("num_crops", 1) == 1 else None
-
-
-def _is_random(pipeline: DictConfig) -> bool:
-    rrc = pipeline.get("rrc") or {}
-    # solo-learn's way to make images that are not square into a batch: a "random" crop of the whole
-    cropped = rrc.get("enabled", False) and not rrc.get("crop_min_scale") == rrc.get("crop_max_scale") == 1
-    return cropped or any(node.get("prob", 0) > 0 for node in pipeline.values() if OmegaConf.is_dict(node))

@@ -5,7 +5,7 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from metamask_plugin.bilevel import BilevelProblem, Functional
@@ -17,7 +17,7 @@ from metamask_plugin.methods.meta_update import DEFAULTS, MetaUpdate
 from metamask_plugin.methods.presets import apply_preset
 from metamask_plugin.modules.dimensional_mask import DimensionalMask
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks import build_task
+from metamask_plugin.tasks import Projections
 
 PAPER: dict[str, Any] = {
     "task": "simclr",
@@ -109,7 +109,6 @@ class MetaMask(BilevelMethod):
     def __init__(self, cfg: DictConfig):
         super().__init__(cfg)
         kwargs = self.cfg.method_kwargs
-        self.task = build_task(kwargs.task, self.features_dim, OmegaConf.to_container(kwargs.task_kwargs))
         self.redundancy = kwargs.redundancy
         if self.redundancy.weight > 0:
             self.redundancy_head = projection_head(
@@ -140,48 +139,40 @@ class MetaMask(BilevelMethod):
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
-        """Adds both heads. The mask is not here: it has an optimiser of its own."""
-        groups = [{"name": "task", "params": list(self.task.parameters())}]
+        """Adds the redundancy head. The mask is not here: it has an optimiser of its own."""
+        groups = super().learnable_params
         if self.redundancy.weight > 0:
             groups.append({"name": "redundancy_head", "params": list(self.redundancy_head.parameters())})
-        return super().learnable_params + groups
+        return groups
 
     def forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Adds, in evaluation, the task's projection ``z`` of the masked features.
-
-        In training the loss makes its own projections, so that the heads' BatchNorm sees them once.
-        """
+        """Of the masked features, ``z`` in evaluation."""
         out = super().forward(X)
         if not self.training:
             out["z"] = self.task.project(self.mask(out["feats"]))
         return out
 
-    def training_step(self, batch: list, batch_idx: int) -> torch.Tensor:
-        """The regular loss of Eq. (5), plus the online classifier's."""
-        out = super().training_step(batch, batch_idx)
-        loss, metrics = self.regular_loss(out["feats"])
-        metrics["train_loss"] = loss
-        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(batch[0]))
-        return loss + out["loss"]
-
-    def regular_loss(self, feats: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def regular_loss(
+        self,
+        out: dict[str, list[torch.Tensor]],
+        target_feats: list[torch.Tensor] | None,
+        original: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[Projections, Projections | None]]:
         """Eq. (5) for one batch, times ``scale_loss``.
 
-        Args:
-            feats: unmasked features of each view, (N, D) each, large crops first.
-
-        Returns:
-            The loss and, to log, its parts.
+        The target branch sees masked features as well, under its stop-gradient.
         """
-        masked = [self.mask(h) for h in feats]
-        task_loss = self.task(masked)
+        masked = [self.mask(h) for h in out["feats"]]
+        masked_targets = None if target_feats is None else [self.mask(h) for h in target_feats]
+        branches = self.task.branches(masked, masked_targets)
+        task_loss = self.task.loss(*branches)
         parts = {"train_task_loss": task_loss}
         loss = self.cfg.method_kwargs.alpha * task_loss
         if self.redundancy.weight > 0:
             redundancy_loss = self._redundancy_loss(masked[: self.num_large_crops])
             parts["train_redundancy_loss"] = redundancy_loss
             loss = loss + self.redundancy.weight * redundancy_loss
-        return self.cfg.method_kwargs.scale_loss * loss, parts
+        return self.cfg.method_kwargs.scale_loss * loss, parts, branches
 
     def _redundancy_loss(self, masked: list[torch.Tensor]) -> torch.Tensor:
         """Eq. (2), summed over pairs of views."""
@@ -199,7 +190,7 @@ class MetaMask(BilevelMethod):
 
     def meta_step(self, batch: list) -> None:
         """Eqs. (6) and (7): the mask goes down the gradient of the trial weights' loss."""
-        views = batch[1]
+        views, _ = self.separate(batch[1])
         main = self.optimizers(use_pl_optimizer=False)
         meta_gradient = self.meta.gradient(
             self.meta_problem(views), self.meta.trial(main, self.backbone, self.task)
@@ -223,16 +214,20 @@ class MetaMask(BilevelMethod):
             views: images of each view, (N, 3, H, W) each; BatchNorm sees them one by one, as in the
                 regular step.
         """
-        if not self.no_channel_last:
-            views = [x.to(memory_format=torch.channels_last) for x in views]
+        views = [self._layout(x) for x in views]
         backbone, task = Functional(self.backbone), Functional(self.task)
+        mask_now, target_feats = (
+            self.mask.values().detach(),
+            self.target_features(views, keep_statistics=True),
+        )
+        masked_targets = None if target_feats is None else [h * mask_now for h in target_feats]
 
         def encode(theta):
             return torch.stack([backbone(theta, x) for x in views])
 
         def task_loss(h, phi, weights):
             (mask,) = weights
-            return task(phi, list(h * mask))
+            return task(phi, list(h * mask), masked_targets)
 
         return BilevelProblem(
             encode, task_loss, task_loss, backbone.params, task.params, (self.mask.values(),)

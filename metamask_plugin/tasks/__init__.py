@@ -3,7 +3,7 @@
 from typing import Any
 
 from metamask_plugin.errors import UserError, choose
-from metamask_plugin.tasks.base import Task
+from metamask_plugin.tasks.base import MomentumTask, Projections, Task
 from metamask_plugin.tasks.simclr import SimCLR
 
 TASKS: dict[str, type[Task]] = {"simclr": SimCLR}
@@ -27,4 +27,4 @@ def build_task(name: str, features_dim: int, kwargs: dict[str, Any]) -> Task:
         raise UserError(f"method_kwargs.task_kwargs do not fit the task {name!r}: {error}") from error
 
 
-__all__ = ["TASKS", "SimCLR", "Task", "build_task"]
+__all__ = ["TASKS", "MomentumTask", "Projections", "SimCLR", "Task", "build_task"]

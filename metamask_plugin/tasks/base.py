@@ -6,55 +6,96 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from metamask_plugin.errors import UserError
+from metamask_plugin.errors import UserError, check
+from metamask_plugin.modules.target_network import TargetNetwork, cosine_momentum
+
+Projections = Sequence[torch.Tensor]
+"""One tensor (N, P) a view."""
 
 
 class Task(nn.Module, ABC):
     """Heads and loss on top of an encoder's features.
 
-    A task is called with the features of all views and returns its loss, so that the whole of it,
-    heads included, is one function of its parameters: that is what the meta step differentiates.
+    A subclass says how features are projected and what is the loss of the projections. Both are
+    evaluated several times in one iteration (the regular step, the trial step, the outer loss), so neither
+    may change anything; what happens once an iteration belongs into :meth:`after_batch` (queues) or
+    :meth:`after_step` (target networks), and its state into buffers.
 
     Args:
         features_dim: D, the encoder's output.
 
     Attributes:
+        source: the task's paper, for the list of tasks.
+        negatives: what the loss pushes apart, for the same list.
         projection_dim: P, the dimension of :meth:`project`'s output.
+        stop_gradient: whether the positive branch, the encoder in it included, gets no gradient (SimSiam).
+        target: the target network, None without one.
+        large_views: how many of the views, the first ones, are large crops; None: all.
     """
 
+    source: str
+    negatives: str = "none"
     projection_dim: int
+    stop_gradient: bool = False
+    target: TargetNetwork | None = None
+    large_views: int | None = None
 
     def __init__(self, features_dim: int):
         super().__init__()
         self.features_dim = features_dim
 
-    def forward(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
+    @abstractmethod
+    def project(self, feats: torch.Tensor) -> torch.Tensor:
+        """Projection z of one view's features, (N, D) to (N, P)."""
+
+    @abstractmethod
+    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
         """Loss of one batch.
 
         Args:
-            views: features of each view, each of shape (N, D), masked by the caller.
+            projections: z of each view, (N, P) each, large crops first.
+            targets: the target network's projections of the large crops; None for a task without one.
 
         Returns:
             A scalar.
         """
-        return self.loss([self.project(feats) for feats in views])
 
-    @abstractmethod
-    def project(self, feats: torch.Tensor) -> torch.Tensor:
-        """Projection z of one view's features, (N, D) to (N, P); for evaluators that ask for it."""
+    def forward(
+        self, feats: Sequence[torch.Tensor], target_feats: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The loss as one function of the task's parameters: what the meta step differentiates.
 
-    @abstractmethod
-    def loss(self, projections: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Loss of one batch, from the projection (N, P) of each view."""
+        Args:
+            feats: features of each view, (N, D) each, masked by the caller.
+            target_feats: the target network's features of the large crops, masked alike.
+        """
+        return self.loss(*self.branches(feats, target_feats))
+
+    def branches(
+        self, feats: Sequence[torch.Tensor], target_feats: Sequence[torch.Tensor] | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """Projections of each view, and the targets (None without a target network)."""
+        targets = None if target_feats is None else [self.project_positive(h) for h in target_feats]
+        return [self.project(h) for h in feats], targets
+
+    def project_positive(self, feats: torch.Tensor) -> torch.Tensor:
+        """Projection of the positive branch, (N, D) to (N, P), differentiable in its input.
+
+        :meth:`project`, unless the positive comes from elsewhere: a target network, or the same head
+        under a stop-gradient. ICL-MSR sends weighted features through it.
+        """
+        return self.project(feats)
 
     def backdoor_adjusted_loss(
-        self, projections: Sequence[torch.Tensor], weighted: Sequence[torch.Tensor]
+        self, projections: Projections, targets: Projections | None, weighted: Sequence[torch.Tensor]
     ) -> torch.Tensor:
         """ICL-MSR's L_msr for this task.
 
         Args:
-            projections: of each view, (N, P) each.
-            weighted: of each view with its channels weighted by each stratum, (N, n, P) each.
+            projections: as for :meth:`loss`.
+            targets: as for :meth:`loss`.
+            weighted: positives with their channels weighted by each stratum, (N, n, P) each: of every
+                view, or of every target where there is a target network.
 
         Returns:
             A scalar.
@@ -65,3 +106,60 @@ class Task(nn.Module, ABC):
         raise UserError(
             f"method_kwargs.task must have a backdoor-adjusted form, got {type(self).__name__}; take simclr"
         )
+
+    def start_target(self, backbone: nn.Module) -> None:
+        """Called once, with the encoder as it was initialised."""
+
+    @torch.no_grad()
+    def after_batch(self, projections: Projections, targets: Projections | None) -> None:
+        """Once a batch, after its last evaluation: queues take it in.
+
+        Args:
+            projections: of all views, detached, (N, P) each; of all processes' batches together.
+            targets: likewise.
+        """
+
+    @torch.no_grad()
+    def after_step(self, backbone: nn.Module, progress: float) -> None:
+        """Once an optimiser step, after the meta step: target networks follow.
+
+        Args:
+            backbone: the encoder.
+            progress: share of all optimiser steps that are done, in [0, 1].
+        """
+
+
+class MomentumTask(Task):
+    """A task whose targets come from a moving average of encoder and projection head.
+
+    Subclasses set ``self.projector``, whose average the target's head is.
+
+    Args:
+        features_dim: D.
+        base_momentum: m of the average at the start of training.
+        final_momentum: m at its end.
+    """
+
+    projector: nn.Module
+
+    def __init__(self, features_dim: int, base_momentum: float, final_momentum: float):
+        super().__init__(features_dim)
+        name = "method_kwargs.task_kwargs"
+        check(
+            0 <= base_momentum <= final_momentum <= 1,
+            f"{name}.base_momentum",
+            f"between 0 and final_momentum ({final_momentum}), that between it and 1",
+            base_momentum,
+        )
+        self.base_momentum, self.final_momentum = base_momentum, final_momentum
+
+    def start_target(self, backbone: nn.Module) -> None:
+        self.target = TargetNetwork(backbone, self.projector)
+
+    def project_positive(self, feats: torch.Tensor) -> torch.Tensor:
+        return self.target.head(feats)
+
+    @torch.no_grad()
+    def after_step(self, backbone: nn.Module, progress: float) -> None:
+        momentum = cosine_momentum(self.base_momentum, self.final_momentum, progress)
+        self.target.update(backbone, self.projector, momentum)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from metamask_plugin.tasks.base import Task
+from metamask_plugin.tasks.base import Projections, Task
 
 LEVELS = ("features", "feature_map", "projection")
 
@@ -22,7 +22,9 @@ class InterventionalTask(nn.Module):
       it. Where nothing but an average follows the map (ResNet), this is ``features`` by another route;
     - ``projection``: the head's output.
 
-    The anchors and negatives are never weighted.
+    The anchors and negatives are never weighted; the positives are, which a task with a target network
+    takes from there. Under a stop-gradient (SimSiam, a target network) the encoder and the head in that
+    branch get no gradient, but A does: it is what the regulariser learns from.
 
     Args:
         task: what gives both losses.
@@ -37,38 +39,57 @@ class InterventionalTask(nn.Module):
         self.task, self.level, self.tail = task, level, tail
 
     def forward(
-        self, encoded: Sequence[torch.Tensor], weights: torch.Tensor | None
+        self,
+        encoded: Sequence[torch.Tensor],
+        weights: torch.Tensor | None,
+        target_feats: Sequence[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """L_ct and, with weights, L_msr, from what the encoder gives.
 
         Args:
             encoded: of each view, features (N, D); for ``feature_map`` the map (N, C, h, w).
             weights: A, shape (N, n, C), shared by an image's views; None for L_ct alone.
+            target_feats: the target network's features of the large crops, (N, D) each, where there is one.
         """
         feats = encoded if self.tail is None else [self.tail(feature_map) for feature_map in encoded]
-        return self.losses(feats, encoded, weights)
+        projections, targets = self.task.branches(feats, target_feats)
+        return self.losses(projections, targets, encoded if target_feats is None else target_feats, weights)
 
     def losses(
-        self, feats: Sequence[torch.Tensor], encoded: Sequence[torch.Tensor], weights: torch.Tensor | None
+        self,
+        projections: Projections,
+        targets: Projections | None,
+        positives: Sequence[torch.Tensor],
+        weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """:meth:`forward` where the features (N, D) of each view are there already."""
-        z = [self.task.project(view) for view in feats]
-        contrast = self.task.loss(z)
+        """:meth:`forward` where the projections are there already.
+
+        Args:
+            projections: of each view, (N, P) each.
+            targets: of each large crop, (N, P) each, where there is a target network.
+            positives: what A weighs: target features where there are some, else what the encoder gave.
+            weights: A, shape (N, n, C); None for L_ct alone.
+        """
+        contrast = self.task.loss(projections, targets)
         if weights is None:
             return contrast, None
+        if self.level == "projection":
+            positives = projections if targets is None else targets
+        if self.task.stop_gradient:
+            positives = [view.detach() for view in positives]
         with _statistics_kept(self):
-            strata = [self._strata(view, projection, weights) for view, projection in zip(encoded, z)]
-        return contrast, self.task.backdoor_adjusted_loss(z, strata)
+            strata = [self._strata(view, weights) for view in positives]
+        return contrast, self.task.backdoor_adjusted_loss(projections, targets, strata)
 
-    def _strata(self, view: torch.Tensor, z: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def _strata(self, view: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """a_t * Z for every t, projected: (N, n, P). Each stratum is a batch of its own for BatchNorm."""
         if self.level == "projection":
-            return z[:, None] * weights
+            return view[:, None] * weights
         if self.level == "feature_map":
             feats = [self.tail(view * a[:, :, None, None]) for a in weights.unbind(1)]
         else:
             feats = [view * a for a in weights.unbind(1)]
-        return torch.stack([self.task.project(stratum) for stratum in feats], dim=1)
+        return torch.stack([self.task.project_positive(stratum) for stratum in feats], dim=1)
 
 
 @contextmanager

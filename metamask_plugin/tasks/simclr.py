@@ -1,13 +1,12 @@
 """SimCLR: contrast each view with every other image's views."""
 
-from collections.abc import Sequence
-
 import torch
 
 from metamask_plugin.errors import check
 from metamask_plugin.losses import backdoor_adjusted_loss, nt_xent_loss
+from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Task
+from metamask_plugin.tasks.base import Projections, Task
 
 
 class SimCLR(Task):
@@ -20,11 +19,15 @@ class SimCLR(Task):
         temperature: tau; [0] uses 0.5 on CIFAR-10 and 0.1 on ImageNet.
         proj_layers: of the head; 2, and 3 in SimCLRv2 [2].
         final_norm: BatchNorm on the head's output, as the official MetaMask release has it.
+        bank_size: K past projections as further negatives; MetaMask's Table 1 takes 4,096, SimCLR none.
 
     [0] Chen et al., *A Simple Framework for Contrastive Learning of Visual Representations*, ICML 2020.
     [1] Li et al., *MetaMask*, NeurIPS 2022.
     [2] Chen et al., *Big Self-Supervised Models are Strong Semi-Supervised Learners*, NeurIPS 2020.
     """
+
+    source = "Chen et al., ICML 2020"
+    negatives = "the batch, memory bank optional"
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class SimCLR(Task):
         temperature: float = 0.5,
         proj_layers: int = 2,
         final_norm: bool = False,
+        bank_size: int = 0,
     ):
         super().__init__(features_dim)
         check(proj_layers >= 1, "method_kwargs.task_kwargs.proj_layers", ">= 1", proj_layers)
@@ -43,14 +47,19 @@ class SimCLR(Task):
         self.projector = projection_head(
             features_dim, proj_hidden_dim, proj_output_dim, proj_layers, final_norm
         )
+        self.bank = FeatureQueue(bank_size, proj_output_dim)
 
     def project(self, feats: torch.Tensor) -> torch.Tensor:
         return self.projector(feats)
 
-    def loss(self, projections: Sequence[torch.Tensor]) -> torch.Tensor:
-        return nt_xent_loss(projections, self.temperature)
+    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+        return nt_xent_loss(projections, self.temperature, bank=self.bank.entries)
 
     def backdoor_adjusted_loss(
-        self, projections: Sequence[torch.Tensor], weighted: Sequence[torch.Tensor]
+        self, projections: Projections, targets: Projections | None, weighted: Projections
     ) -> torch.Tensor:
-        return backdoor_adjusted_loss(projections, weighted, self.temperature)
+        return backdoor_adjusted_loss(projections, weighted, self.temperature, self.bank.entries)
+
+    @torch.no_grad()
+    def after_batch(self, projections: Projections, targets: Projections | None) -> None:
+        self.bank.push(torch.cat(list(projections)))

@@ -82,7 +82,7 @@ def test_a_task_without_such_a_form_says_so():
         def project(self, feats):
             return feats
 
-        def loss(self, projections):
+        def loss(self, projections, targets=None):
             return projections[0].sum()
 
     with pytest.raises(UserError, match="must have a backdoor-adjusted form, got Bare"):

@@ -1,0 +1,59 @@
+"""A task alone: the row of a table that MetaMask or ICL-MSR is then added to."""
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from metamask_plugin.errors import check
+from metamask_plugin.methods.presets import apply_preset
+from metamask_plugin.methods.task_method import TaskMethod
+from metamask_plugin.modules.feature_dropout import FeatureDropout
+from metamask_plugin.tasks import Projections
+
+DEFAULTS: dict[str, Any] = {
+    "task": "simclr",
+    "task_kwargs": {},
+    "scale_loss": 1.0,
+    "feature_dropout": {"rate": 0.0, "shared": False},
+}
+
+
+class Bare(TaskMethod):
+    """A self-supervised task and nothing else.
+
+    Args:
+        cfg: the host's configuration; its ``method_kwargs`` are
+
+            - ``task``, ``task_kwargs``: what is trained, and its settings;
+            - ``scale_loss``: factor on the loss, what ``alpha`` is to MetaMask;
+            - ``feature_dropout``: ``rate`` and ``shared``, dropout on the encoder's output (Table 5 of [0]).
+
+    Raises:
+        UserError: for settings that cannot be.
+
+    [0] Li et al., *MetaMask*, NeurIPS 2022.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        super().__init__(cfg)
+        self.feature_dropout = FeatureDropout(**self.cfg.method_kwargs.feature_dropout)
+
+    @staticmethod
+    def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
+        """Adds the host's defaults and this method's, and checks ``method_kwargs``."""
+        cfg = super(Bare, Bare).add_and_assert_specific_cfg(cfg)
+        cfg.method_kwargs = kwargs = apply_preset({"paper": DEFAULTS}, cfg.method_kwargs)
+        check(kwargs.scale_loss > 0, "method_kwargs.scale_loss", "> 0", kwargs.scale_loss)
+        return cfg
+
+    def regular_loss(
+        self,
+        out: dict[str, list[torch.Tensor]],
+        target_feats: list[torch.Tensor] | None,
+        original: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[Projections, Projections | None]]:
+        """The task's loss, times ``scale_loss``."""
+        branches = self.task.branches(self.feature_dropout(out["feats"]), target_feats)
+        loss = self.task.loss(*branches)
+        return self.cfg.method_kwargs.scale_loss * loss, {"train_task_loss": loss}, branches

@@ -1,0 +1,181 @@
+"""What every method of this package shares: a task on the host's encoder, and what happens to it when."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from metamask_plugin.bilevel import Functional
+from metamask_plugin.host import BaseMethod
+from metamask_plugin.host.optimizers import build_warmup_step
+from metamask_plugin.tasks import Projections, build_task
+
+
+class TaskMethod(BaseMethod):
+    """A method whose regular loss is made of a task's projections.
+
+    One iteration: the regular loss of a batch; the optimiser's step; :meth:`meta_stage`, which sees queues
+    and target network as the regular loss did; then, once, the task's ``after_batch`` and ``after_step``.
+
+    A last view that is un-augmented (see :func:`original_pipeline`) is ICL-MSR's; the task never sees it,
+    so that a task alone and with a plugin trains on the same views of the same config.
+
+    Args:
+        cfg: the host's configuration; ``method_kwargs`` has ``task`` and ``task_kwargs``.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        super().__init__(cfg)
+        kwargs = self.cfg.method_kwargs
+        self.task = build_task(kwargs.task, self.features_dim, OmegaConf.to_container(kwargs.task_kwargs))
+        self.task.start_target(self.backbone)
+        self.task.large_views = self.num_large_crops
+        self.original = original_pipeline(self.cfg)
+        if self.original is not None:  # the host does not count it among the views
+            self.num_small_crops -= 1
+            self.num_crops -= 1
+            self.multicrop = self.num_small_crops > 0
+
+    @property
+    def learnable_params(self) -> list[dict[str, Any]]:
+        """Adds the task's heads; a target network follows them and is not trained."""
+        heads = [param for param in self.task.parameters() if param.requires_grad]
+        return [*super().learnable_params, {"name": "task", "params": heads}]
+
+    def forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Adds, in evaluation, the task's projection ``z``.
+
+        In training the loss makes its own projections, so that the heads' BatchNorm sees them once.
+        """
+        out = super().forward(X)
+        if not self.training:
+            out["z"] = self.task.project(out["feats"])
+        return out
+
+    @abstractmethod
+    def regular_loss(
+        self,
+        out: dict[str, list[torch.Tensor]],
+        target_feats: list[torch.Tensor] | None,
+        original: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[Projections, Projections | None]]:
+        """The loss that the main optimiser descends, for one batch.
+
+        Args:
+            out: what :meth:`forward` gave, one entry a view, large crops first: ``feats`` (N, D).
+            target_feats: the target network's features of the large crops, (N, D) each; None without one.
+            original: un-augmented images (N, 3, H, W), where the data come with them.
+
+        Returns:
+            The loss; its parts, to log; the task's projections and targets, for its queues.
+        """
+
+    def training_step(self, batch: list, batch_idx: int) -> torch.Tensor:
+        """The regular loss, plus the online classifier's."""
+        indexes, views, targets = batch
+        views, original = self.separate(views)
+        out = super().training_step([indexes, views, targets], batch_idx)
+        loss, metrics, (projections, task_targets) = self.regular_loss(
+            out, self.target_features(views), original
+        )
+        self._branches = _detached(projections), None if task_targets is None else _detached(task_targets)
+        metrics["train_loss"] = loss
+        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(indexes))
+        return loss + out["loss"]
+
+    def multicrop_forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
+        """solo-learn's path for small crops, with the same outputs as the large ones."""
+        return self(X)
+
+    def separate(self, views: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """The augmented views, and the un-augmented one if the data come with it."""
+        return (views, None) if self.original is None else (views[:-1], views[-1])
+
+    def target_features(
+        self, views: list[torch.Tensor], keep_statistics: bool = False
+    ) -> list[torch.Tensor] | None:
+        """The target network's features of the large crops, (N, D) each; None without one.
+
+        Args:
+            views: images of each view, (N, 3, H, W) each, large crops first.
+            keep_statistics: leave the running statistics of the target's BatchNorm as they are.
+        """
+        if self.task.target is None:
+            return None
+        trunk = self.task.target.trunk
+        encode = (lambda x: Functional(trunk)({}, x)) if keep_statistics else trunk
+        with torch.no_grad():
+            return [encode(self._layout(x)) for x in views[: self.num_large_crops]]
+
+    def _layout(self, images: torch.Tensor) -> torch.Tensor:
+        return images if self.no_channel_last else images.to(memory_format=torch.channels_last)
+
+    def configure_optimizers(self):
+        """The host's, and for either host the schedule ``warmup_step``, which ICL-MSR trains with."""
+        scheduler = self.cfg.scheduler
+        if scheduler.name != "warmup_step":
+            return super().configure_optimizers()
+        self.scheduler = "none"  # the host builds the optimiser alone
+        optimizer = super().configure_optimizers()
+        self.scheduler = scheduler.name
+        schedule = build_warmup_step(
+            optimizer,
+            warmup_steps=OmegaConf.select(scheduler, "warmup_steps", default=0),
+            steps_per_epoch=self.trainer.estimated_stepping_batches / self.max_epochs,
+            max_epochs=self.max_epochs,
+            lr_decay_steps=scheduler.lr_decay_steps,
+            decay_factor=OmegaConf.select(scheduler, "decay_factor", default=0.1),
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._last_step = self.trainer.global_step
+
+    def on_train_batch_end(self, outputs: Any, batch: list, batch_idx: int) -> None:
+        """What comes once an iteration, in the order of the class's docstring."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        step, stepped = self.trainer.global_step, self.trainer.global_step > self._last_step
+        self._last_step = step
+        self.meta_stage(batch, stepped)
+        projections, targets = self._branches
+        self.task.after_batch(self._gathered(projections), targets and self._gathered(targets))
+        if stepped:  # gradient accumulation may skip it
+            self.task.after_step(self.backbone, min(1.0, step / self.trainer.estimated_stepping_batches))
+
+    def meta_stage(self, batch: list, stepped: bool) -> None:
+        """What a bi-level method does between the optimiser's step and the task's updates.
+
+        Args:
+            batch: as the data module gives it.
+            stepped: whether the optimiser has stepped on it.
+        """
+
+    def _gathered(self, projections: Projections) -> Projections:
+        """The joint batch of all processes, so that their queues stay equal."""
+        if self.trainer.world_size == 1:
+            return projections
+        return [self.all_gather(z).flatten(0, 1) for z in projections]
+
+
+def _detached(projections: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [z.detach() for z in projections]
+
+
+def original_pipeline(cfg: DictConfig) -> DictConfig | None:
+    """The pipeline of the un-augmented view, the last of ``augmentations``; None if that is another one."""
+    pipelines = OmegaConf.select(cfg, "augmentations", default=None) or []
+    if len(pipelines) < 2:
+        return None
+    *others, last = pipelines
+    own_size = all(other.crop_size != last.crop_size for other in others)
+    return last if own_size and not _is_random(last) and last.get("num_crops", 1) == 1 else None
+
+
+def _is_random(pipeline: DictConfig) -> bool:
+    rrc = pipeline.get("rrc") or {}
+    # solo-learn's way to make images that are not square into a batch: a "random" crop of the whole
+    cropped = rrc.get("enabled", False) and not rrc.get("crop_min_scale") == rrc.get("crop_max_scale") == 1
+    return cropped or any(node.get("prob", 0) > 0 for node in pipeline.values() if OmegaConf.is_dict(node))
