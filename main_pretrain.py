@@ -1,4 +1,10 @@
-"""Pretrains an encoder: ``python main_pretrain.py --config-name metamask_barlow [key=value ...]``."""
+"""Pretrains an encoder: ``python main_pretrain.py --config-name metamask_barlow [key=value ...]``.
+
+``python main_pretrain.py --list`` shows what a config can name.
+"""
+
+import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -12,4 +18,9 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if "--list" in sys.argv:
+        from metamask_plugin.cli.catalogue import catalogue
+
+        print(catalogue(Path(__file__).resolve().parent / "scripts" / "pretrain"))
+    else:
+        main()

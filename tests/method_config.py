@@ -1,6 +1,19 @@
-"""Small configs of both methods, for whoever tests a method or a host."""
+"""Small configs of every method, for whoever tests a method or a host."""
 
 from omegaconf import OmegaConf
+
+TASK_KWARGS = {
+    "simclr": {"bank_size": 20},
+}
+"""What makes each task small enough for a test, and uses all of it."""
+
+
+def task_settings(name):
+    """Overrides that put a small task into :func:`method_config` or :func:`icl_msr_config`."""
+    return {
+        "method_kwargs__task": name,
+        "method_kwargs__task_kwargs": {"proj_hidden_dim": 24, "proj_output_dim": 16, **TASK_KWARGS[name]},
+    }
 
 
 def method_config(backbone="conv4", crop_size=32, **overrides):
@@ -49,4 +62,11 @@ def icl_msr_config(backbone="conv4", crop_size=32, **overrides):
             "regularizer": {"n": 3, "kwargs": {"width": 8, "norm": "group"}},
         },
     }
+    return method_config(backbone, crop_size, **{**settings, **overrides})
+
+
+def bare_config(backbone="conv4", crop_size=32, **overrides):
+    """A complete config of a task alone."""
+    task_kwargs = {"proj_hidden_dim": 24, "proj_output_dim": 16}
+    settings = {"method": "bare", "method_kwargs": {"task_kwargs": task_kwargs}}
     return method_config(backbone, crop_size, **{**settings, **overrides})

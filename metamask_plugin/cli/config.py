@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from metamask_plugin.errors import UserError, check
+from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.tasks import TASKS
 
 DEFAULTS: dict[str, Any] = {
     "name": "run",
@@ -73,6 +76,21 @@ def complete(cfg: DictConfig) -> DictConfig:
     cfg.optimizer.lr *= scale
     cfg.optimizer.classifier_lr *= scale
     return cfg
+
+
+def with_own_task_settings(cfg: DictConfig) -> DictConfig:
+    """Makes ``method_kwargs.task=byol`` mean what ``task=byol`` means, where a config composes its task.
+
+    The group brings the task's settings with it; the key alone would leave the previous task's there.
+    """
+    if not HydraConfig.initialized():  # composed by hand
+        return cfg
+    hydra_cfg = HydraConfig.get()
+    task = OmegaConf.select(cfg, "method_kwargs.task")
+    if hydra_cfg.runtime.choices.get("task", task) == task:
+        return cfg
+    choose("method_kwargs.task", task, TASKS)
+    return hydra.compose(hydra_cfg.job.config_name, [*hydra_cfg.overrides.task, f"task={task}"])
 
 
 def _check_numbers(cfg: DictConfig) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from metamask_plugin.cli.config import complete, device_count, on_cpu
+from metamask_plugin.cli.config import complete, device_count, on_cpu, with_own_task_settings
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.data import PretrainDataModule, load_dataset
 from metamask_plugin.errors import UserError, check, choose
@@ -57,7 +57,7 @@ def run(cfg: DictConfig) -> RunFolder:
     """
     with one_line_errors():
         check(len(cfg) > 0, "--config-name", f"one of {', '.join(shipped_configs())}", None)
-        return _run(complete(cfg))
+        return _run(complete(with_own_task_settings(cfg)))
 
 
 def shipped_configs() -> list[str]:

@@ -173,3 +173,17 @@ DATASETS: dict[str, Callable[[Mapping[str, Any]], Splits]] = {
     "imagenet": _folders,
     "custom": _custom,
 }
+
+ABOUT = {
+    "digits": "scikit-learn's digits, bundled",
+    "confounded_digits": "digits on photographs, background tied to class in training; generated; boxes",
+    "cifar10": "torchvision's files or class folders",
+    "cifar100": "torchvision's files or class folders",
+    "stl10": "torchvision's files or class folders",
+    "tiny_imagenet": "the download as it is; boxes",
+    "coco": "images with one object of ICL-MSR's 30 classes; boxes",
+    "imagenet100": "class folders",
+    "imagenet": "class folders",
+    "custom": "any class folders, or images without labels",
+}
+"""What each is, in a line."""

@@ -64,12 +64,16 @@ def stratified_loss(
     Not in the paper, which adds its regulariser to BYOL and ReSSL and gives a formula for contrastive
     losses only [0]. Without negatives there is no probability to average; the loss takes its place:
 
-        L_msr = mean over t and ordered pairs of views (j, k) of pair_loss(z_j, z_k,t)
+        L_msr = mean over t and ordered pairs of views (j, k) of pair_loss(z_j, z_k,t),   k != j
+
+    With a target network the positives are its projections of the large crops alone: there may be fewer of
+    them than views.
 
     Args:
         pair_loss: from an anchor (N, P) and a positive (N, P) to a scalar.
         views: M >= 2 anchors, each of shape (N, P).
-        weighted: the positives with weighted channels, each of shape (N, n, P).
+        weighted: the positives with weighted channels, of the first K of the views, 1 <= K <= M, each of
+            shape (N, n, P).
 
     Returns:
         A scalar.
@@ -79,20 +83,23 @@ def stratified_loss(
 
     [0] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
     """
-    _check_shapes("stratified_loss", views, weighted)
+    _check_shapes("stratified_loss", views, weighted, all_weighted=False)
     return torch.stack(
         [
             pair_loss(views[anchor], stratum)
             for anchor, positive in permutations(range(len(views)), 2)
+            if positive < len(weighted)
             for stratum in weighted[positive].unbind(1)
         ]
     ).mean()
 
 
-def _check_shapes(name: str, views: Sequence[torch.Tensor], weighted: Sequence[torch.Tensor]) -> None:
+def _check_shapes(
+    name: str, views: Sequence[torch.Tensor], weighted: Sequence[torch.Tensor], all_weighted: bool = True
+) -> None:
     fits = (
         len(views) >= 2
-        and len(views) == len(weighted)
+        and (len(weighted) == len(views) if all_weighted else 1 <= len(weighted) <= len(views))
         and views[0].dim() == 2
         and len({view.shape for view in views}) == 1
         and len({view.shape for view in weighted}) == 1
@@ -101,6 +108,7 @@ def _check_shapes(name: str, views: Sequence[torch.Tensor], weighted: Sequence[t
     )
     if not fits:
         raise ValueError(
-            f"{name}: views must be two or more tensors of one shape (N, P), weighted as many of (N, n, P), "
+            f"{name}: views must be two or more tensors of one shape (N, P), weighted "
+            f"{'as many' if all_weighted else 'as many or fewer, but one,'} of (N, n, P), "
             f"got {[tuple(view.shape) for view in views]} and {[tuple(view.shape) for view in weighted]}"
         )

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from metamask_plugin.errors import check
+from metamask_plugin.errors import check, choose
+from metamask_plugin.methods import icl_msr, metamask
 from metamask_plugin.methods.presets import apply_preset
 from metamask_plugin.methods.task_method import TaskMethod
 from metamask_plugin.modules.feature_dropout import FeatureDropout
@@ -14,19 +15,27 @@ from metamask_plugin.tasks import Projections
 DEFAULTS: dict[str, Any] = {
     "task": "simclr",
     "task_kwargs": {},
+    "alpha": 1.0,
     "scale_loss": 1.0,
     "feature_dropout": {"rate": 0.0, "shared": False},
 }
 
+PLUGINS = {"preset", *metamask.PAPER, *icl_msr.PAPER}
+"""What a config of MetaMask or ICL-MSR says besides; it has no meaning here."""
+
 
 class Bare(TaskMethod):
-    """A self-supervised task and nothing else.
+    """A self-supervised task and nothing else: scale_loss * alpha * L_task.
+
+    ``method=bare`` turns a config of either method into its baseline: the same task, encoder, views and
+    budget; what belongs to the method is left aside.
 
     Args:
         cfg: the host's configuration; its ``method_kwargs`` are
 
             - ``task``, ``task_kwargs``: what is trained, and its settings;
-            - ``scale_loss``: factor on the loss, what ``alpha`` is to MetaMask;
+            - ``alpha``, ``scale_loss``: factors on the loss, as in MetaMask's Eq. (5), so that with plain SGD
+              the task's steps are as long as there;
             - ``feature_dropout``: ``rate`` and ``shared``, dropout on the encoder's output (Table 5 of [0]).
 
     Raises:
@@ -43,7 +52,11 @@ class Bare(TaskMethod):
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
         """Adds the host's defaults and this method's, and checks ``method_kwargs``."""
         cfg = super(Bare, Bare).add_and_assert_specific_cfg(cfg)
-        cfg.method_kwargs = kwargs = apply_preset({"paper": DEFAULTS}, cfg.method_kwargs)
+        for key in cfg.method_kwargs:
+            choose("a key of method_kwargs", key, {*DEFAULTS, *PLUGINS})
+        own = OmegaConf.masked_copy(cfg.method_kwargs, [key for key in cfg.method_kwargs if key in DEFAULTS])
+        cfg.method_kwargs = kwargs = apply_preset({"paper": DEFAULTS}, own)
+        check(kwargs.alpha > 0, "method_kwargs.alpha", "> 0", kwargs.alpha)
         check(kwargs.scale_loss > 0, "method_kwargs.scale_loss", "> 0", kwargs.scale_loss)
         return cfg
 
@@ -53,7 +66,8 @@ class Bare(TaskMethod):
         target_feats: list[torch.Tensor] | None,
         original: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[Projections, Projections | None]]:
-        """The task's loss, times ``scale_loss``."""
+        """The task's loss and its factors."""
         branches = self.task.branches(self.feature_dropout(out["feats"]), target_feats)
         loss = self.task.loss(*branches)
-        return self.cfg.method_kwargs.scale_loss * loss, {"train_task_loss": loss}, branches
+        kwargs = self.cfg.method_kwargs
+        return kwargs.scale_loss * kwargs.alpha * loss, {"train_task_loss": loss}, branches

@@ -78,11 +78,15 @@ class Task(nn.Module, ABC):
         targets = None if target_feats is None else [self.project_positive(h) for h in target_feats]
         return [self.project(h) for h in feats], targets
 
-    def project_positive(self, feats: torch.Tensor) -> torch.Tensor:
+    def project_positive(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         """Projection of the positive branch, (N, D) to (N, P), differentiable in its input.
 
         :meth:`project`, unless the positive comes from elsewhere: a target network, or the same head
         under a stop-gradient. ICL-MSR sends weighted features through it.
+
+        Args:
+            feats: features of one view, (N, D).
+            view: which view they are of; it matters where views have heads of their own (CMC).
         """
         return self.project(feats)
 
@@ -156,7 +160,7 @@ class MomentumTask(Task):
     def start_target(self, backbone: nn.Module) -> None:
         self.target = TargetNetwork(backbone, self.projector)
 
-    def project_positive(self, feats: torch.Tensor) -> torch.Tensor:
+    def project_positive(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.target.head(feats)
 
     @torch.no_grad()

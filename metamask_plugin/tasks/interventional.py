@@ -78,10 +78,10 @@ class InterventionalTask(nn.Module):
         if self.task.stop_gradient:
             positives = [view.detach() for view in positives]
         with _statistics_kept(self):
-            strata = [self._strata(view, weights) for view in positives]
-        return contrast, self.task.backdoor_adjusted_loss(projections, targets, strata)
+            strata = [self._strata(view, weights, index) for index, view in enumerate(positives)]
+            return contrast, self.task.backdoor_adjusted_loss(projections, targets, strata)
 
-    def _strata(self, view: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def _strata(self, view: torch.Tensor, weights: torch.Tensor, index: int) -> torch.Tensor:
         """a_t * Z for every t, projected: (N, n, P). Each stratum is a batch of its own for BatchNorm."""
         if self.level == "projection":
             return view[:, None] * weights
@@ -89,12 +89,15 @@ class InterventionalTask(nn.Module):
             feats = [self.tail(view * a[:, :, None, None]) for a in weights.unbind(1)]
         else:
             feats = [view * a for a in weights.unbind(1)]
-        return torch.stack([self.task.project_positive(stratum) for stratum in feats], dim=1)
+        return torch.stack([self.task.project_positive(stratum, index) for stratum in feats], dim=1)
 
 
 @contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Weighted features must not enter BatchNorm's running statistics: at test time nothing is weighted."""
+    """Weighted features must not enter BatchNorm's running statistics: at test time nothing is weighted.
+
+    Nor must the unweighted ones that L_msr sends through a predictor once more: L_ct has counted them.
+    """
     momenta = [(norm, norm.momentum) for norm in module.modules() if isinstance(norm, _BatchNorm)]
     for norm, _ in momenta:
         norm.momentum = 0.0
