@@ -4,6 +4,20 @@ from omegaconf import OmegaConf
 
 TASK_KWARGS = {
     "simclr": {"bank_size": 20},
+    "moco": {"queue_size": 24},
+    "cmc": {"bank_size": 20, "temperature": 0.3},
+    "dcl": {"bank_size": 20},
+    "hcl": {"bank_size": 20},
+    "lmcl": {"bank_size": 20},
+    "nnclr": {"queue_size": 24, "pred_hidden_dim": 20},
+    "relic": {"bank_size": 20, "temperature": 0.5},
+    "byol": {},
+    "simsiam": {"pred_hidden_dim": 8},
+    "ressl": {"queue_size": 24},
+    "ssl_hsic": {},
+    "barlow_twins": {},
+    "wmse": {"proj_output_dim": 6},
+    "swav": {"num_prototypes": 10, "queue_size": 16},
 }
 """What makes each task small enough for a test, and uses all of it."""
 

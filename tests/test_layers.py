@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "host": {"errors", "modules", "evaluation"},
     "methods": {"errors", "bilevel", "host", "losses", "modules", "tasks"},
     "training": {"errors", "data", "evaluation", "modules"},
-    "cli": {"errors", "data", "evaluation", "methods", "training", "modules"},
+    "cli": {"errors", "bilevel", "data", "evaluation", "methods", "modules", "tasks", "training"},
 }
 
 

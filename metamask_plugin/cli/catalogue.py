@@ -44,7 +44,9 @@ def _methods(scripts: Path) -> list[Sequence[str]]:
     configs = {path.relative_to(scripts).with_suffix("").as_posix(): path for path in scripts.rglob("*.yaml")}
     rows = []
     for name in OURS:
-        named = sorted(config for config, path in configs.items() if f"\nmethod: {name}\n" in path.read_text())
+        named = sorted(
+            config for config, path in configs.items() if f"\nmethod: {name}\n" in path.read_text()
+        )
         rows.append((name, _paper(METHODS[name]), ", ".join(named) or "any config of the others"))
     return rows
 

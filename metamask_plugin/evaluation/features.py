@@ -85,6 +85,21 @@ def raw_pixels(loader: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Features:
     return extract_features(nn.Flatten(), loader)
 
 
+def feature_std(feats: torch.Tensor) -> float:
+    """How far the features are from collapse: sqrt(D) times the mean standard deviation of a dimension.
+
+    Of features of unit length, as SimSiam [0] measures it: 0 when all images have the same features, 1 when
+    they are spread over the sphere in all directions. Features behind a ReLU are all positive and stay below.
+
+    Args:
+        feats: shape (N, D).
+
+    [0] Chen and He, *Exploring Simple Siamese Representation Learning*, CVPR 2021, Section 4.1.
+    """
+    directions = nn.functional.normalize(feats, dim=1)
+    return (directions.std(dim=0, unbiased=False).mean() * feats.shape[1] ** 0.5).item()
+
+
 def _refuse_non_finite(bad_images: int, bad_inputs: int, total: int) -> None:
     if not bad_images:
         return

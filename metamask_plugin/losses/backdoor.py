@@ -109,6 +109,6 @@ def _check_shapes(
     if not fits:
         raise ValueError(
             f"{name}: views must be two or more tensors of one shape (N, P), weighted "
-            f"{'as many' if all_weighted else 'as many or fewer, but one,'} of (N, n, P), "
+            f"{'' if all_weighted else 'at most '}as many of (N, n, P), "
             f"got {[tuple(view.shape) for view in views]} and {[tuple(view.shape) for view in weighted]}"
         )

@@ -69,7 +69,8 @@ def contrastive_loss(
     if excluded is not None:
         negative_logits = negative_logits.masked_fill(excluded, float("-inf"))
     mass = negative_mass(positive_logits, negative_logits)
-    log_p = positive_logits - torch.logaddexp(positive_logits, mass)
+    # log e+ / (e+ + mass); unlike logaddexp's, softplus's second derivative stays finite at small temperatures
+    log_p = -F.softplus(mass - positive_logits, threshold=40)
     return (math.log(log_p.shape[1]) - log_p.logsumexp(dim=1)).mean()
 
 

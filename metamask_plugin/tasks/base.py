@@ -37,12 +37,13 @@ class Task(nn.Module, ABC):
     negatives: str = "none"
     projection_dim: int
     stop_gradient: bool = False
-    target: TargetNetwork | None = None
+    target: TargetNetwork | None
     large_views: int | None = None
 
     def __init__(self, features_dim: int):
         super().__init__()
         self.features_dim = features_dim
+        self.target = None  # not on the class: there it would hide the module that start_target registers
 
     @abstractmethod
     def project(self, feats: torch.Tensor) -> torch.Tensor:

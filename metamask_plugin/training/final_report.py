@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 import metamask_plugin
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation import figures, semantic_figures
-from metamask_plugin.evaluation.features import extract_features
+from metamask_plugin.evaluation.features import extract_features, feature_std
 from metamask_plugin.evaluation.regions import region_accuracies
 from metamask_plugin.evaluation.report import evaluate_rows, format_table, write_summary
 from metamask_plugin.modules.encoder_split import EncoderSplit
@@ -71,7 +71,11 @@ def final_report(
     if regions:
         table += f"\n\n{format_table(regions)}"
     write_text(folder.path / "table.txt", table + "\n")
-    pictures = _draw(cfg, folder, data, initial, model, mask, history, device)
+    before, after = (
+        extract_features(method.backbone, data.evaluation_loader("test"), device)
+        for method in (initial, model)
+    )
+    pictures = _draw(folder, data, initial, model, mask, history, before, after)
     best = history.best(f"knn{ks[0]}")
     write_summary(
         folder.summary,
@@ -85,6 +89,10 @@ def final_report(
             "training_seconds": round(seconds, 1),
             "table": rows,
             "regions": regions,
+            "feature_std": {
+                "random initialisation": feature_std(before.feats),
+                "trained encoder": feature_std(after.feats),
+            },
             "last_epoch": history.rows[-1] if history.rows else None,
             "best_epoch": best,
             "versions": {
@@ -129,13 +137,11 @@ def _regions(
     return rows
 
 
-def _draw(cfg, folder, data, initial, model, mask, history, device) -> list[str]:
+def _draw(folder, data, initial, model, mask, history, before, after) -> list[str]:
     """Draws what there is to draw; returns the files' names."""
     pictures = {"curves.png": figures.training_curves(history.rows)}
     if mask is not None and history.masks:
         pictures["mask.png"] = figures.mask_weights(mask, torch.stack(history.masks))
-    before = extract_features(initial.backbone, data.evaluation_loader("test"), device)
-    after = extract_features(model.backbone, data.evaluation_loader("test"), device)
     pictures["feature_correlation.png"] = figures.feature_correlation(
         before.feats, after.feats, before.labels
     )

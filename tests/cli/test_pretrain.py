@@ -194,9 +194,9 @@ def test_a_run_limited_by_steps_is_complete_and_saved(tmp_path):
     [
         (
             ["method=metamsk"],
-            "error: method must be one of icl_msr, metamask, got 'metamsk'; did you mean 'metamask'?",
+            "error: method must be one of bare, icl_msr, metamask, got 'metamsk'; did you mean 'metamask'?",
         ),
-        (["method_kwargs.task=simcrl"], "error: method_kwargs.task must be one of simclr"),
+        (["method_kwargs.task=simcrl"], "did you mean 'simclr'?"),
         (["backbone.name=resnt18"], "did you mean 'resnet18'"),
         (["++method_kwargs.meta.estimator=exat"], "error: method_kwargs.meta.estimator must be one of exact"),
         (["data.dataset=digit"], "error: data.dataset must be one of"),

@@ -100,17 +100,40 @@ def test_without_negatives_it_is_the_mean_over_strata_and_ordered_pairs():
     assert stratified_loss(distance, z, weighted).item() == pytest.approx(sum(terms) / len(terms))
 
 
-@pytest.mark.parametrize("loss", [backdoor_adjusted_loss, lambda z, w: stratified_loss(torch.dist, z, w)])
-def test_shapes_that_do_not_fit(loss):
+def test_positives_may_be_fewer_than_views():
+    """As where they come from a target network, which sees the large crops alone."""
+    z, weighted = random_views(views=3)
+    for positives in (1, 2):
+        terms = [
+            float(torch.dist(z[j], weighted[k][:, t]))
+            for j in range(3)
+            for k in range(positives)
+            if j != k
+            for t in range(3)
+        ]
+        ours = stratified_loss(torch.dist, z, weighted[:positives])
+        assert ours.item() == pytest.approx(sum(terms) / len(terms))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (backdoor_adjusted_loss, r"weighted as many of \(N, n, P\)"),
+        (lambda z, w: stratified_loss(torch.dist, z, w), r"weighted at most as many of \(N, n, P\)"),
+    ],
+)
+def test_shapes_that_do_not_fit(loss, message):
     z, weighted = random_views()
+    other_number = weighted[:1] if loss is backdoor_adjusted_loss else [*weighted, weighted[0]]
     for views, strata in (
         (z[:1], weighted[:1]),
-        (z, weighted[:1]),
+        (z, other_number),
+        (z, []),
         (z, z),
         (z, [w[:, :, :2] for w in weighted]),
         (z, [w[:3] for w in weighted]),
     ):
-        with pytest.raises(ValueError, match=r"weighted as many of \(N, n, P\)"):
+        with pytest.raises(ValueError, match=message):
             loss(views, strata)
 
 

@@ -68,6 +68,16 @@ def test_same_image_marks_every_view_and_no_bank_entry():
     assert own.nonzero().tolist() == [[0, 0], [0, 3], [1, 1], [1, 4], [2, 2], [2, 5]]
 
 
+@pytest.mark.parametrize("temperature", [0.01, 0.07])
+def test_second_derivatives_are_finite_in_float32_at_small_temperatures(temperature):
+    torch.manual_seed(0)
+    z = torch.randn(8, 5, requires_grad=True)
+    loss = contrastive_loss(z, z.detach() + 0.1, torch.randn(20, 5), temperature)
+    (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.pow(2).sum(), z)
+    assert torch.isfinite(second).all() and second.abs().max() > 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

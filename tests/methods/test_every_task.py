@@ -12,7 +12,11 @@ from metamask_plugin.methods import ICLMSR, Bare, MetaMask
 from metamask_plugin.tasks import TASKS, MomentumTask, Task, build_task
 
 TRIAL = Trial(PlainStep(0.05), PlainStep(0.05))
-METHODS = {"bare": (Bare, bare_config), "metamask": (MetaMask, method_config), "icl_msr": (ICLMSR, icl_msr_config)}
+METHODS = {
+    "bare": (Bare, bare_config),
+    "metamask": (MetaMask, method_config),
+    "icl_msr": (ICLMSR, icl_msr_config),
+}
 
 
 def build(method, task, **overrides):
@@ -34,7 +38,9 @@ def warmed_up(model, batch=8):
 
 
 def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[name]) for name, value in first.items()
+    )
 
 
 def snapshot(model):
@@ -165,7 +171,9 @@ def test_a_batch_in_another_order_has_the_same_loss(double, task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_loss_changes_nothing_in_the_task(task):
-    model = warmed_up(build("bare", task)).task.eval()  # BatchNorm's statistics move in training, as they should
+    model = warmed_up(
+        build("bare", task)
+    ).task.eval()  # BatchNorm's statistics move in training, as they should
     feats = [torch.randn(8, model.features_dim) for _ in range(2)]
     target_feats = feats if model.target else None
     before = copy.deepcopy(model.state_dict())

@@ -68,6 +68,42 @@ def test_weighted_features_leave_the_running_statistics_alone(task):
     assert norm.momentum == 0.1
 
 
+class Predicting(SimCLR):
+    """Sends the batch and the strata through one more BatchNorm within both losses."""
+
+    def __init__(self):
+        super().__init__(8, proj_hidden_dim=12, proj_output_dim=5)
+        self.predictor = nn.BatchNorm1d(5)
+
+    def loss(self, projections, targets=None):
+        return super().loss([self.predictor(z) for z in projections])
+
+    def backdoor_adjusted_loss(self, projections, targets, weighted):
+        predicted = [torch.stack([self.predictor(s) for s in view.unbind(1)], dim=1) for view in weighted]
+        return super().backdoor_adjusted_loss([self.predictor(z) for z in projections], None, predicted)
+
+
+@pytest.mark.parametrize("level", ["features", "projection"])
+def test_nor_does_what_the_adjusted_loss_normalises(level):
+    torch.manual_seed(0)
+    task, feats = Predicting(), features()
+    reference = copy.deepcopy(task)
+    weights = torch.rand(6, 3, 8 if level == "features" else 5) * 100
+    InterventionalTask(task, level)(feats, weights)
+    reference(feats)
+    assert torch.equal(task.predictor.running_mean, reference.predictor.running_mean)
+    assert torch.equal(task.predictor.running_var, reference.predictor.running_var)
+    assert task.predictor.momentum == 0.1
+
+
+def test_the_task_is_told_which_view_a_stratum_is_of(task, monkeypatch):
+    seen = []
+    project = type(task).project_positive
+    monkeypatch.setattr(task, "project_positive", lambda h, view: seen.append(view) or project(task, h, view))
+    InterventionalTask(task, "features")(features(), torch.rand(6, 3, 8))
+    assert seen == [0, 0, 0, 1, 1, 1]
+
+
 def test_without_weights_there_is_one_loss(task):
     feats = features()
     contrast, adjusted = InterventionalTask(task, "features")(feats, None)

@@ -22,7 +22,7 @@ def test_is_nt_xent_on_the_projections():
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("simclrr", {}, "method_kwargs.task must be one of simclr"),
+        ("simclrr", {}, "method_kwargs.task must be one of .*; did you mean 'simclr'"),
         ("simclr", {"tau": 1}, "do not fit the task 'simclr'"),
         ("simclr", {"temperature": -1}, "temperature must be > 0"),
     ],

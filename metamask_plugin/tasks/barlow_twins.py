@@ -1,0 +1,67 @@
+"""Barlow Twins: make the views' cross-correlation matrix the identity."""
+
+from itertools import combinations
+from math import comb
+
+import torch
+
+from metamask_plugin.errors import check
+from metamask_plugin.losses.backdoor import stratified_loss
+from metamask_plugin.losses.redundancy_reduction import redundancy_reduction_loss
+from metamask_plugin.modules.heads import projection_head
+from metamask_plugin.tasks.base import Projections, Task
+
+
+class BarlowTwins(Task):
+    """Redundancy reduction, Eqs. (1) and (2) of [0], summed over pairs of views, on a head of three layers.
+
+    Each process correlates its own batch. A batch of one image has no correlation: the loss is then
+    scale_loss * P a pair, without a gradient.
+
+    ICL-MSR's form is the mean of the loss over strata of the weighted view, summed over pairs of views alike.
+
+    Args:
+        features_dim: D, the encoder's output.
+        proj_hidden_dim: width of the head's hidden layers; 8192 in [0], 2048 in solo-learn for CIFAR.
+        proj_output_dim: P, the same.
+        lamb: lambda of the off-diagonal entries; 0.005 in [0], 0.0051 in the authors' code.
+        scale_loss: factor on the loss, a sum over P dimensions and so much longer in gradient than other
+            tasks' losses. [0] has none, and lets LARS measure the step; the authors' first release had 1/32.
+            0.1 is solo-learn's for CIFAR, where also a trial step, plain SGD, needs one.
+
+    [0] Zbontar et al., *Barlow Twins: Self-Supervised Learning via Redundancy Reduction*, ICML 2021.
+    """
+
+    source = "Zbontar et al., ICML 2021"
+    negatives = "none (decorrelated dimensions)"
+
+    def __init__(
+        self,
+        features_dim: int,
+        proj_hidden_dim: int = 2048,
+        proj_output_dim: int = 2048,
+        lamb: float = 5e-3,
+        scale_loss: float = 0.1,
+    ):
+        super().__init__(features_dim)
+        check(lamb >= 0, "method_kwargs.task_kwargs.lamb", ">= 0", lamb)
+        check(scale_loss > 0, "method_kwargs.task_kwargs.scale_loss", "> 0", scale_loss)
+        self.lamb, self.scale_loss = lamb, scale_loss
+        self.projection_dim = proj_output_dim
+        self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim, layers=3)
+
+    def project(self, feats: torch.Tensor) -> torch.Tensor:
+        return self.projector(feats)
+
+    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+        if len(projections) < 2:
+            raise ValueError(f"BarlowTwins: projections must be of two or more views, got {len(projections)}")
+        return torch.stack([self._pair_loss(z1, z2) for z1, z2 in combinations(projections, 2)]).sum()
+
+    def backdoor_adjusted_loss(
+        self, projections: Projections, targets: Projections | None, weighted: Projections
+    ) -> torch.Tensor:
+        return comb(len(projections), 2) * stratified_loss(self._pair_loss, projections, weighted)
+
+    def _pair_loss(self, z1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
+        return self.scale_loss * redundancy_reduction_loss(z1, z2, self.lamb, form="centred")

@@ -1,0 +1,67 @@
+"""BYOL: predict what the target network makes of another view."""
+
+import torch
+
+from metamask_plugin.errors import check
+from metamask_plugin.losses.backdoor import stratified_loss
+from metamask_plugin.losses.negative_cosine import byol_loss
+from metamask_plugin.modules.heads import projection_head
+from metamask_plugin.tasks.base import MomentumTask, Projections
+
+
+class BYOL(MomentumTask):
+    """Eq. (2) of [0] on a predictor's output, averaged over ordered pairs of views.
+
+        mean over j != k of   2 - 2 cos(q(z_j), z'_k)
+
+    z'_k, the target network's projection of a large crop; q(z_j), the prediction from any view. [0] sums its
+    two pairs of views; the mean here does not depend on how many views there are. The predictor sees the
+    unweighted projections alone. Images do not meet in the loss, but in the heads' BatchNorm, which wants
+    two of them in training mode.
+
+    Args:
+        features_dim: D, the encoder's output.
+        proj_hidden_dim: width of the head's hidden layer.
+        proj_output_dim: P, the projection's dimension.
+        pred_hidden_dim: width of the predictor's hidden layer; None: proj_hidden_dim, since predictor and
+            head are of one architecture in [0].
+        base_momentum: m of the target network at the start; [1] starts from 0.99, [0] from 0.996 (1,000
+            epochs on ImageNet).
+        final_momentum: m at the end, reached along a cosine.
+
+    [0] Grill et al., *Bootstrap Your Own Latent*, NeurIPS 2020.
+    [1] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
+    """
+
+    source = "Grill et al., NeurIPS 2020"
+    negatives = "none"
+
+    def __init__(
+        self,
+        features_dim: int,
+        proj_hidden_dim: int = 4096,
+        proj_output_dim: int = 256,
+        pred_hidden_dim: int | None = None,
+        base_momentum: float = 0.99,
+        final_momentum: float = 1.0,
+    ):
+        super().__init__(features_dim, base_momentum, final_momentum)
+        if pred_hidden_dim is None:
+            pred_hidden_dim = proj_hidden_dim
+        check(pred_hidden_dim >= 1, "method_kwargs.task_kwargs.pred_hidden_dim", ">= 1", pred_hidden_dim)
+        self.projection_dim = proj_output_dim
+        self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim)
+        self.predictor = projection_head(proj_output_dim, pred_hidden_dim, proj_output_dim)
+
+    def project(self, feats: torch.Tensor) -> torch.Tensor:
+        return self.projector(feats)
+
+    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+        # as if each target were the only stratum of itself
+        return self.backdoor_adjusted_loss(projections, targets, [z[:, None] for z in targets])
+
+    def backdoor_adjusted_loss(
+        self, projections: Projections, targets: Projections | None, weighted: Projections
+    ) -> torch.Tensor:
+        """The loss itself on the weighted targets, averaged over the strata."""
+        return stratified_loss(byol_loss, [self.predictor(z) for z in projections], weighted)

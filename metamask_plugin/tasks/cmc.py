@@ -1,0 +1,89 @@
+"""CMC: two views with a head each, contrasted across views only."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from metamask_plugin.errors import check
+from metamask_plugin.losses.cmc import cmc_loss
+from metamask_plugin.modules.feature_queue import FeatureQueue
+from metamask_plugin.modules.heads import projection_head
+from metamask_plugin.tasks.base import Projections, Task
+
+
+class CMC(Task):
+    """Contrastive Multiview Coding [0] of two views, each with a projection head of its own.
+
+    An image of one view has to be told among images of the other: negatives are the other view of the
+    batch's other images, and that view's bank of past projections.
+
+    What differs from [0]: its views are channels of an image (luminance and chrominance), each with its own
+    encoder. Here they are augmented views that share the encoder, so that the heads alone tell them apart.
+    There, a head is one linear layer, and the bank holds one entry an image, sampled for noise-contrastive
+    estimation; here, a head has a hidden layer, and the bank is first in first out, with the softmax as it
+    stands (InfoNCE).
+
+    Args:
+        features_dim: D, the encoder's output.
+        proj_hidden_dim: width of the heads' hidden layer, chosen here.
+        proj_output_dim: P, the projections' dimension; 128 in the authors' release.
+        temperature: tau; 0.07 in the release, on ImageNet.
+        bank_size: K past projections of each view as further negatives, 0 for none; MetaMask's Table 1
+            takes 4,096, and so does ICL-MSR's Table 2.
+
+    Raises:
+        UserError: for settings that cannot be; from :meth:`branches`, for any number of views but two.
+
+    [0] Tian et al., *Contrastive Multiview Coding*, ECCV 2020.
+    """
+
+    source = "Tian et al., ECCV 2020"
+    negatives = "the other view: batch and memory bank"
+
+    def __init__(
+        self,
+        features_dim: int,
+        proj_hidden_dim: int = 2048,
+        proj_output_dim: int = 128,
+        temperature: float = 0.07,
+        bank_size: int = 4096,
+    ):
+        super().__init__(features_dim)
+        check(temperature > 0, "method_kwargs.task_kwargs.temperature", "> 0", temperature)
+        self.temperature = temperature
+        self.projection_dim = proj_output_dim
+        self.projector = nn.ModuleList(
+            projection_head(features_dim, proj_hidden_dim, proj_output_dim) for _ in range(2)
+        )
+        self.banks = nn.ModuleList(FeatureQueue(bank_size, proj_output_dim) for _ in range(2))
+
+    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
+        """Projection by the head of ``view``; the first one's for features that are of no view."""
+        return self.projector[view](feats)
+
+    def project_positive(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
+        return self.project(feats, view)
+
+    def branches(
+        self, feats: Sequence[torch.Tensor], target_feats: Sequence[torch.Tensor] | None
+    ) -> tuple[list[torch.Tensor], None]:
+        name = "the number of views (num_crops in augmentations)"
+        check(len(feats) == 2, name, "2 for the task cmc, which has a head for each", len(feats))
+        return [self.project(h, view) for view, h in enumerate(feats)], None
+
+    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+        return cmc_loss(projections, self.temperature, self._bank_entries())
+
+    def backdoor_adjusted_loss(
+        self, projections: Projections, targets: Projections | None, weighted: Projections
+    ) -> torch.Tensor:
+        return cmc_loss(projections, self.temperature, self._bank_entries(), weighted)
+
+    def _bank_entries(self) -> list[torch.Tensor]:
+        return [bank.entries for bank in self.banks]
+
+    @torch.no_grad()
+    def after_batch(self, projections: Projections, targets: Projections | None) -> None:
+        for bank, view in zip(self.banks, projections):
+            bank.push(view)

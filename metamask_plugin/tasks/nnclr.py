@@ -1,0 +1,80 @@
+"""NNCLR: the nearest neighbour of one view has to find the other view."""
+
+import torch
+
+from metamask_plugin.errors import check
+from metamask_plugin.losses.nnclr import nearest_neighbours, nnclr_loss
+from metamask_plugin.modules.feature_queue import FeatureQueue
+from metamask_plugin.modules.heads import projection_head
+from metamask_plugin.tasks.base import Projections, Task
+
+
+class NNCLR(Task):
+    """Nearest-neighbour contrastive learning of representations [0].
+
+    A view's anchor is not its own projection z but the nearest entry of a support set of past projections,
+    which lets no gradient through; positive and negatives are predictions p of the other view. The support
+    set takes in the first view of each batch.
+
+    Under ICL-MSR the weighted projections go through the predictor as well, each stratum as a batch of its
+    own for BatchNorm; anchors and negatives are not weighted.
+
+    Args:
+        features_dim: D, the encoder's output.
+        proj_hidden_dim: width of the projection head's two hidden layers; BatchNorm follows all three.
+        proj_output_dim: P, the dimension of z and p.
+        pred_hidden_dim: width of the predictor's hidden layer.
+        temperature: tau; 0.1 is that of solo-learn's loss.
+        queue_size: K, size of the support set; 65,536 is solo-learn's.
+
+    [0] Dwibedi et al., *With a Little Help from My Friends*, ICCV 2021.
+    """
+
+    source = "Dwibedi et al., ICCV 2021"
+    negatives = "the batch, predicted"
+
+    def __init__(
+        self,
+        features_dim: int,
+        proj_hidden_dim: int = 2048,
+        proj_output_dim: int = 256,
+        pred_hidden_dim: int = 4096,
+        temperature: float = 0.1,
+        queue_size: int = 65536,
+    ):
+        super().__init__(features_dim)
+        name = "method_kwargs.task_kwargs"
+        check(temperature > 0, f"{name}.temperature", "> 0", temperature)
+        check(pred_hidden_dim >= 1, f"{name}.pred_hidden_dim", ">= 1", pred_hidden_dim)
+        whole = isinstance(queue_size, int) and queue_size >= 1
+        check(whole, f"{name}.queue_size", "an integer >= 1", queue_size)
+        self.temperature = temperature
+        self.projection_dim = proj_output_dim
+        self.projector = projection_head(
+            features_dim, proj_hidden_dim, proj_output_dim, layers=3, final_norm=True
+        )
+        self.predictor = projection_head(proj_output_dim, pred_hidden_dim, proj_output_dim)
+        self.support = FeatureQueue(queue_size, proj_output_dim)
+
+    def project(self, feats: torch.Tensor) -> torch.Tensor:
+        return self.projector(feats)
+
+    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+        return self._loss(projections)
+
+    def backdoor_adjusted_loss(
+        self, projections: Projections, targets: Projections | None, weighted: Projections
+    ) -> torch.Tensor:
+        predicted = [
+            torch.stack([self.predictor(stratum) for stratum in view.unbind(1)], dim=1) for view in weighted
+        ]
+        return self._loss(projections, predicted)
+
+    def _loss(self, projections: Projections, positives: Projections | None = None) -> torch.Tensor:
+        neighbours = [nearest_neighbours(z, self.support.entries) for z in projections]
+        predictions = [self.predictor(z) for z in projections]
+        return nnclr_loss(neighbours, predictions, self.temperature, positives)
+
+    @torch.no_grad()
+    def after_batch(self, projections: Projections, targets: Projections | None) -> None:
+        self.support.push(projections[0])

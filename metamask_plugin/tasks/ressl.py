@@ -1,0 +1,96 @@
+"""ReSSL: relate each view to past samples as the target network relates the weakly augmented one."""
+
+from functools import partial
+
+import torch
+
+from metamask_plugin.errors import check
+from metamask_plugin.losses.backdoor import stratified_loss
+from metamask_plugin.losses.ressl import relation_loss
+from metamask_plugin.modules.feature_queue import FeatureQueue
+from metamask_plugin.modules.heads import projection_head
+from metamask_plugin.tasks.base import MomentumTask, Projections
+
+
+class ReSSL(MomentumTask):
+    """Cross-entropy of a view's relation to a queue and the weak view's. Section 3 of [0].
+
+        mean over j != k of   H( softmax(z'_k Q^T / tau_target), softmax(z_j Q^T / tau_online) )
+
+    Q, past projections of the target network, unit length like z and z'. The target network sees an image's
+    weak view, that is k = 1, the first large crop: list the weak pipeline first in ``augmentations``, as in
+    scripts/pretrain/cifar/views/ressl.yaml. All others are anchors. There is no predictor.
+
+    Defaults are the authors' for CIFAR; theirs for Tiny ImageNet and STL-10 are a queue of 16,384 and a
+    momentum of 0.996, for ImageNet [1] 131,072, 0.999, and a head of 4,096 and 512. The head's BatchNorm is
+    this package's: the one in [1] has none.
+
+    Args:
+        features_dim: D, the encoder's output.
+        proj_hidden_dim: width of the head's hidden layer.
+        proj_output_dim: P, the projection's dimension.
+        queue_size: K, at least 2: to one sample there is one relation only.
+        online_temperature: tau_online.
+        target_temperature: tau_target, the smaller, for a sharper target.
+        symmetric: every large crop is a target to all other views, in place of the first alone; not in [0].
+        base_momentum: m of the target network at the start.
+        final_momentum: m at the end, along a cosine; None: base_momentum throughout, as in [1].
+
+    [0] Zheng et al., *ReSSL: Relational Self-Supervised Learning with Weak Augmentation*, NeurIPS 2021.
+    [1] https://github.com/KyleZheng1997/ReSSL
+    """
+
+    source = "Zheng et al., NeurIPS 2021"
+    negatives = "none, a queue to relate to"
+
+    def __init__(
+        self,
+        features_dim: int,
+        proj_hidden_dim: int = 512,
+        proj_output_dim: int = 128,
+        queue_size: int = 4096,
+        online_temperature: float = 0.1,
+        target_temperature: float = 0.04,
+        symmetric: bool = False,
+        base_momentum: float = 0.99,
+        final_momentum: float | None = None,
+    ):
+        super().__init__(
+            features_dim, base_momentum, base_momentum if final_momentum is None else final_momentum
+        )
+        name = "method_kwargs.task_kwargs"
+        check(
+            isinstance(queue_size, int) and queue_size >= 2,
+            f"{name}.queue_size",
+            "an integer >= 2",
+            queue_size,
+        )
+        check(online_temperature > 0, f"{name}.online_temperature", "> 0", online_temperature)
+        check(target_temperature > 0, f"{name}.target_temperature", "> 0", target_temperature)
+        self.temperatures = {
+            "online_temperature": online_temperature,
+            "target_temperature": target_temperature,
+        }
+        self.symmetric = symmetric
+        self.projection_dim = proj_output_dim
+        self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim)
+        self.queue = FeatureQueue(queue_size, proj_output_dim, f"{name}.queue_size")
+
+    def project(self, feats: torch.Tensor) -> torch.Tensor:
+        return self.projector(feats)
+
+    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+        # as if each target were the only stratum of itself
+        return self.backdoor_adjusted_loss(projections, targets, [z[:, None] for z in targets])
+
+    def backdoor_adjusted_loss(
+        self, projections: Projections, targets: Projections | None, weighted: Projections
+    ) -> torch.Tensor:
+        """The loss itself on the weighted targets, averaged over the strata: mean_t H(p'_t, p)."""
+        used = weighted if self.symmetric else weighted[:1]
+        pair_loss = partial(relation_loss, queue=self.queue.entries, **self.temperatures)
+        return stratified_loss(pair_loss, projections, used)
+
+    @torch.no_grad()
+    def after_batch(self, projections: Projections, targets: Projections | None) -> None:
+        self.queue.push(targets[0])  # one entry an image, also where all large crops are targets

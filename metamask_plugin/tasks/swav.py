@@ -1,0 +1,145 @@
+"""SwAV: predict from one view which prototypes another view was assigned to."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from metamask_plugin.errors import check
+from metamask_plugin.losses.sinkhorn import sinkhorn_codes
+from metamask_plugin.losses.swav import multi_crop_loss
+from metamask_plugin.modules.feature_queue import FeatureQueue
+from metamask_plugin.modules.heads import projection_head
+from metamask_plugin.tasks.base import Projections, Task
+
+
+class Prototypes(nn.Linear):
+    """K trainable directions; projections go to their cosines with them.
+
+    Args:
+        dim: P.
+        number: K.
+    """
+
+    def __init__(self, dim: int, number: int):
+        super().__init__(dim, number, bias=False)
+        self.normalise()
+
+    def forward(self, z: torch.Tensor, frozen: bool = False) -> torch.Tensor:
+        """Cosines, (..., P) to (..., K); frozen, they pass a gradient of zero on to the prototypes."""
+        # zero, not none: DDP wants a gradient for every parameter
+        weight = self.weight.detach() + 0 * self.weight if frozen else self.weight
+        return F.normalize(z, dim=-1) @ F.normalize(weight, dim=1).T
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """To unit length, in place; no cosine changes."""
+        self.weight.copy_(F.normalize(self.weight, dim=1))
+
+
+class SwAV(Task):
+    """Swapped prediction of online codes, Eqs. (1) to (6) of [0].
+
+    Codes come from the large crops, predictions from all views. Prototypes are normalised where they are
+    compared, so that a trial step stays on the sphere, and in place once an optimiser step. Nothing is
+    differentiated through Sinkhorn-Knopp, neither once nor twice: on that the exact and the unrolled
+    meta-gradient agree; a finite difference does not, since codes follow the displaced weights. Each process
+    computes the codes of its own batch, with a queue of all processes' projections.
+
+    ICL-MSR's form predicts an unweighted view's code from the other views' strata.
+
+    Args:
+        features_dim: D, the encoder's output.
+        proj_hidden_dim: width of the head's hidden layer.
+        proj_output_dim: P.
+        num_prototypes: K; to use them all alike takes about as many images, those of the queue included.
+        temperature: tau of the predictions.
+        epsilon: sharpness of the codes; 0.03 if they collapse (the authors' README).
+        sinkhorn_iterations: for the codes.
+        queue_size: past projections, for either of the first two large crops, with which codes are computed;
+            [0] takes 3,840 for batches of 256, none for 4,096. Further large crops share these two queues.
+        queue_start: optimiser steps before the queue is used, which it never is until it is full. [0] waits
+            for 15 epochs, since projections go out of date quickly at first.
+        freeze_prototypes_steps: optimiser steps during which the prototypes get a gradient of zero, and only
+            weight decay touches their length; [0] freezes them for one epoch.
+
+    [0] Caron et al., *Unsupervised Learning of Visual Features by Contrasting Cluster Assignments*,
+        NeurIPS 2020.
+    """
+
+    source = "Caron et al., NeurIPS 2020"
+    negatives = "none (equal use of the prototypes)"
+
+    def __init__(
+        self,
+        features_dim: int,
+        proj_hidden_dim: int = 2048,
+        proj_output_dim: int = 128,
+        num_prototypes: int = 3000,
+        temperature: float = 0.1,
+        epsilon: float = 0.05,
+        sinkhorn_iterations: int = 3,
+        queue_size: int = 3840,
+        queue_start: int = 0,
+        freeze_prototypes_steps: int = 0,
+    ):
+        super().__init__(features_dim)
+        name = "method_kwargs.task_kwargs"
+        check(temperature > 0, f"{name}.temperature", "> 0", temperature)
+        check(epsilon > 0, f"{name}.epsilon", "> 0", epsilon)
+        for setting, least, value in (
+            ("num_prototypes", 2, num_prototypes),
+            ("sinkhorn_iterations", 1, sinkhorn_iterations),
+            ("queue_start", 0, queue_start),
+            ("freeze_prototypes_steps", 0, freeze_prototypes_steps),
+        ):
+            check(value >= least, f"{name}.{setting}", f">= {least}", value)
+        self.temperature, self.epsilon, self.sinkhorn_iterations = temperature, epsilon, sinkhorn_iterations
+        self.queue_size, self.queue_start = queue_size, queue_start
+        self.freeze_prototypes_steps = freeze_prototypes_steps
+        self.projection_dim = proj_output_dim
+        self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim)
+        self.prototypes = Prototypes(proj_output_dim, num_prototypes)
+        self.queues = nn.ModuleList(
+            FeatureQueue(queue_size, proj_output_dim, f"{name}.queue_size") for _ in range(2)
+        )
+        self.register_buffer("queued", torch.zeros((), dtype=torch.long))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def project(self, feats: torch.Tensor) -> torch.Tensor:
+        return self.projector(feats)
+
+    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+        scores = self._scores(projections)
+        return multi_crop_loss(self._codes(scores), scores, self.temperature)
+
+    def backdoor_adjusted_loss(
+        self, projections: Projections, targets: Projections | None, weighted: Projections
+    ) -> torch.Tensor:
+        codes = self._codes(self._scores(projections))
+        return multi_crop_loss(codes, self._scores(weighted), self.temperature)
+
+    def _scores(self, projections: Projections) -> list[torch.Tensor]:
+        frozen = bool(self.steps < self.freeze_prototypes_steps)
+        return [self.prototypes(z, frozen) for z in projections]
+
+    @torch.no_grad()
+    def _codes(self, scores: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Codes of the large crops, (N, K) each."""
+        past: list[torch.Tensor | None] = [None, None]
+        if 0 < self.queue_size <= self.queued and self.steps >= self.queue_start:
+            past = self._scores([queue.entries for queue in self.queues])
+        return [
+            sinkhorn_codes(view, self.epsilon, self.sinkhorn_iterations, past[crop % 2])
+            for crop, view in enumerate(scores[: self.large_views])
+        ]
+
+    @torch.no_grad()
+    def after_batch(self, projections: Projections, targets: Projections | None) -> None:
+        for queue, view in zip(self.queues, projections[: self.large_views]):
+            queue.push(view)
+        self.queued.add_(len(projections[0])).clamp_(max=self.queue_size)
+
+    @torch.no_grad()
+    def after_step(self, backbone: nn.Module, progress: float) -> None:
+        self.prototypes.normalise()
+        self.steps.add_(1)

@@ -1,0 +1,76 @@
+"""W-MSE: views of an image meet in whitened projections."""
+
+import torch
+
+from metamask_plugin.errors import check
+from metamask_plugin.losses.backdoor import stratified_loss
+from metamask_plugin.losses.whitening import random_slices, whitened_mse_loss
+from metamask_plugin.modules.heads import projection_head
+from metamask_plugin.tasks.base import Projections, Task
+
+
+class WMSE(Task):
+    """The distance between whitened views, Section 3 of [0]; settings of the authors' code [1].
+
+    A batch of more than ``whitening_size`` images is whitened in random slices, drawn from torch's random
+    state: the same in every evaluation of a meta step, which all start from the same state. Each process
+    whitens its own batch.
+
+    ICL-MSR's form is the mean of the loss over strata of the weighted view, whitened on their own like the
+    views, and in the same slices.
+
+    Args:
+        features_dim: D, the encoder's output.
+        proj_hidden_dim: width of the head's hidden layer.
+        proj_output_dim: P; 64 for CIFAR, 128 elsewhere in [1]. Half the whitening size or less: see
+            :func:`~metamask_plugin.losses.whitening.whiten` on batches of P images or fewer.
+        whitening_size: images whitened together; [1] takes 2P. Of a batch that is no multiple of it the
+            slices get larger, of a smaller batch all images are one slice.
+        whitening_iterations: number of random partitions to average over; [1] takes 4 with P = 128 and two
+            views.
+        eps: share of the identity in the covariance. [1] takes 0, which fails with P images or fewer; 1e-3
+            is chosen here.
+
+    [0] Ermolov et al., *Whitening for Self-Supervised Representation Learning*, ICML 2021.
+    [1] https://github.com/htdt/self-supervised
+    """
+
+    source = "Ermolov et al., ICML 2021"
+    negatives = "none (whitening)"
+
+    def __init__(
+        self,
+        features_dim: int,
+        proj_hidden_dim: int = 1024,
+        proj_output_dim: int = 64,
+        whitening_size: int = 128,
+        whitening_iterations: int = 1,
+        eps: float = 1e-3,
+    ):
+        super().__init__(features_dim)
+        name = "method_kwargs.task_kwargs"
+        check(whitening_size >= 2, f"{name}.whitening_size", ">= 2", whitening_size)
+        check(whitening_iterations >= 1, f"{name}.whitening_iterations", ">= 1", whitening_iterations)
+        check(0 <= eps < 1, f"{name}.eps", "in [0, 1)", eps)
+        self.whitening_size, self.whitening_iterations, self.eps = whitening_size, whitening_iterations, eps
+        self.projection_dim = proj_output_dim
+        self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim)
+
+    def project(self, feats: torch.Tensor) -> torch.Tensor:
+        return self.projector(feats)
+
+    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+        return whitened_mse_loss(projections, self._partitions(projections[0]), self.eps)
+
+    def backdoor_adjusted_loss(
+        self, projections: Projections, targets: Projections | None, weighted: Projections
+    ) -> torch.Tensor:
+        partitions = self._partitions(projections[0])
+        return stratified_loss(
+            lambda anchor, positive: whitened_mse_loss([anchor, positive], partitions, self.eps),
+            projections,
+            weighted,
+        )
+
+    def _partitions(self, view: torch.Tensor) -> list[list[torch.Tensor]]:
+        return random_slices(len(view), self.whitening_size, self.whitening_iterations, view.device)
