@@ -1,6 +1,6 @@
 """Every task alone, with MetaMask and with MSR, on confounded digits: accuracy over seeds, and collapse.
 
-    python benchmarks/task_table.py [--epochs 15] [--seeds 5 6 7] [--tasks simclr byol ...] [--jobs 2]
+    python benchmarks/task_table.py [--epochs 10] [--seeds 5 6 7] [--tasks simclr byol ...] [--jobs 2]
 
 Each cell is the run of
 
@@ -8,9 +8,9 @@ Each cell is the run of
     python main_pretrain.py --config-name metamask_barlow task=<task>
     python main_pretrain.py --config-name icl_msr_simclr task=<task>
 
-with ``max_epochs`` and ``seed`` set, evaluated on unmasked features: kNN (k = 5, cosine), linear probe after its
-last epoch, and the spread of the features. Every finished run is written down at once in ``--output``; the same
-command goes on where it was interrupted. Each run has one thread, ``--jobs`` of them at a time.
+with ``max_epochs`` and ``seed`` set, evaluated on unmasked features: kNN (k = 5, cosine), linear probe after
+its last epoch, and the spread of the features. Every finished run is written down at once in ``--output``; the
+same command goes on where it was interrupted. Each run has one thread, ``--jobs`` of them at a time.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[5, 6, 7])
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("task_table.jsonl"))
     args = parser.parse_args()

@@ -69,7 +69,7 @@ def contrastive_loss(
     if excluded is not None:
         negative_logits = negative_logits.masked_fill(excluded, float("-inf"))
     mass = negative_mass(positive_logits, negative_logits)
-    # log e+ / (e+ + mass); unlike logaddexp's, softplus's second derivative stays finite at small temperatures
+    # log e+ / (e+ + mass); unlike logaddexp's, softplus's second derivative stays finite at small tau
     log_p = -F.softplus(mass - positive_logits, threshold=40)
     return (math.log(log_p.shape[1]) - log_p.logsumexp(dim=1)).mean()
 

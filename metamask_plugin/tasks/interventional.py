@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from metamask_plugin.modules.stop_gradient import without_gradient
 from metamask_plugin.tasks.base import Projections, Task
 
 LEVELS = ("features", "feature_map", "projection")
@@ -86,7 +87,11 @@ class InterventionalTask(nn.Module):
         if self.level == "projection":
             return view[:, None] * weights
         if self.level == "feature_map":
-            feats = [self.tail(view * a[:, :, None, None]) for a in weights.unbind(1)]
+            maps = [view * a[:, :, None, None] for a in weights.unbind(1)]
+            if self.task.stop_gradient:
+                feats = [without_gradient(self.tail, stratum) for stratum in maps]
+            else:
+                feats = [self.tail(stratum) for stratum in maps]
         else:
             feats = [view * a for a in weights.unbind(1)]
         return torch.stack([self.task.project_positive(stratum, index) for stratum in feats], dim=1)

@@ -21,9 +21,9 @@ class ReSSL(MomentumTask):
     weak view, that is k = 1, the first large crop: list the weak pipeline first in ``augmentations``, as in
     scripts/pretrain/cifar/views/ressl.yaml. All others are anchors. There is no predictor.
 
-    Defaults are the authors' for CIFAR; theirs for Tiny ImageNet and STL-10 are a queue of 16,384 and a
-    momentum of 0.996, for ImageNet [1] 131,072, 0.999, and a head of 4,096 and 512. The head's BatchNorm is
-    this package's: the one in [1] has none.
+    Defaults are the authors' for CIFAR, as others' copies of that code have them; for STL-10 and Tiny
+    ImageNet these have a queue of 16,384 and a momentum of 0.996. For ImageNet [1] has 131,072 and 0.999,
+    and a head of 4,096 and 512. BatchNorm in the head was chosen here: the one in [1] has none.
 
     Args:
         features_dim: D, the encoder's output.

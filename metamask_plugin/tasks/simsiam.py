@@ -6,6 +6,7 @@ from metamask_plugin.errors import check
 from metamask_plugin.losses.backdoor import stratified_loss
 from metamask_plugin.losses.negative_cosine import negative_cosine_loss
 from metamask_plugin.modules.heads import projection_head
+from metamask_plugin.modules.stop_gradient import without_gradient
 from metamask_plugin.tasks.base import Projections, Task
 
 
@@ -58,8 +59,7 @@ class SimSiam(Task):
 
     def project_positive(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         """The same head, without gradient to its weights."""
-        fixed = {name: weight.detach() for name, weight in self.projector.named_parameters()}
-        return torch.func.functional_call(self.projector, fixed, (feats,))
+        return without_gradient(self.projector, feats)
 
     def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
         # as if each view were the only stratum of itself

@@ -6,7 +6,7 @@ from torch import nn
 
 from metamask_plugin.errors import UserError
 from metamask_plugin.losses import backdoor_adjusted_loss
-from metamask_plugin.tasks import SimCLR, Task
+from metamask_plugin.tasks import SimCLR, SimSiam, Task
 from metamask_plugin.tasks.interventional import InterventionalTask
 
 
@@ -123,3 +123,17 @@ def test_a_task_without_such_a_form_says_so():
 
     with pytest.raises(UserError, match="must have a backdoor-adjusted form, got Bare"):
         InterventionalTask(Bare(8), "features")(features(), torch.rand(6, 3, 8))
+
+
+def test_under_a_stop_gradient_what_lies_behind_the_map_gets_none_either():
+    torch.manual_seed(0)
+    task = SimSiam(8, proj_hidden_dim=12, proj_output_dim=6)
+    tail = nn.Sequential(nn.MaxPool2d(3), nn.Flatten(), nn.Linear(8, 8))
+    maps = [torch.randn(6, 8, 3, 3) for _ in range(2)]
+    weights = torch.rand(6, 4, 8, requires_grad=True)
+    interventional = InterventionalTask(task, "feature_map", tail)
+    projections = [task.project(tail(m)).detach() for m in maps]  # the anchors' way, cut off
+    _, adjusted = interventional.losses(projections, None, maps, weights)
+    to_weights, *to_tail = torch.autograd.grad(adjusted, [weights, *tail.parameters()], allow_unused=True)
+    assert to_weights.abs().max() > 0
+    assert all(gradient is None for gradient in to_tail)

@@ -149,7 +149,7 @@ def test_the_views_that_it_is_given(path):
     weak, strong, original = parse_augmentations(OmegaConf.load(path))
     drawn = ("color_jitter", "grayscale", "gaussian_blur", "solarization", "equalization")
     assert not any(getattr(weak, operation) for operation in drawn)
-    assert weak.crop_scale is not None and weak.horizontal_flip > 0
-    assert strong.color_jitter > 0 and strong.grayscale > 0
+    assert weak.crop_scale is not None
+    assert any(getattr(strong, operation) for operation in drawn)
     assert (weak.num_crops, strong.num_crops) == (1, 1)
     assert weak.crop_size == strong.crop_size != original.crop_size  # two large crops

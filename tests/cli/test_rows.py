@@ -1,0 +1,126 @@
+"""Every row of the papers' tables, named on the command line: what it composes to."""
+
+from itertools import product
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from test_configs import ROOT
+
+from metamask_plugin.methods import METHODS
+from metamask_plugin.tasks import TASKS
+
+SMALL = ("cifar", "stl10", "tiny-imagenet")
+# table: config, folders, overrides, tasks; the tasks of ICL-MSR's tables without an MSR row are baselines
+TABLES = {
+    "metamask 1": (
+        "metamask_barlow",
+        SMALL,
+        ("setting=metamask_table1",),
+        ("barlow_twins", "swav", "simclr", "cmc", "byol", "simsiam", "dcl", "hcl"),
+    ),
+    "metamask 2": (
+        "metamask_barlow",
+        SMALL,
+        (),
+        ("barlow_twins", "simclr", "byol", "dcl", "hcl", "nnclr"),
+    ),
+    "icl_msr 1": (
+        "icl_msr_simclr",
+        SMALL,
+        (),
+        ("simclr", "byol", "barlow_twins", "wmse", "ressl", "lmcl", "ssl_hsic", "relic"),
+    ),
+    "icl_msr 2": (
+        "icl_msr_simclr",
+        ("imagenet-100",),
+        (),
+        ("simclr", "moco", "cmc", "swav", "dcl", "lmcl"),
+    ),
+    "icl_msr 3": (
+        "icl_msr_simclr",
+        ("imagenet",),
+        (),
+        ("simclr", "moco", "cmc", "swav", "byol", "relic", "ssl_hsic"),
+    ),
+}
+ROWS = [
+    (table, f"{folder}/{config}", overrides, task)
+    for table, (config, folders, overrides, tasks) in TABLES.items()
+    for folder, task in product(folders, tasks)
+]
+
+
+def composed(name, *overrides):
+    with initialize_config_dir(str(ROOT), version_base="1.2"):
+        return compose(name, overrides=list(overrides))
+
+
+@pytest.mark.parametrize(("table", "config", "overrides", "task"), ROWS)
+def test_a_row_and_its_plus_row_differ_in_the_method_alone(table, config, overrides, task):
+    plus = composed(config, *overrides, f"task={task}")
+    bare = composed(config, *overrides, f"task={task}", "method=bare")
+    assert plus.method_kwargs.task == task
+    assert {key for key in plus if plus[key] != bare[key]} <= {"method", "name"}
+    # all of it is understood: each method accepts the keys, and the task its settings
+    for cfg in (plus, bare):
+        kwargs = METHODS[cfg.method].add_and_assert_specific_cfg(_counted(cfg)).method_kwargs
+        settings = {**OmegaConf.to_container(kwargs.task_kwargs), "proj_hidden_dim": 8}
+        TASKS[task](8, **settings)
+
+
+def _counted(cfg):
+    OmegaConf.set_struct(cfg, False)
+    cfg.data.num_classes, cfg.data.num_large_crops, cfg.data.num_small_crops = 10, 2, 1
+    return cfg
+
+
+def test_lambda_and_gamma_of_every_row():
+    """ICL-MSR, Section 6.3."""
+    expected = {
+        "cifar": {"simclr": (1, 1), "byol": (0.1, 1), "lmcl": (0.1, 1), "ressl": (0.01, 1)},
+        "imagenet-100": {"simclr": (0.1, 1), "cmc": (0.1, 0.1), "dcl": (1, 1), "lmcl": (1, 1)},
+        "imagenet": {"simclr": (0.1, 1), "byol": (0.1, 1)},
+    }
+    for folder, rows in expected.items():
+        for task, (lamb, gamma) in rows.items():
+            kwargs = composed(f"{folder}/icl_msr_simclr", f"task={task}").method_kwargs
+            assert (kwargs.lamb, kwargs.gamma) == (lamb, gamma), (folder, task)
+
+
+def test_table_1_of_metamask_has_its_batch_bank_and_encoder():
+    for task, (folder, encoder) in product(("simclr", "cmc", "dcl", "hcl"), product(SMALL, ("conv", "fc"))):
+        cfg = composed(
+            f"{folder}/metamask_barlow", "setting=metamask_table1", f"task={task}", f"backbone.name={encoder}"
+        )
+        assert (cfg.optimizer.batch_size, cfg.backbone.name) == (64, encoder)
+        assert cfg.method_kwargs.task_kwargs.bank_size == 4096
+
+
+def test_negative_sample_size_of_icl_msr_table_2():
+    for task in ("simclr", "moco", "cmc", "dcl", "lmcl"):
+        settings = composed("imagenet-100/icl_msr_simclr", f"task={task}").method_kwargs.task_kwargs
+        assert settings.get("bank_size", settings.get("queue_size")) == 4096
+
+
+def test_views_that_a_task_needs_come_with_it():
+    for config in ("metamask_barlow", "icl_msr_simclr", "cifar/metamask_barlow", "stl10/icl_msr_simclr"):
+        weak, strong, original = composed(config, "task=ressl").augmentations
+        assert weak.color_jitter.prob == 0 < strong.color_jitter.prob
+        assert weak.crop_size == strong.crop_size != original.crop_size
+    for config in ("imagenet/icl_msr_simclr", "imagenet-100/icl_msr_simclr"):
+        large, small, _ = composed(config, "task=swav").augmentations
+        assert (large.num_crops, large.crop_size, small.num_crops, small.crop_size) == (2, 224, 6, 96)
+
+
+def test_every_task_has_its_config_and_no_file_is_left_over():
+    assert {path.stem for path in (ROOT / "task").glob("*.yaml")} == set(TASKS)
+    for path in (ROOT / "task_settings").rglob("*.yaml"):
+        assert path.stem in TASKS, path
+
+
+@pytest.mark.parametrize("ablation", ["feature_dropout", "shared_feature_dropout"])
+def test_feature_dropout_is_table_5_of_metamask(ablation):
+    cfg = composed("cifar/metamask_barlow", "task=barlow_twins", f"ablation={ablation}")
+    assert cfg.method == "bare" and cfg.method_kwargs.task == "barlow_twins"
+    assert cfg.method_kwargs.feature_dropout == {"rate": 0.05, "shared": ablation.startswith("shared")}
