@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 TASK_KWARGS = {
     "simclr": {"bank_size": 20},
     "moco": {"queue_size": 24},
-    "cmc": {"bank_size": 20, "temperature": 0.3},
+    "cmc": {"bank_size": 20, "temperature": 0.3, "shared_head": False},
     "dcl": {"bank_size": 20},
     "hcl": {"bank_size": 20},
     "lmcl": {"bank_size": 20},

@@ -1,4 +1,4 @@
-"""CMC: two views with a head each, contrasted across views only."""
+"""CMC: two views, contrasted with each other only."""
 
 from collections.abc import Sequence
 
@@ -13,16 +13,19 @@ from metamask_plugin.tasks.base import Projections, Task
 
 
 class CMC(Task):
-    """Contrastive Multiview Coding [0] of two views, each with a projection head of its own.
+    """Contrastive Multiview Coding [0] of two views.
 
     An image of one view has to be told among images of the other: negatives are the other view of the
     batch's other images, and that view's bank of past projections.
 
     What differs from [0]: its views are channels of an image (luminance and chrominance), each with its own
-    encoder. Here they are augmented views that share the encoder, so that the heads alone tell them apart.
-    There, a head is one linear layer, and the bank holds one entry an image, sampled for noise-contrastive
-    estimation; here, a head has a hidden layer, and the bank is first in first out, with the softmax as it
-    stands (InfoNCE).
+    encoder and head. Here they are augmented views of one kind, which share the encoder and, unless
+    ``shared_head=False``, the head. There, a head is one linear layer, and the bank holds one entry an image,
+    sampled for noise-contrastive estimation; here, a head has a hidden layer, and the bank is first in first
+    out, with the softmax as it stands (InfoNCE).
+
+    The bank's entries are as old as it is long. While the weights still move fast they are too easily told
+    from the present ones, and the loss teaches little: docs/results.md has numbers.
 
     Args:
         features_dim: D, the encoder's output.
@@ -31,6 +34,7 @@ class CMC(Task):
         temperature: tau; 0.07 in the release, on ImageNet.
         bank_size: K past projections of each view as further negatives, 0 for none; MetaMask's Table 1
             takes 4,096, and so does ICL-MSR's Table 2.
+        shared_head: one head for both views, or one each.
 
     Raises:
         UserError: for settings that cannot be; from :meth:`branches`, for any number of views but two.
@@ -48,19 +52,21 @@ class CMC(Task):
         proj_output_dim: int = 128,
         temperature: float = 0.07,
         bank_size: int = 4096,
+        shared_head: bool = True,
     ):
         super().__init__(features_dim)
         check(temperature > 0, "method_kwargs.task_kwargs.temperature", "> 0", temperature)
         self.temperature = temperature
         self.projection_dim = proj_output_dim
         self.projector = nn.ModuleList(
-            projection_head(features_dim, proj_hidden_dim, proj_output_dim) for _ in range(2)
+            projection_head(features_dim, proj_hidden_dim, proj_output_dim)
+            for _ in range(1 if shared_head else 2)
         )
         self.banks = nn.ModuleList(FeatureQueue(bank_size, proj_output_dim) for _ in range(2))
 
     def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         """Projection by the head of ``view``; the first one's for features that are of no view."""
-        return self.projector[view](feats)
+        return self.projector[view % len(self.projector)](feats)
 
     def project_positive(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.project(feats, view)
@@ -69,7 +75,7 @@ class CMC(Task):
         self, feats: Sequence[torch.Tensor], target_feats: Sequence[torch.Tensor] | None
     ) -> tuple[list[torch.Tensor], None]:
         name = "the number of views (num_crops in augmentations)"
-        check(len(feats) == 2, name, "2 for the task cmc, which has a head for each", len(feats))
+        check(len(feats) == 2, name, "2 for the task cmc", len(feats))
         return [self.project(h, view) for view, h in enumerate(feats)], None
 
     def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:

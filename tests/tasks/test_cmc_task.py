@@ -11,7 +11,7 @@ from metamask_plugin.tasks.interventional import InterventionalTask
 @pytest.fixture
 def task(double):
     torch.manual_seed(0)
-    return CMC(8, proj_hidden_dim=12, proj_output_dim=5, temperature=0.3, bank_size=16)
+    return CMC(8, proj_hidden_dim=12, proj_output_dim=5, temperature=0.3, bank_size=16, shared_head=False)
 
 
 def features():
@@ -104,3 +104,14 @@ def test_without_a_bank_the_batch_alone_is_contrasted(double):
 def test_wrong_settings(kwargs, message):
     with pytest.raises(UserError, match=message):
         CMC(8, 12, 5, **kwargs)
+
+
+def test_one_head_for_both_views_unless_asked_otherwise(double):
+    task = CMC(8, proj_hidden_dim=12, proj_output_dim=5, bank_size=4).eval()
+    assert len(task.projector) == 1 and len(task.banks) == 2
+    h = torch.randn(6, 8)
+    first, second = task.branches([h, h], None)[0]
+    assert torch.equal(first, second)
+    views = [torch.randn(6, 8) for _ in range(2)]
+    task.banks[1].load_state_dict(task.banks[0].state_dict())
+    torch.testing.assert_close(task(views), task(views[::-1]))
