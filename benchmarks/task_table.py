@@ -9,8 +9,8 @@ Each cell is the run of
     python main_pretrain.py --config-name icl_msr_simclr task=<task>
 
 with ``max_epochs`` and ``seed`` set, evaluated on unmasked features: kNN (k = 5, cosine), linear probe after
-its last epoch, and the spread of the features. Every finished run is written down at once in ``--output``; the
-same command goes on where it was interrupted. Each run has one thread, ``--jobs`` of them at a time.
+its last epoch, and the spread of the features. Every finished run is written down at once in ``--output``;
+the same command goes on where it was interrupted. Runs have one thread each, ``--jobs`` of them at a time.
 """
 
 import argparse

@@ -63,12 +63,9 @@ def run(cfg: DictConfig) -> RunFolder:
 def shipped_configs() -> list[str]:
     """Names of the pretraining configs beside the running script."""
     root = Path(sys.argv[0]).resolve().parent / "scripts" / "pretrain"
-    found = [*root.glob("*.yaml"), *root.glob("*/*.yaml")]
-    return sorted(
-        str(path.relative_to(root).with_suffix(""))
-        for path in found
-        if path.parent.name not in ("augmentations", "ablation")
-    )
+    found = [*root.glob("*.yaml"), *root.glob("*/metamask_*.yaml"), *root.glob("*/icl_msr_*.yaml")]
+    names = (path.relative_to(root).with_suffix("").as_posix() for path in found)
+    return sorted(name for name in names if not name.startswith("setting/"))
 
 
 def _run(cfg: DictConfig) -> RunFolder:

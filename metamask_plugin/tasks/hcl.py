@@ -10,8 +10,7 @@ class HCL(DCL):
     for more.
 
     tau, tau+, beta and P are those of the authors' release on STL-10, where of beta = 0.5, 1, 2 and 6 the
-    best is 1; the head's width is DCL's. Values for other data sets may be in [0], whose text was not at
-    hand.
+    best is 1; the head's width is DCL's. Other data sets may want others.
 
     Args:
         features_dim: as for DCL, and so are the others but beta.

@@ -16,8 +16,7 @@ class LMCL(SimCLR):
     Under ICL-MSR, L_msr is SimCLR's: R does not look at positives, and so has nothing that strata could
     enter; it is in L_ct already. The bank's entries are negatives of L_contrast and take no part in R.
 
-    The text of [0] was not at hand: the margin and lambda are chosen here, with tau, the head and the rest
-    as in SimCLR.
+    The margin and lambda are chosen here, not taken from [0]; tau, the head and the rest are SimCLR's.
 
     Args:
         features_dim: D, the encoder's output.

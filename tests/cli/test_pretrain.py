@@ -10,7 +10,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from metamask_plugin.bilevel import ESTIMATORS
 from metamask_plugin.cli import pretrain
+from metamask_plugin.data.registry import ABOUT, DATASETS
+from metamask_plugin.modules.encoders import ENCODERS
+from metamask_plugin.tasks import TASKS
 from metamask_plugin.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,12 +83,15 @@ def test_a_run_of_icl_msr(finished_msr):
     assert state["meta_optimizer"] and "regularizer.to_weights.weight" in state["state_dict"]
 
 
-@pytest.mark.parametrize("schedule", ["iteration", "epoch"])
-def test_icl_msr_interrupted_and_resumed_is_as_if_nothing_had_happened(tmp_path, monkeypatch, schedule):
+@pytest.mark.parametrize(
+    ("schedule", "task"), [("iteration", "simclr"), ("epoch", "simclr"), ("iteration", "moco")]
+)
+def test_icl_msr_interrupted_and_resumed_is_as_if_nothing_had_happened(tmp_path, monkeypatch, schedule, task):
     overrides = [
         "method_kwargs.regularizer.kwargs.width=8",
         "++evaluation.enabled=False",
         f"method_kwargs.meta.schedule={schedule}",
+        f"task={task}",
     ]
 
     def weights(folder):
@@ -242,10 +249,41 @@ def test_the_script_itself_ends_with_one_line_and_code_2(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert "error: method must be one of icl_msr, metamask" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "error: method must be one of bare, icl_msr, metamask" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_without_a_config_the_shipped_ones_are_listed(tmp_path):
     command = [sys.executable, str(ROOT / "main_pretrain.py")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "cifar/metamask_barlow" in done.stderr
+    assert "task/" not in done.stderr and "setting/" not in done.stderr
+
+
+def test_the_list_names_everything_that_is_registered(tmp_path):
+    command = [sys.executable, str(ROOT / "main_pretrain.py"), "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    for name in [*TASKS, *ENCODERS, *DATASETS, *ESTIMATORS, "bare", "metamask", "icl_msr", "metamask_table1"]:
+        assert any(line and line[0] == name for line in lines), name
+    for task in TASKS.values():
+        assert task.source in done.stdout
+    assert "cifar/metamask_barlow" in done.stdout and "cifar/icl_msr_simclr" in done.stdout
+    assert set(ABOUT) == set(DATASETS)
+
+
+@pytest.mark.parametrize("override", ["task=byol", "method_kwargs.task=byol"])
+def test_either_way_to_name_a_task_brings_its_settings(tmp_path, override):
+    command = [sys.executable, str(ROOT / "main_pretrain.py"), "--config-name", "metamask_barlow", override]
+    small = ["max_epochs=1", "++limit_train_batches=2", "++evaluation.enabled=False", "accelerator=cpu"]
+    done = subprocess.run(
+        [*command, *small, f"checkpoint.dir={tmp_path}"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    (args,) = tmp_path.glob("metamask/*/args.json")
+    kwargs = json.loads(args.read_text())["method_kwargs"]
+    assert kwargs["task"] == "byol" and kwargs["task_kwargs"]["base_momentum"] == 0.97
+    assert "temperature" not in kwargs["task_kwargs"]

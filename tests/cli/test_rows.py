@@ -1,5 +1,7 @@
 """Every row of the papers' tables, named on the command line: what it composes to."""
 
+import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -124,3 +126,43 @@ def test_feature_dropout_is_table_5_of_metamask(ablation):
     cfg = composed("cifar/metamask_barlow", "task=barlow_twins", f"ablation={ablation}")
     assert cfg.method == "bare" and cfg.method_kwargs.task == "barlow_twins"
     assert cfg.method_kwargs.feature_dropout == {"rate": 0.05, "shared": ablation.startswith("shared")}
+
+
+TABLE_1 = """
+import resource, sys, torch
+from hydra import compose, initialize_config_dir
+from metamask_plugin.methods import MetaMask
+from omegaconf import OmegaConf
+
+torch.set_num_threads(1)
+folder, size = sys.argv[1], int(sys.argv[2])
+with initialize_config_dir(sys.argv[3], version_base="1.2"):
+    cfg = compose(f"{folder}/metamask_barlow", ["setting=metamask_table1"])
+OmegaConf.set_struct(cfg, False)
+cfg.data.num_classes, cfg.data.num_large_crops, cfg.data.num_small_crops = 10, 2, 0
+model = MetaMask(cfg)
+assert len(model.task.bank) == 4096 and cfg.optimizer.batch_size == 64 and cfg.backbone.name == "conv"
+views = [torch.randn(64, 3, size, size) for _ in range(2)]
+parameters = [p for group in model.learnable_params for p in group["params"]]
+optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+model.meta.start(model.meta_parameters(), optimizer)
+for _ in range(2):
+    loss, _, (z, _) = model.regular_loss({"feats": [model.backbone(x) for x in views]}, None)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    trial = model.meta.trial(optimizer, model.backbone, model.task)
+    gradient = model.meta.gradient(model.meta_problem(views), trial).weights[0]
+    assert torch.isfinite(loss) and torch.isfinite(gradient).all() and gradient.abs().max() > 0
+    model.task.after_batch(z, None)
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # kB to GB
+"""
+
+
+@pytest.mark.parametrize(("folder", "size"), [("cifar", 32), ("tiny-imagenet", 64)])
+def test_table_1_of_metamask_steps_within_4_gb(folder, size):
+    done = subprocess.run(
+        [sys.executable, "-c", TABLE_1, folder, str(size), str(ROOT)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout.split()[-1]) < 4, done.stdout
