@@ -1,6 +1,7 @@
 """Every task alone, with MetaMask and with MSR, on confounded digits: accuracy over seeds, and collapse.
 
     python benchmarks/task_table.py [--epochs 10] [--seeds 5 6 7] [--tasks simclr byol ...] [--jobs 2]
+    python benchmarks/task_table.py --methods bare --seeds 5 --override data.dataset=digits ~data.kwargs
 
 Each cell is the run of
 
@@ -34,7 +35,11 @@ METHODS = {
 TITLES = {"bare": "alone", "metamask": "+ MetaMask", "icl_msr": "+ MSR"}
 
 
-def train_and_evaluate(cell: tuple[str, str, int, int]) -> dict:
+Cell = tuple[str, str, int, int, tuple[str, ...]]
+"""Task, method, seed, epochs, further overrides."""
+
+
+def train_and_evaluate(cell: Cell) -> dict:
     """One run, as the command line makes it."""
     import torch
     from hydra import compose, initialize_config_dir
@@ -42,7 +47,7 @@ def train_and_evaluate(cell: tuple[str, str, int, int]) -> dict:
     from metamask_plugin.cli.pretrain import run
 
     torch.set_num_threads(1)
-    task, method, seed, epochs = cell
+    task, method, seed, epochs, further = cell
     config, overrides = METHODS[method]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -54,14 +59,19 @@ def train_and_evaluate(cell: tuple[str, str, int, int]) -> dict:
             f"checkpoint.dir={folder}",
             "accelerator=cpu",
             "++evaluation.enabled=False",
+            *further,
         ]
         with initialize_config_dir(str(ROOT / "scripts" / "pretrain"), version_base="1.2"):
             cfg = compose(config, overrides)
         with contextlib.redirect_stdout(io.StringIO()):
             path = run(cfg).path
         measured = evaluate(path, cfg, seed)
-    row = {"task": task, "method": method, "seed": seed, "epochs": epochs, **measured}
+    row = {"task": task, "method": method, "seed": seed, "epochs": epochs, "override": further, **measured}
     return {**row, "seconds": round(time.monotonic() - start, 1)}
+
+
+def cell_of(row: dict) -> Cell:
+    return row["task"], row["method"], row["seed"], row["epochs"], tuple(row.get("override", ()))
 
 
 def evaluate(folder: Path, cfg, seed: int) -> dict[str, float]:
@@ -112,18 +122,24 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[5, 6, 7])
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--override", nargs="+", default=[], help="further key=value of the config")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("task_table.jsonl"))
     args = parser.parse_args()
 
     done = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
-    rows = {(row["task"], row["method"], row["seed"], row["epochs"]): row for row in done}
-    cells = [(t, m, seed, args.epochs) for seed in args.seeds for t in args.tasks for m in args.methods]
+    rows = {cell_of(row): row for row in done}
+    cells: list[Cell] = [
+        (task, method, seed, args.epochs, tuple(args.override))
+        for seed in args.seeds
+        for task in args.tasks
+        for method in args.methods
+    ]
     missing = [cell for cell in cells if cell not in rows]
     print(f"{len(missing)} of {len(cells)} runs to make, {args.jobs} at a time, {platform.machine()} CPU")
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool, args.output.open("a") as file:
         for count, row in enumerate(pool.imap_unordered(train_and_evaluate, missing), start=1):
-            rows[(row["task"], row["method"], row["seed"], row["epochs"])] = row
+            rows[cell_of(row)] = row
             file.write(json.dumps(row) + "\n")
             file.flush()
             print(f"{count}/{len(missing)}  {row}", flush=True)
