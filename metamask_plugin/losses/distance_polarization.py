@@ -17,9 +17,8 @@ def distance_polarization(
     of it there is no gradient. Pairs are those of all projections of all views, two views of one image
     among them: R does not know which pair is which. The second derivative exists but at the two edges.
 
-    The text of [0] was not at hand. Its R is taken to be the l1 norm of that minimum over the matrix of
-    distances in [0, 1]; that D is this one, and the defaults (cosines between 0.6 and 0), are chosen here. So
-    is the mean, which keeps R independent of the batch size. A projection's distance to itself is 0, which
+    R is the l1 norm of that minimum over the matrix of distances in [0, 1]. This D, the defaults (cosines
+    between 0.6 and 0) and the mean, which keeps R independent of the batch size, are chosen here. A projection's distance to itself is 0, which
     adds nothing.
 
     Args:
