@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain"
 CONFIGS = sorted(
     str(path.relative_to(ROOT).with_suffix(""))
     for path in [*ROOT.glob("*.yaml"), *ROOT.glob("*/metamask_*.yaml"), *ROOT.glob("*/icl_msr_*.yaml")]
+    if path.parent.name != "setting"
 )
 ABLATIONS = {
     "metamask": ("barlow", "fixed_lr", "no_drr", "official", "simclr"),
