@@ -18,8 +18,8 @@ def distance_polarization(
     among them: R does not know which pair is which. The second derivative exists but at the two edges.
 
     R is the l1 norm of that minimum over the matrix of distances in [0, 1]. This D, the defaults (cosines
-    between 0.6 and 0) and the mean, which keeps R independent of the batch size, are chosen here. A projection's distance to itself is 0, which
-    adds nothing.
+    between 0.6 and 0) and the mean, which keeps R independent of the batch size, are chosen here. A
+    projection's distance to itself is 0, which adds nothing.
 
     Args:
         views: one or more projections, each of shape (N, P); they need not be normalised.
