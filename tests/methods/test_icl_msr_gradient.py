@@ -14,7 +14,7 @@ CASES = [
     *[("conv", 32, level) for level in LEVELS],
     *[("fc", 32, level) for level in LEVELS],  # its fully connected layers lie behind the map
     *[("resnet18", 16, level) for level in LEVELS],
-    ("resnet50", 16, "features"),
+    pytest.param("resnet50", 16, "features", marks=pytest.mark.slow),
     ("test_convnext", 32, "feature_map"),
     ("test_vit", 32, "features"),
     ("test_vit", 32, "projection"),

@@ -25,7 +25,7 @@ ENCODERS = [
     ("fc", 32),
     ("fc", 64),
     ("resnet18", 16),
-    ("resnet50", 16),
+    pytest.param("resnet50", 16, marks=pytest.mark.slow),
     ("test_convnext", 32),
     ("test_vit", 32),
 ]
