@@ -24,6 +24,7 @@ ABLATIONS = {
 APPLICABLE = [
     (method, name) for method in ("metamask", "icl_msr") for name in ABLATIONS[method] + ABLATIONS["either"]
 ]
+ESTIMATORS = ("finite_difference", "first_order")  # the same engine under either method
 SHIPPED = {"metamask": "metamask_barlow", "icl_msr": "icl_msr_simclr"}
 
 
@@ -72,7 +73,13 @@ def test_composes_from_its_own_folder_too(name):
     assert composed(stem, folder=folder) == composed(name)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def _some_slow(name):
+    """Of the configs for files, the command that everybody runs tries the smallest and the largest images."""
+    folder = name.rpartition("/")[0]
+    return pytest.param(name, marks=pytest.mark.slow if folder in ("stl10", "imagenet-100", "coco") else ())
+
+
+@pytest.mark.parametrize("name", map(_some_slow, CONFIGS))
 def test_trains(name, image_folder, tmp_path):
     overrides = [
         "optimizer.batch_size=4",
@@ -112,7 +119,13 @@ def test_ablations_apply_to_any_config_of_the_method(method, ablation):
         assert OmegaConf.to_container(plain) != OmegaConf.to_container(ablated)
 
 
-@pytest.mark.parametrize(("method", "ablation"), APPLICABLE)
+@pytest.mark.parametrize(
+    ("method", "ablation"),
+    [
+        pytest.param(*pair, marks=pytest.mark.slow if pair[0] == "icl_msr" and pair[1] in ESTIMATORS else ())
+        for pair in APPLICABLE
+    ],
+)
 def test_ablations_train(method, ablation, tmp_path):
     cfg = composed(
         SHIPPED[method],
