@@ -1,12 +1,11 @@
 """A task beside its backdoor-adjusted self: the two terms of ICL-MSR's regular loss."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from metamask_plugin.modules.batch_norm import statistics_kept
 from metamask_plugin.modules.stop_gradient import without_gradient
 from metamask_plugin.tasks.base import Projections, Task
 
@@ -78,7 +77,7 @@ class InterventionalTask(nn.Module):
             positives = projections if targets is None else targets
         if self.task.stop_gradient:
             positives = [view.detach() for view in positives]
-        with _statistics_kept(self):
+        with statistics_kept(self):  # at test time nothing is weighted, and L_ct has counted the batch
             strata = [self._strata(view, weights, index) for index, view in enumerate(positives)]
             return contrast, self.task.backdoor_adjusted_loss(projections, targets, strata)
 
@@ -95,19 +94,3 @@ class InterventionalTask(nn.Module):
         else:
             feats = [view * a for a in weights.unbind(1)]
         return torch.stack([self.task.project_positive(stratum, index) for stratum in feats], dim=1)
-
-
-@contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Weighted features must not enter BatchNorm's running statistics: at test time nothing is weighted.
-
-    Nor must the unweighted ones that L_msr sends through a predictor once more: L_ct has counted them.
-    """
-    momenta = [(norm, norm.momentum) for norm in module.modules() if isinstance(norm, _BatchNorm)]
-    for norm, _ in momenta:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in momenta:
-            norm.momentum = momentum

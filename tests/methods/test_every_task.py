@@ -182,6 +182,20 @@ def test_the_loss_changes_nothing_in_the_task(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_the_strata_do_not_enter_batchnorms_statistics(task):
+    images = [torch.randn(8, 3, 32, 32) for _ in range(2)]
+    statistics = []
+    for lamb in (1.0, 0.0):
+        model = build("icl_msr", task, method_kwargs__lamb=lamb)
+        feats = [torch.full((8, 256), 0.1).add(x.flatten(1)[:, :256].abs()) for x in images]
+        target_feats = model.target_features(images)
+        model.regular_loss({"feats": feats}, target_feats, torch.randn(8, 3, 36, 36))
+        state = model.task.state_dict()
+        statistics.append({name: value for name, value in state.items() if "running_" in name})
+    assert statistics[0] and same(*statistics)
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_a_wrong_setting_is_one_line(task):
     from metamask_plugin.errors import UserError
 
