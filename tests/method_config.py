@@ -9,7 +9,7 @@ TASK_KWARGS = {
     "dcl": {"bank_size": 20},
     "hcl": {"bank_size": 20},
     "lmcl": {"bank_size": 20},
-    "nnclr": {"queue_size": 24, "pred_hidden_dim": 20},
+    "nnclr": {"queue_size": 24, "pred_hidden_dim": 20, "bank_size": 20},
     "relic": {"bank_size": 20, "temperature": 0.5},
     "byol": {},
     "simsiam": {"pred_hidden_dim": 8},

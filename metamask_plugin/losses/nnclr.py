@@ -41,6 +41,7 @@ def nnclr_loss(
     predictions: Sequence[torch.Tensor],
     temperature: float = 0.1,
     positives: Sequence[torch.Tensor] | None = None,
+    bank: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """L_NNCLR of [0] with a predictor: InfoNCE within a batch, averaged over ordered pairs of views.
 
@@ -54,6 +55,7 @@ def nnclr_loss(
         temperature: tau > 0.
         positives: what takes the predictions' place as positives, each of shape (N, P), or (N, n, P) for n
             strata, over which the likelihood is averaged (ICL-MSR). The negatives stay ``predictions``.
+        bank: past predictions as further negatives, shape (K, P).
 
     Returns:
         The mean over anchors and pairs, a scalar.
@@ -70,10 +72,11 @@ def nnclr_loss(
             "nnclr_loss: neighbours, predictions and positives must be of the same two or more views, got "
             f"{len(neighbours)}, {len(predictions)} and {len(positives)}"
         )
-    own = same_image(len(predictions[0]), 1, device=predictions[0].device)
+    bank = predictions[0][:0] if bank is None else bank
+    own = same_image(len(predictions[0]), 1, len(bank), device=predictions[0].device)
     return torch.stack(
         [
-            contrastive_loss(neighbours[j], positives[k], predictions[k], temperature, own)
+            contrastive_loss(neighbours[j], positives[k], torch.cat([predictions[k], bank]), temperature, own)
             for j, k in permutations(range(len(neighbours)), 2)
         ]
     ).mean()

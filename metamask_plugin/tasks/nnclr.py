@@ -4,6 +4,7 @@ import torch
 
 from metamask_plugin.errors import check
 from metamask_plugin.losses.nnclr import nearest_neighbours, nnclr_loss
+from metamask_plugin.modules.batch_norm import statistics_kept
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
 from metamask_plugin.tasks.base import Projections, Task
@@ -26,12 +27,13 @@ class NNCLR(Task):
         pred_hidden_dim: width of the predictor's hidden layer.
         temperature: tau; 0.1 is that of solo-learn's loss.
         queue_size: K, size of the support set; 65,536 is solo-learn's.
+        bank_size: K past predictions as further negatives; [0] has none.
 
     [0] Dwibedi et al., *With a Little Help from My Friends*, ICCV 2021.
     """
 
     source = "Dwibedi et al., ICCV 2021"
-    negatives = "the batch, predicted"
+    negatives = "the batch, predicted, memory bank optional"
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class NNCLR(Task):
         pred_hidden_dim: int = 4096,
         temperature: float = 0.1,
         queue_size: int = 65536,
+        bank_size: int = 0,
     ):
         super().__init__(features_dim)
         name = "method_kwargs.task_kwargs"
@@ -55,6 +58,7 @@ class NNCLR(Task):
         )
         self.predictor = projection_head(proj_output_dim, pred_hidden_dim, proj_output_dim)
         self.support = FeatureQueue(queue_size, proj_output_dim)
+        self.bank = FeatureQueue(bank_size, proj_output_dim)
 
     def project(self, feats: torch.Tensor) -> torch.Tensor:
         return self.projector(feats)
@@ -73,8 +77,11 @@ class NNCLR(Task):
     def _loss(self, projections: Projections, positives: Projections | None = None) -> torch.Tensor:
         neighbours = [nearest_neighbours(z, self.support.entries) for z in projections]
         predictions = [self.predictor(z) for z in projections]
-        return nnclr_loss(neighbours, predictions, self.temperature, positives)
+        return nnclr_loss(neighbours, predictions, self.temperature, positives, self.bank.entries)
 
     @torch.no_grad()
     def after_batch(self, projections: Projections, targets: Projections | None) -> None:
         self.support.push(projections[0])
+        if len(self.bank) > 0:
+            with statistics_kept(self.predictor):  # the loss has counted the batch
+                self.bank.push(torch.cat([self.predictor(z) for z in projections]))

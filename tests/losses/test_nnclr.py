@@ -122,3 +122,23 @@ def test_wrong_input(change, message):
 def test_support_sets_that_do_not_fit(support):
     with pytest.raises(ValueError, match="support \\(K, P\\) with K >= 1"):
         nearest_neighbours(torch.randn(4, 5), support)
+
+
+def test_a_bank_adds_negatives_to_every_anchor(double):
+    torch.manual_seed(0)
+    neighbours, predictions = ([torch.randn(4, 5) for _ in range(2)] for _ in range(2))
+    bank = torch.randn(3, 5)
+
+    def cosine(u, v):
+        return float(u @ v / (u.norm() * v.norm()))
+
+    terms = []
+    for j, k in ((0, 1), (1, 0)):
+        for i in range(4):
+            e = [torch.tensor(cosine(neighbours[j][i], c) / 0.3).exp() for c in [*predictions[k], *bank]]
+            terms.append(-(e[i] / sum(e)).log())
+    expected = torch.stack(terms).mean()
+    torch.testing.assert_close(nnclr_loss(neighbours, predictions, 0.3, bank=bank), expected)
+    torch.testing.assert_close(
+        nnclr_loss(neighbours, predictions, 0.3, bank=bank[:0]), nnclr_loss(neighbours, predictions, 0.3)
+    )
