@@ -21,8 +21,8 @@ class Views(Dataset):
         return index, views if self.originals is None else [*views, self.originals[index]], index % 10
 
 
-def train(model, steps=3, callbacks=(), original=False, **kwargs):
-    """Trains for one epoch of ``steps`` batches of 8 and returns the trainer."""
+def train(model, steps=3, callbacks=(), original=False, checkpoint=None, **kwargs):
+    """Trains for one epoch of ``steps`` batches of 8, or goes on from a checkpoint; returns the trainer."""
     trainer = pl.Trainer(
         accelerator="cpu",
         limit_train_batches=steps,
@@ -33,5 +33,5 @@ def train(model, steps=3, callbacks=(), original=False, **kwargs):
         callbacks=list(callbacks),
         **{"max_epochs": 1, **kwargs},
     )
-    trainer.fit(model, DataLoader(Views(original=original), batch_size=8))
+    trainer.fit(model, DataLoader(Views(original=original), batch_size=8), ckpt_path=checkpoint)
     return trainer

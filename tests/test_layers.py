@@ -15,10 +15,10 @@ MAY_IMPORT = {
     "data": {"errors"},
     "tasks": {"errors", "losses", "modules"},
     "evaluation": {"errors", "modules", "data"},
-    "host": {"errors", "modules", "evaluation"},
+    "host": {"errors", "modules", "evaluation", "tasks"},
     "methods": {"errors", "bilevel", "host", "losses", "modules", "tasks"},
     "training": {"errors", "data", "evaluation", "modules"},
-    "cli": {"errors", "bilevel", "data", "evaluation", "methods", "modules", "tasks", "training"},
+    "cli": {"errors", "bilevel", "data", "evaluation", "host", "methods", "modules", "tasks", "training"},
 }
 
 

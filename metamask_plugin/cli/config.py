@@ -8,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.host.solo_task import is_solo_task
 from metamask_plugin.tasks import TASKS
 
 DEFAULTS: dict[str, Any] = {
@@ -87,8 +88,8 @@ def with_own_task_settings(cfg: DictConfig) -> DictConfig:
         return cfg
     hydra_cfg = HydraConfig.get()
     task = OmegaConf.select(cfg, "method_kwargs.task")
-    if hydra_cfg.runtime.choices.get("task", task) == task:
-        return cfg
+    if hydra_cfg.runtime.choices.get("task", task) == task or is_solo_task(task):
+        return cfg  # a method of solo-learn brings its settings itself
     choose("method_kwargs.task", task, TASKS)
     return hydra.compose(hydra_cfg.job.config_name, [*hydra_cfg.overrides.task, f"task={task}"])
 

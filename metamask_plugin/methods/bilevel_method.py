@@ -42,6 +42,7 @@ class BilevelMethod(TaskMethod):
     def on_train_start(self) -> None:
         super().on_train_start()
         if self.meta is not None:
+            self.task.check_meta_step(self.trainer.world_size)
             self.meta.start(self.meta_parameters(), self.optimizers(use_pl_optimizer=False))
 
     def meta_stage(self, batch: list, stepped: bool) -> None:
@@ -57,9 +58,11 @@ class BilevelMethod(TaskMethod):
     def _meta_epoch(self) -> None:
         """Algorithm 1's second loop: the epoch's images once more, in the same order."""
         batches = islice(self.trainer.train_dataloader, self.trainer.num_training_batches)
-        for number, batch in enumerate(batches, start=1):
-            if self.meta.due(number):
-                self.meta_step(self.trainer.strategy.batch_to_device(batch))
+        for number, batch in enumerate(batches):
+            if self.meta.due(number + 1):
+                indexes, views, labels = self.trainer.strategy.batch_to_device(batch)
+                self.task.observe(indexes, labels, number)
+                self.meta_step([indexes, views, labels])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from metamask_plugin.bilevel import Functional
 from metamask_plugin.host import BaseMethod
 from metamask_plugin.host.optimizers import build_warmup_step
-from metamask_plugin.tasks import Projections, build_task
+from metamask_plugin.host.solo_task import SoloTask, is_solo_task, own_settings
+from metamask_plugin.tasks import Projections, Task, build_task
 
 
 class TaskMethod(BaseMethod):
@@ -28,21 +29,33 @@ class TaskMethod(BaseMethod):
 
     def __init__(self, cfg: DictConfig):
         super().__init__(cfg)
-        kwargs = self.cfg.method_kwargs
-        self.task = build_task(kwargs.task, self.features_dim, OmegaConf.to_container(kwargs.task_kwargs))
-        self.task.start_target(self.backbone)
-        self.task.large_views = self.num_large_crops
         self.original = original_pipeline(self.cfg)
         if self.original is not None:  # the host does not count it among the views
             self.num_small_crops -= 1
             self.num_crops -= 1
             self.multicrop = self.num_small_crops > 0
+        self.task = self._build_task()
+        self.task.start_target(self.backbone)
+        self.task.large_views = self.num_large_crops
+
+    def _build_task(self) -> Task:
+        kwargs = self.cfg.method_kwargs
+        if is_solo_task(kwargs.task):
+            return SoloTask(self.cfg, self.features_dim, (self.num_large_crops, self.num_small_crops))
+        return build_task(kwargs.task, self.features_dim, OmegaConf.to_container(kwargs.task_kwargs))
+
+    @staticmethod
+    def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
+        """Adds the host's defaults, and a task's own where that is a method of solo-learn."""
+        cfg = super(TaskMethod, TaskMethod).add_and_assert_specific_cfg(cfg)
+        if is_solo_task(cfg.method_kwargs.get("task")):
+            cfg.method_kwargs.task_kwargs = own_settings(cfg)
+        return cfg
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
         """Adds the task's heads; a target network follows them and is not trained."""
-        heads = [param for param in self.task.parameters() if param.requires_grad]
-        return [*super().learnable_params, {"name": "task", "params": heads}]
+        return [*super().learnable_params, *self.task.parameter_groups()]
 
     def forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
         """Adds, in evaluation, the task's projection ``z``.
@@ -76,6 +89,7 @@ class TaskMethod(BaseMethod):
         """The regular loss, plus the online classifier's."""
         indexes, views, targets = batch
         views, original = self.separate(views)
+        self.task.observe(indexes, targets, batch_idx)
         out = super().training_step([indexes, views, targets], batch_idx)
         loss, metrics, (projections, task_targets) = self.regular_loss(
             out, self.target_features(views), original
@@ -133,6 +147,15 @@ class TaskMethod(BaseMethod):
     def on_train_start(self) -> None:
         super().on_train_start()
         self._last_step = self.trainer.global_step
+        self.task.start_training(self.trainer)
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.task.start_epoch()
+
+    def on_after_backward(self) -> None:
+        super().on_after_backward()
+        self.task.after_backward()
 
     def on_train_batch_end(self, outputs: Any, batch: list, batch_idx: int) -> None:
         """What comes once an iteration, in the order of the class's docstring."""

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -114,6 +115,35 @@ class Task(nn.Module, ABC):
 
     def start_target(self, backbone: nn.Module) -> None:
         """Called once, with the encoder as it was initialised."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the main optimiser trains of the task, in groups; a target network follows it instead."""
+        return [{"name": "task", "params": [param for param in self.parameters() if param.requires_grad]}]
+
+    def check_meta_step(self, processes: int) -> None:
+        """Raises a UserError where the loss has no second derivative.
+
+        Args:
+            processes: how many train together.
+        """
+
+    def start_training(self, trainer: Any) -> None:
+        """Called once training starts, with Lightning's trainer."""
+
+    def start_epoch(self) -> None:
+        """Called when an epoch starts."""
+
+    def observe(self, indexes: torch.Tensor, labels: torch.Tensor, number: int) -> None:
+        """Called before a batch's losses are evaluated, for tasks to which its images are not all.
+
+        Args:
+            indexes: of the images in the data set, (N,).
+            labels: (N,), -1 where there is none.
+            number: of the batch in its epoch, from 0.
+        """
+
+    def after_backward(self) -> None:
+        """Called between the regular loss's backward pass and the optimiser's step."""
 
     @torch.no_grad()
     def after_batch(self, projections: Projections, targets: Projections | None) -> None:

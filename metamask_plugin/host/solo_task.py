@@ -1,0 +1,402 @@
+"""Any method of an installed solo-learn as a task: ``method_kwargs.task: solo:byol``.
+
+The method is solo-learn's own object, with its own heads, loss, queue and settings; nothing of it is
+restated here. Where it has a backbone it gets a stand-in, which hands out features that are there
+already, so that masked features, trial weights and the target network's features can be put through its
+``training_step`` like images.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.modules.target_network import TargetNetwork
+from metamask_plugin.tasks.base import Projections, Task
+
+PREFIX = "solo:"
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "all4one": {"temperature": 0.2, "pred_hidden_dim": 4096, "queue_size": 98304},
+    "barlow_twins": {"proj_output_dim": 2048, "scale_loss": 0.1},
+    "byol": {"proj_hidden_dim": 4096, "pred_hidden_dim": 4096},
+    "deepclusterv2": {"proj_output_dim": 128, "num_prototypes": [3000, 3000, 3000]},
+    "dino": {"num_prototypes": 4096, "momentum": {"base_tau": 0.9995}},
+    "mocov2plus": {"temperature": 0.2, "queue_size": 32768, "momentum": {"final_tau": 0.999}},
+    "mocov3": {"proj_hidden_dim": 4096, "pred_hidden_dim": 4096, "temperature": 0.2},
+    "nnbyol": {"proj_hidden_dim": 4096, "pred_hidden_dim": 4096, "queue_size": 65536},
+    "nnclr": {"pred_hidden_dim": 4096, "temperature": 0.2, "queue_size": 65536},
+    "nnsiam": {"proj_output_dim": 2048, "pred_hidden_dim": 4096, "queue_size": 65536},
+    "ressl": {"proj_hidden_dim": 4096, "temperature_q": 0.1, "temperature_k": 0.04},
+    "simclr": {"temperature": 0.2},
+    "simsiam": {"proj_output_dim": 2048, "pred_hidden_dim": 512, "temperature": 0.2},
+    "supcon": {"temperature": 0.2},
+    "swav": {
+        "proj_output_dim": 128,
+        "num_prototypes": 3000,
+        "temperature": 0.1,
+        "queue_size": 3840,
+        "epoch_queue_starts": 50,
+        "freeze_prototypes_epochs": 2,
+    },
+    "vibcreg": {
+        "proj_output_dim": 2048,
+        "sim_loss_weight": 25.0,
+        "var_loss_weight": 25.0,
+        "cov_loss_weight": 200.0,
+        "iternorm": False,  # True there: but its backward pass is written by hand, and has no derivative
+    },
+    "vicreg": {
+        "proj_output_dim": 2048,
+        "sim_loss_weight": 25.0,
+        "var_loss_weight": 25.0,
+        "cov_loss_weight": 1.0,
+    },
+    "wmse": {"proj_hidden_dim": 1024, "proj_output_dim": 64, "whitening_size": 128},
+}
+"""solo-learn's settings for CIFAR (scripts/pretrain/cifar), for what the user does not give."""
+
+COMMON = {
+    "proj_hidden_dim": 2048,
+    "proj_output_dim": 256,
+    "momentum": {"base_tau": 0.99, "final_tau": 1.0, "classifier": False},
+}
+
+NOT_TASKS = {
+    "base": "it has no loss",
+    "linear": "it is a probe, not a pretext task",
+    "mae": "it reconstructs pixels from its own ViT's patches and has no features to weigh",
+}
+
+WITH_MSR = ("barlow_twins", "vicreg", "vibcreg")
+"""Losses that compare two views directly: no negatives, which must stay as they are, and no stop-gradient
+on the positive, through which A would learn nothing."""
+
+
+def is_solo_task(name: Any) -> bool:
+    """Whether a config's ``method_kwargs.task`` names a method of solo-learn."""
+    return isinstance(name, str) and name.startswith(PREFIX)
+
+
+def own_settings(cfg: DictConfig) -> DictConfig:
+    """``task_kwargs`` for ``solo:<name>``: solo-learn's settings under what the user gives.
+
+    Where the command line alone names the task (``method_kwargs.task=solo:byol``), the config's own
+    ``task_kwargs`` are those of another one; then only the command line's count.
+
+    Args:
+        cfg: the whole config.
+    """
+    kwargs = cfg.method_kwargs
+    given = kwargs.get("task_kwargs") or {}
+    if HydraConfig.initialized():
+        overrides = [text.lstrip("+") for text in HydraConfig.get().overrides.task]
+        if any(text.startswith("method_kwargs.task=") for text in overrides):
+            path = "method_kwargs.task_kwargs."
+            own = [text.removeprefix(path) for text in overrides if text.startswith(path)]
+            given = OmegaConf.from_dotlist(own)
+    return OmegaConf.merge(COMMON, SETTINGS.get(kwargs.task.removeprefix(PREFIX), {}), given)
+
+
+class SoloTask(Task):
+    """A method of solo-learn on features that are given to it.
+
+    Its loss is its ``training_step`` without the online classifier's part. That step moves queues, memory
+    banks and running statistics; here it moves copies, and :meth:`after_batch` keeps those of the regular
+    loss. Hooks that the method has (SwAV's frozen prototypes, DINO's clipping, DeepCluster's k-means) are
+    called when solo-learn calls them. What it logs is dropped.
+
+    Args:
+        cfg: the host's config; ``method_kwargs.task_kwargs`` are the method's own ``method_kwargs``, with its
+            ``momentum`` block among them.
+        features_dim: D, the encoder's output.
+        views: numbers of large and of small crops.
+
+    Raises:
+        UserError: where solo-learn is missing, has no such method, or refuses the settings.
+    """
+
+    def __init__(self, cfg: DictConfig, features_dim: int, views: tuple[int, int]):
+        super().__init__(features_dim)
+        name = cfg.method_kwargs.task.removeprefix(PREFIX)
+        method = _build(name, cfg, views)
+        self.name = name
+        self.source = f"solo-learn's {type(method).__name__}"
+        self.negatives = "solo-learn's own"
+        self.projection_dim = cfg.method_kwargs.task_kwargs.proj_output_dim
+        self.step = _TrainingStep(method)
+        # how far the target network has come: solo-learn takes this step's tau from the last one's
+        self.register_buffer("progress", torch.zeros((), dtype=torch.float64))
+        self._batch = self._moved = None
+        self._settle_weight_norm()
+
+    @property
+    def method(self) -> nn.Module:
+        """The solo-learn method."""
+        return self.step.method
+
+    def project(self, feats: torch.Tensor) -> torch.Tensor:
+        """The method's own ``z``."""
+        return self.method(_View(feats, feats))["z"]
+
+    def project_positive(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
+        """The features as they are: the method projects them itself."""
+        return feats
+
+    def branches(
+        self, feats: Sequence[torch.Tensor], target_feats: Sequence[torch.Tensor] | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        return list(feats), None if target_feats is None else list(target_feats)
+
+    def observe(self, indexes: torch.Tensor, labels: torch.Tensor, number: int) -> None:
+        self._batch = (indexes, labels, number)
+
+    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+        """The method's loss of one batch.
+
+        Args:
+            projections: features of each view, (N, D) each, large crops first.
+            targets: the target network's features of the large crops, for a method that has one.
+        """
+        targets = projections if targets is None else [*targets, *projections[len(targets) :]]
+        views = [_View(*pair) for pair in zip(projections, targets)]
+        indexes, labels, number = self._batch or self._unlabelled(projections[0])
+        buffers = {name: buffer.clone() for name, buffer in self.step.named_buffers()}
+        with sdpa_kernel(SDPBackend.MATH):  # All4One's transformer; the fused ones have no second derivative
+            loss = torch.func.functional_call(self.step, buffers, ([indexes, views, labels], number))
+        if self._moved is None:  # the first evaluation of a batch is the regular loss
+            self._moved = buffers
+        return loss
+
+    def _unlabelled(self, feats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        count = len(feats)
+        return torch.arange(count, device=feats.device), feats.new_zeros(count, dtype=torch.long), 0
+
+    def backdoor_adjusted_loss(
+        self, projections: Projections, targets: Projections | None, weighted: Projections
+    ) -> torch.Tensor:
+        """The method's loss with one view's channels weighted, averaged over views and strata."""
+        check(
+            self.name in WITH_MSR,
+            "method_kwargs.task",
+            f"one of {', '.join(PREFIX + name for name in WITH_MSR)} for ICL-MSR",
+            PREFIX + self.name,
+            "its positives do not stand alone in the loss; take this package's own task of that name",
+        )
+        losses = []
+        for view, strata in enumerate(weighted):
+            for stratum in strata.unbind(1):
+                losses.append(self.loss([*projections[:view], stratum, *projections[view + 1 :]]))
+        return torch.stack(losses).mean()
+
+    def start_target(self, backbone: nn.Module) -> None:
+        self.method.backbone.stand_for(backbone)
+        if hasattr(self.method, "momentum_updater"):
+            self.target = TargetNetwork(backbone, nn.Identity())
+            self.method.momentum_backbone.stand_for(self.target.trunk)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The method's own, without encoder and classifiers."""
+        elsewhere = ("backbone", "classifier", "momentum_classifier")
+        groups = [g for g in self.method.learnable_params if g.get("name") not in elsewhere]
+        return [{**group, "params": list(group["params"])} for group in groups]
+
+    def check_meta_step(self, processes: int) -> None:
+        own = PREFIX + self.name
+        check(
+            processes == 1,
+            "method_kwargs.task",
+            "one of this package's own where several processes train",
+            own,
+            "what solo-learn's losses gather from other processes is differentiated once only",
+        )
+        settings = self.method.cfg.method_kwargs
+        check(
+            not settings.get("iternorm"),
+            "method_kwargs.task_kwargs.iternorm",
+            f"False for a meta step over {own}",
+            settings.get("iternorm"),
+            "solo-learn's IterNorm is differentiated once only",
+        )
+
+    def start_training(self, trainer: Any) -> None:
+        """Hands the method its trainer; what it builds only now does not overwrite what was loaded."""
+        self.method.trainer = trainer
+        loaded = dict(self.method.named_buffers())
+        self.method.on_train_start()
+        for name, buffer in self.method.named_buffers():
+            if name in loaded and buffer.shape == loaded[name].shape:
+                buffer.copy_(loaded[name])
+
+    def start_epoch(self) -> None:
+        self.method.on_train_epoch_start()
+
+    def after_backward(self) -> None:
+        self.method.on_after_backward()
+
+    @torch.no_grad()
+    def after_batch(self, projections: Projections, targets: Projections | None) -> None:
+        for name, buffer in self.step.named_buffers():
+            if self._moved is not None and name in self._moved:
+                buffer.copy_(self._moved[name])
+        self._moved = None
+        self._settle_weight_norm()
+
+    @torch.no_grad()
+    def after_step(self, backbone: nn.Module, progress: float) -> None:
+        updater = getattr(self.method, "momentum_updater", None)
+        if updater is not None:
+            updater.update_tau(self.progress.item(), 1)
+            for online, target in self.method.momentum_pairs:
+                updater.update(online, target)
+        self.progress.fill_(progress)
+
+    def _settle_weight_norm(self) -> None:
+        """Cuts normalised weights from the graph that made them: with one no module can be copied."""
+        for module in self.method.modules():
+            weight = vars(module).get("weight")
+            if isinstance(weight, torch.Tensor):
+                module.weight = weight.detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args) -> None:
+        """Makes room for buffers that solo-learn registers when training starts (SwAV's queue)."""
+        own = f"{prefix}step.method."
+        for key, value in state_dict.items():
+            name = key.removeprefix(own)
+            if key.startswith(own) and "." not in name and name not in self.method.state_dict():
+                self.method.register_buffer(name, torch.zeros_like(value))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@dataclass(frozen=True)
+class _View:
+    """What stands for a view's images: its features, and the target network's of the same view."""
+
+    online: torch.Tensor
+    target: torch.Tensor
+
+
+class _StandIn(nn.Module):
+    """A backbone that has its features from elsewhere; it speaks for that one's parameters.
+
+    Args:
+        branch: ``online`` or ``target``.
+    """
+
+    def __init__(self, branch: str):
+        super().__init__()
+        self.branch = branch
+        self._principal: list[nn.Module] = []  # in a list: as an attribute it would be a submodule
+
+    def stand_for(self, module: nn.Module) -> None:
+        self._principal = [module]
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The encoder's: DINO clips their gradients, and the target network follows them."""
+        return self._principal[0].parameters(recurse) if self._principal else super().parameters(recurse)
+
+    def forward(self, view: _View) -> torch.Tensor:
+        return getattr(view, self.branch)
+
+
+class _NoClassifier(nn.Module):
+    def forward(self, feats: torch.Tensor) -> torch.Tensor:
+        return feats[:, :0]
+
+
+class _OnFeatures:
+    """What solo-learn's methods do otherwise here: no online classifier, and no log of their own."""
+
+    def _base_shared_step(self, X: _View, targets: torch.Tensor) -> dict[str, Any]:
+        nothing = X.online.new_zeros(())
+        return {**self(X), "loss": nothing, "acc1": nothing, "acc5": nothing}
+
+    def log(self, *args, **kwargs) -> None:
+        pass
+
+    def log_dict(self, *args, **kwargs) -> None:
+        pass
+
+
+class _TrainingStep(nn.Module):
+    """A method's training step as a module's forward, which can be called with other tensors."""
+
+    def __init__(self, method: nn.Module):
+        super().__init__()
+        self.method = method
+
+    def forward(self, batch: list, number: int) -> torch.Tensor:
+        return self.method.training_step(batch, number)
+
+
+def _build(name: str, cfg: DictConfig, views: tuple[int, int]) -> nn.Module:
+    setting = "method_kwargs.task"
+    try:
+        from metamask_plugin.host import solo  # with our encoders among its own
+    except ImportError as error:
+        raise UserError(
+            f"{setting}={PREFIX + name} needs solo-learn's main branch, which cannot be imported "
+            f"({error}); install it from its repository, or take one of this package's own tasks"
+        ) from error
+    if name in NOT_TASKS:
+        raise UserError(f"{setting} must be a method with a loss on features, not {name}: {NOT_TASKS[name]}")
+    choose(setting, PREFIX + name, [PREFIX + method for method in task_names(solo.METHODS)])
+    own = _method_config(name, cfg, views)
+    _check_batch(own)
+    constructor = solo.METHODS[name]
+    try:
+        method = type(f"{constructor.__name__}OnFeatures", (_OnFeatures, constructor), {})(own)
+    except (AssertionError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"method_kwargs.task_kwargs do not fit {PREFIX + name}: {error}; its settings are those of "
+            "solo-learn's own config of that method"
+        ) from error
+    method.no_channel_last = True
+    method.classifier = _NoClassifier()
+    method.backbone = _StandIn("online")
+    if hasattr(method, "momentum_backbone"):
+        method.momentum_backbone = _StandIn("target")
+    return method
+
+
+def task_names(methods: Iterable[str]) -> list[str]:
+    """Which of solo-learn's methods can be tasks; ours are no tasks of themselves."""
+    ours = ("bare", "icl_msr", "metamask")
+    return sorted(name for name in methods if name not in ours and name not in NOT_TASKS)
+
+
+def _method_config(name: str, cfg: DictConfig, views: tuple[int, int]) -> DictConfig:
+    """The run's config as the method alone would be given it."""
+    settings = cfg.method_kwargs.task_kwargs.copy()
+    momentum = settings.pop("momentum")
+    own = cfg.copy()
+    OmegaConf.set_struct(own, False)
+    large, small = views
+    return OmegaConf.merge(
+        {**own, "method_kwargs": {}},
+        {
+            "method": name,
+            "method_kwargs": settings,
+            "momentum": {**momentum, "classifier": False},
+            "data": {"num_large_crops": large, "num_small_crops": small},
+            "knn_eval": {"enabled": False},
+        },
+    )
+
+
+def _check_batch(own: DictConfig) -> None:
+    """solo-learn says the same with a bare assert, in the first step."""
+    batch = own.optimizer.batch_size
+    size = own.method_kwargs.get("queue_size") if own.method != "swav" else None
+    name = "method_kwargs.task_kwargs"
+    check(not size or size % batch == 0, f"{name}.queue_size", f"a multiple of the batch size {batch}", size)
+    size = own.method_kwargs.get("whitening_size")
+    check(
+        not size or batch % size == 0, f"{name}.whitening_size", f"a divisor of the batch size {batch}", size
+    )
