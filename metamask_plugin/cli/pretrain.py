@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -13,6 +12,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.config import complete, device_count, on_cpu, with_own_task_settings
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.data import PretrainDataModule, load_dataset
@@ -61,8 +61,8 @@ def run(cfg: DictConfig) -> RunFolder:
 
 
 def shipped_configs() -> list[str]:
-    """Names of the pretraining configs beside the running script."""
-    root = Path(sys.argv[0]).resolve().parent / "scripts" / "pretrain"
+    """Names of the pretraining configs."""
+    root = SCRIPTS / "pretrain"
     found = [*root.glob("*.yaml"), *root.glob("*/metamask_*.yaml"), *root.glob("*/icl_msr_*.yaml")]
     names = (path.relative_to(root).with_suffix("").as_posix() for path in found)
     return sorted(name for name in names if not name.startswith("setting/"))

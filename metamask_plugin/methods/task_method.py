@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from metamask_plugin import host
 from metamask_plugin.bilevel import Functional
+from metamask_plugin.errors import check
 from metamask_plugin.host import BaseMethod
 from metamask_plugin.host.optimizers import build_warmup_step
 from metamask_plugin.host.solo_task import SoloTask, is_solo_task, own_settings
@@ -48,6 +50,7 @@ class TaskMethod(BaseMethod):
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
         """Adds the host's defaults, and a task's own where that is a method of solo-learn."""
         cfg = super(TaskMethod, TaskMethod).add_and_assert_specific_cfg(cfg)
+        cfg.host = host.name  # evaluators ask: the hosts' encoders of one name differ
         if is_solo_task(cfg.method_kwargs.get("task")):
             cfg.method_kwargs.task_kwargs = own_settings(cfg)
         return cfg
@@ -175,6 +178,26 @@ class TaskMethod(BaseMethod):
             batch: as the data module gives it.
             stepped: whether the optimiser has stepped on it.
         """
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["method_kwargs"] = OmegaConf.to_container(self.cfg.method_kwargs, resolve=True)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses another experiment's: solo-learn's auto-resume does not compare ``method_kwargs``."""
+        super().on_load_checkpoint(checkpoint)
+        mine = OmegaConf.to_container(self.cfg.method_kwargs, resolve=True)
+        found = checkpoint.get("method_kwargs")
+        by_itself = "resume_from_checkpoint" in self.cfg and self.cfg.resume_from_checkpoint is None
+        if found is not None and by_itself:
+            different = sorted(key for key in {*mine, *found} if mine.get(key) != found.get(key))
+            check(
+                not different,
+                "the checkpoint to resume from",
+                f"of this run, with its method_kwargs.{', '.join(different)}",
+                {key: found.get(key) for key in different},
+                "set auto_resume.enabled=False, or another checkpoint.dir",
+            )
 
     def _gathered(self, projections: Projections) -> Projections:
         """The joint batch of all processes, so that their queues stay equal."""

@@ -1,0 +1,37 @@
+"""Puts this package's configs on Hydra's search path, and its methods into solo-learn.
+
+Hydra imports everything in the namespace ``hydra_plugins`` before it composes a config. So with the package
+installed, solo-learn's untouched ``main_pretrain.py --config-name metamask_barlow`` finds config and method.
+"""
+
+import sys
+from pathlib import Path
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+HERE = ("main_pretrain", "main_linear")
+"""Scripts of either project; another Hydra application is left alone."""
+
+
+class MetaMaskSearchPath(SearchPathPlugin):
+    """Behind all other folders: the CIFAR configs, then all configs.
+
+    So ``metamask_barlow`` means CIFAR-10 where nothing else has that name, as in solo-learn's clone, and
+    the quick start where the script brings its own configs, as ours does.
+    """
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        script = Path(sys.argv[0]).stem
+        if "solo.methods" in sys.modules:
+            own = sys.modules["solo.methods"].METHODS.get("metamask")
+            if own is not None and own.__module__.startswith("solo."):
+                return  # a solo-learn that has our methods itself
+            import metamask_plugin.methods  # noqa: F401  registers them
+        elif "metamask_plugin" not in sys.modules and script not in HERE:
+            return
+        from metamask_plugin import SCRIPTS
+
+        configs = SCRIPTS / ("linear" if script == "main_linear" else "pretrain")
+        for folder in (configs / "cifar", configs):
+            search_path.append("metamask_plugin", f"file://{folder}")
