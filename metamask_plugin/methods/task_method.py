@@ -182,6 +182,10 @@ class TaskMethod(BaseMethod):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["method_kwargs"] = OmegaConf.to_container(self.cfg.method_kwargs, resolve=True)
+        for schedule in checkpoint.get("lr_schedulers", []):
+            # solo-learn's way to a constant rate is a function in the schedule: it would be pickled, and is
+            # there again anyway when the run goes on
+            schedule.pop("get_lr", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses another experiment's: solo-learn's auto-resume does not compare ``method_kwargs``."""
