@@ -7,6 +7,7 @@ from pathlib import Path
 
 from metamask_plugin.bilevel import ESTIMATORS
 from metamask_plugin.data.registry import ABOUT, DATASETS
+from metamask_plugin.host.solo_task import SETTINGS, WITH_MSR
 from metamask_plugin.methods import METHODS
 from metamask_plugin.modules.encoders import ENCODERS
 from metamask_plugin.tasks import TASKS, Task
@@ -22,6 +23,7 @@ def catalogue(scripts: Path) -> str:
     """
     sections = (
         ("tasks", "task=<name>, or method_kwargs.task=<name>", _tasks()),
+        ("solo-learn's methods as tasks", "method_kwargs.task=solo:<name>", _solo_tasks()),
         ("methods", "method=<name>", _methods(scripts)),
         ("encoders", "backbone.name=<name>", [*_encoders(), ("...", "any model of timm's", "")]),
         ("data sets", "data.dataset=<name>", [(name, ABOUT[name], "") for name in DATASETS]),
@@ -38,6 +40,10 @@ def _tasks() -> list[Sequence[str]]:
         msr = task.backdoor_adjusted_loss is not Task.backdoor_adjusted_loss
         rows.append((name, task.source, f"negatives: {task.negatives}" + ("" if msr else "; no MSR")))
     return rows
+
+
+def _solo_tasks() -> list[Sequence[str]]:
+    return [(name, "MetaMask, ICL-MSR" if name in WITH_MSR else "MetaMask", "") for name in sorted(SETTINGS)]
 
 
 def _methods(scripts: Path) -> list[Sequence[str]]:
