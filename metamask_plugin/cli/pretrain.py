@@ -75,6 +75,7 @@ def _run(cfg: DictConfig) -> RunFolder:
     cfg.data.num_classes = dataset.num_classes
     pl.seed_everything(cfg.seed, workers=True)
     datamodule = PretrainDataModule(dataset, cfg)
+    datamodule.setup("fit")  # what cannot be is found before a run folder is made
 
     # the experiment is what the user asked for, before the method fills in its own defaults
     resuming = cfg.auto_resume.enabled or cfg.resume_from_checkpoint is not None

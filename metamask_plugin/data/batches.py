@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from metamask_plugin.data.splits import ImageSplit, MemoryImages
 from metamask_plugin.data.views import EvaluationView
@@ -50,6 +50,17 @@ class EpochShuffle(RandomSampler):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._epoch_seed)
         yield from torch.randperm(len(self), generator=generator).tolist()
+
+
+class LazyLoader(DataLoader):
+    """Starts its workers when the first batch is asked for.
+
+    Lightning makes an iterator before it reads a checkpoint and sets the epoch; workers that start by then
+    fetch the first images of another epoch.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
 
 
 class MemoryBatches(Dataset):

@@ -15,10 +15,12 @@ from metamask_plugin.data.batches import (
     EpochShuffle,
     EvaluationImages,
     IndexedViews,
+    LazyLoader,
     MemoryBatches,
     RawBatch,
     whole,
 )
+from metamask_plugin.data.dali_batches import DaliBatches, require_dali
 from metamask_plugin.data.regions import region_of
 from metamask_plugin.data.registry import Dataset
 from metamask_plugin.data.splits import FileImages, ImageSplit, MemoryImages
@@ -26,6 +28,7 @@ from metamask_plugin.data.views import EvaluationView, KorniaViews, TorchvisionV
 from metamask_plugin.errors import check, choose
 
 PIPELINES = ("kornia", "torchvision")
+FORMATS = ("image_folder", "dali")
 # solo-learn's defaults
 SEED = 5
 NUM_WORKERS = 4
@@ -43,25 +46,32 @@ class PretrainDataModule(LightningDataModule):
 
     The default is ``kornia`` if the training split is in memory, else ``torchvision``.
 
+    With ``data.format: dali``, solo-learn's key, NVIDIA DALI reads and decodes the training images and makes
+    their views, on ``dali.device`` (``gpu`` or ``cpu``; default ``gpu`` where the run uses one) with
+    ``data.num_workers`` threads, see :func:`~metamask_plugin.data.dali_views.dali_views`; evaluation stays
+    with torchvision.
+
     ``data.region`` (``full``, ``foreground`` or ``background``; default ``full``) and ``data.region_form``
     (``fill`` or ``zoom``; default ``fill``) say what of the training and test images is to be seen, see
     :func:`region_of`.
 
     Args:
         dataset: see :func:`load_dataset`.
-        cfg: the run's configuration; read are ``data.pipeline``, ``data.num_workers``, ``data.region``,
-            ``data.region_form``, ``augmentations``, ``optimizer.batch_size`` and ``seed``.
+        cfg: the run's configuration; read are ``data.format``, ``data.pipeline``, ``data.num_workers``,
+            ``data.region``, ``data.region_form``, ``dali.device``, ``augmentations``,
+            ``optimizer.batch_size`` and ``seed``.
 
     Attributes:
         dataset: the data set as it is used: in memory for ``kornia``; for ``custom`` with the mean and std of
             ``augmentations[0]``, where they are given.
         full: the data set as loaded, full images, whatever ``data.region`` says, and files not decoded; mean
             and std as in ``dataset``.
-        pipeline: ``kornia`` or ``torchvision``.
+        pipeline: ``kornia``, ``torchvision`` or ``dali``.
         view: the evaluation view, of the first augmentation's crop size.
 
     Raises:
         UserError: a setting is unknown or out of range, or the batch is larger than the training split.
+            What DALI cannot do is found in :meth:`setup`: an evaluator needs no DALI.
     """
 
     def __init__(self, dataset: Dataset, cfg: DictConfig) -> None:
@@ -71,6 +81,8 @@ class PretrainDataModule(LightningDataModule):
         self.pipeline = choose(
             "data.pipeline", cfg.data.get("pipeline") or PIPELINES[0 if in_memory else 1], PIPELINES
         )
+        if choose("data.format", cfg.data.get("format") or FORMATS[0], FORMATS) == "dali":
+            self.pipeline = "dali"
         self.batch_size = _checked_batch_size(cfg.optimizer.get("batch_size"), len(dataset.train))
         workers = cfg.data.get("num_workers")
         self.num_workers = NUM_WORKERS if workers is None else workers
@@ -88,17 +100,28 @@ class PretrainDataModule(LightningDataModule):
         self.view = EvaluationView(entries[0].crop_size, dataset.mean, dataset.std)
         draw = KorniaViews if self.pipeline == "kornia" else TorchvisionViews
         self.views = draw(entries, dataset.mean, dataset.std)
+        self._entries = entries
+        self._wanted = {key: OmegaConf.select(cfg, key) for key in ("data.pipeline", "dali.device")}
 
-    def train_dataloader(self) -> DataLoader:
+    def setup(self, stage: str | None = None) -> None:
+        """Before a training: whether DALI can do what is asked of it."""
+        if self.pipeline == "dali" and stage in ("fit", None):
+            pipeline = self._wanted["data.pipeline"]
+            check(pipeline is None, "data.pipeline", "left out with data.format=dali", pipeline)
+            require_dali(self.dataset.train, self._dali_device())
+
+    def train_dataloader(self) -> DataLoader | DaliBatches:
         """Shuffled by seed and epoch; an incomplete last batch is dropped."""
         split = self.dataset.train
+        if self.pipeline == "dali":
+            return self._dali_batches()
         if self.pipeline == "kornia":
             # Indexing uint8 rows takes a fraction of a millisecond: a worker would only add the transport.
             images, options = MemoryBatches(split, RawBatch), {"collate_fn": whole}
         else:
             images, options = IndexedViews(split, self.views), self._worker_options()
         sampler = EpochShuffle(images, self.seed)
-        return DataLoader(
+        return LazyLoader(
             images,
             self.batch_size,
             sampler=sampler,
@@ -160,6 +183,30 @@ class PretrainDataModule(LightningDataModule):
         labelled = (split.labels >= 0).nonzero().flatten()
         seen = region_of(split.subset(labelled), region, self.full.mean, form)
         return self.evaluation_loader(seen, batch_size)
+
+    def _dali_batches(self) -> DaliBatches:
+        # Lightning gives each process its share by replacing a DataLoader's sampler; this is no DataLoader.
+        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return DaliBatches(
+            self.dataset.train,
+            self._entries,
+            self.dataset.mean,
+            self.dataset.std,
+            self.batch_size,
+            self.seed,
+            self._dali_device(),
+            max(1, self.num_workers),
+            rank,
+            processes,
+        )
+
+    def _dali_device(self) -> str:
+        if self._wanted["dali.device"] is not None:
+            return self._wanted["dali.device"]
+        on_gpu = (
+            self.trainer.strategy.root_device.type == "cuda" if self.trainer else torch.cuda.is_available()
+        )
+        return "gpu" if on_gpu else "cpu"
 
     def _evaluation_batch(self, indexes: Tensor, images: Tensor, targets: Tensor) -> list[Tensor]:
         return [self.view(images), targets]

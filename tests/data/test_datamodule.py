@@ -53,6 +53,17 @@ def folder_options(tmp_path, **options):
     }
 
 
+def test_workers_see_the_epoch_that_is_set_after_the_iterator_is_made():
+    """Lightning's order when a run is resumed."""
+    data = module(pipeline="torchvision", num_workers=1)
+    (first, *_) = batches(data, epoch=1)
+    loader = data.train_dataloader()
+    iterator = iter(loader)
+    loader.sampler.set_epoch(1)
+    indexes, views, _ = next(iterator)
+    assert torch.equal(indexes, first[0]) and torch.equal(views[0], first[1][0])
+
+
 @pytest.mark.parametrize("pipeline", ["kornia", "torchvision"])
 def test_batch_structure(pipeline):
     found = batches(module(pipeline=pipeline))
