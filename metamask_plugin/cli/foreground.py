@@ -23,6 +23,7 @@ from metamask_plugin.evaluation.linear import PROTOCOLS
 from metamask_plugin.evaluation.regions import FIT_ON, SETTINGS, region_accuracies, summarise_seeds
 from metamask_plugin.evaluation.report import format_table, write_summary
 from metamask_plugin.evaluation.semantic_figures import region_bars
+from metamask_plugin.host.solo_backbones import solo_factories
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def _test(runs: Sequence[Run], form: str, args: argparse.Namespace) -> list[dict
         described = f"{run.name}, seed {run.seed}, trained on {run.trained_on} images"
         print(f"{run.checkpoint}: {described}", flush=True)
         accuracies = region_accuracies(
-            load_pretrained(run.checkpoint).backbone,
+            load_pretrained(run.checkpoint, solo_factories=solo_factories).backbone,
             _Watched(loaded[run.data_key]),
             run.trained_on,
             args.fit_on,

@@ -1,20 +1,22 @@
 """``main_knn.py``: nearest-neighbour accuracy of a checkpoint, with solo-learn's flags."""
 
 import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from metamask_plugin.cli.checkpoint_inputs import (
+    add_input_flags,
+    features_of,
+    labelled_data,
+    pretrained_encoder,
+)
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.errors import UserError, check, choose
-from metamask_plugin.evaluation.checkpoints import Pretrained, load_pretrained
-from metamask_plugin.evaluation.features import Features, extract_features
+from metamask_plugin.evaluation.checkpoints import Pretrained
+from metamask_plugin.evaluation.features import Features
 from metamask_plugin.evaluation.knn import DISTANCES, knn_accuracies, masked_features
-from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
 from metamask_plugin.evaluation.report import format_table
 
 FEATURE_TYPES = ("backbone", "masked")
@@ -36,23 +38,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    add_input_flags(parser, "images of the memory bank", "images to classify")
     add = parser.add_argument
-    add("--pretrained_checkpoint_dir", type=Path, required=True, help="a run's folder, or a checkpoint")
-    add("--dataset", help="by default the one it was trained on, as for the paths")
-    add("--train_data_path", help="images of the memory bank")
-    add("--val_data_path", help="images to classify")
-    add("--data_format", help="image_folder or dali, which are read alike")
-    add("--data_fraction", type=float, help="share of the bank's images to use, -1 for all")
-    add("--mean", type=float, nargs=3, help="per channel, for custom data")
-    add("--std", type=float, nargs=3, help="per channel, for custom data")
-    add("--batch_size", type=int, default=256, help="images run through the encoder at once")
-    add("--num_workers", type=int, help="processes that decode image files")
     add("--k", type=int, nargs="+", default=[5, 20, 200], help="numbers of neighbours")
     add("--temperature", type=float, nargs="+", default=[0.07], help="of the weights, cosine only")
     add("--distance_function", nargs="+", default=["cosine"], help="cosine, euclidean")
     add("--feature_type", nargs="+", help="backbone, masked; by default all that there are")
-    add("--backbone", help="the encoder, where no args.json names it")
-    add("--crop_size", type=int, help="side of the images in pixels, where no args.json gives it")
     return parser.parse_args(argv)
 
 
@@ -73,14 +64,15 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     check(min(args.k) >= 1, "--k", ">= 1", min(args.k))
     check(min(args.temperature) > 0, "--temperature", "> 0", min(args.temperature))
     check(args.batch_size >= 1, "--batch_size", ">= 1", args.batch_size)
-    pretrained = load_pretrained(args.pretrained_checkpoint_dir, args.backbone, args.crop_size)
+    pretrained = pretrained_encoder(args)
     feature_types = _feature_types(args.feature_type, pretrained)
-    data = _data(args, pretrained)
+    data = labelled_data(args, pretrained)
     print(
         f"{pretrained.path}: {data.sizes['test']} test images against {data.sizes['train']} of the bank",
         flush=True,
     )
-    train, test = (_extract(pretrained, data, split) for split in ("train", "test"))
+    loaders = {split: data.evaluation_loader(split) for split in ("train", "test")}
+    train, test = (features_of(pretrained, loader, split) for split, loader in loaders.items())
     rows = []
     for feature_type in feature_types:
         pair = (train, test)
@@ -104,32 +96,6 @@ def _feature_types(asked: Sequence[str] | None, pretrained: Pretrained) -> list[
     missing = "masked" in asked and pretrained.mask is None
     check(not missing, "--feature_type", f"backbone, as {method} has no mask", "masked")
     return list(asked)
-
-
-def _data(args: argparse.Namespace, pretrained: Pretrained) -> LabelledData:
-    given = {
-        "dataset": args.dataset,
-        "train_path": args.train_data_path,
-        "val_path": args.val_data_path,
-        "format": args.data_format,
-        "fraction": args.data_fraction,
-        "num_workers": args.num_workers,
-    }
-    entry = next(iter(pretrained.args.get("augmentations") or []), {})
-    return LabelledData(
-        merged_data(pretrained.args, given),
-        args.crop_size or entry["crop_size"],
-        args.mean or entry.get("mean"),
-        args.std or entry.get("std"),
-        args.batch_size,
-    )
-
-
-def _extract(pretrained: Pretrained, data: LabelledData, split: str) -> Features:
-    loader = data.evaluation_loader(split)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tqdm(total=len(loader), desc=f"{split} features", disable=not sys.stderr.isatty()) as bar:
-        return extract_features(pretrained.backbone, loader, device, lambda done, total: bar.update())
 
 
 def _rows(

@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.checkpoints import Pretrained, find_checkpoint, load_pretrained, read_args
@@ -15,6 +16,7 @@ from metamask_plugin.evaluation.features import Features, extract_features
 from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
 from metamask_plugin.evaluation.linear import HEADS, PROTOCOLS, LinearProtocol, LinearResult, linear_probe
 from metamask_plugin.evaluation.report import format_table, write_summary
+from metamask_plugin.host.solo_backbones import solo_factories
 
 DEFAULTS: dict[str, Any] = {
     "name": "linear",
@@ -52,8 +54,8 @@ def run(cfg: DictConfig) -> LinearResult:
 
 
 def shipped_configs() -> list[str]:
-    """Names of the linear configs beside the running script."""
-    root = Path(sys.argv[0]).resolve().parent / "scripts" / "linear"
+    """Names of the linear configs."""
+    root = SCRIPTS / "linear"
     return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
 
 
@@ -164,6 +166,9 @@ def _pretrained(cfg: DictConfig) -> Pretrained:
         # with args.json the encoder is built for the images it was trained on, whatever it is tested on
         None if trained.get("augmentations") else OmegaConf.select(cfg, "data.augmentations.crop_size"),
         OmegaConf.to_container(kwargs, resolve=True) if kwargs else None,
+        host=cfg.get("host"),
+        method=None if trained.get("method") else cfg.get("pretrain_method"),
+        solo_factories=solo_factories,
     )
 
 

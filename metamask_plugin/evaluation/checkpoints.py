@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from metamask_plugin.errors import UserError, check
+from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.modules.encoders import build_encoder
+from metamask_plugin.modules.solo_encoders import RESNETS, Factories, build_solo_encoder
 
 SUFFIXES = (".ckpt", ".pth", ".pt")
+HOSTS = ("solo", "embedded")
+OF_EPOCH = re.compile(r"(?P<run>.+)-ep=(?P<epoch>\d+)\.ckpt")
+"""solo-learn's names of checkpoints."""
+
+SCHEDULE = re.compile(
+    r"solo\.methods\.base\.static_lr|solo\.utils\.lr_scheduler\.\w+|torch\.optim\.\w+\.\w+"
+    r"|functools\.partial|builtins\.(dict|getattr)|collections\.defaultdict"
+)
+"""What solo-learn's methods with a fixed learning rate (SimSiam) leave in a checkpoint: their schedule."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class Pretrained:
 def find_checkpoint(path: str | Path) -> Path:
     """Returns the checkpoint file that ``path`` names: a file, or a directory that holds one.
 
-    In a directory with several, ``last.ckpt`` is the one.
+    In a directory with several, ``last.ckpt`` is the one, or the last epoch's of one run of solo-learn.
 
     Raises:
         UserError: when the path is missing, has another suffix, or does not decide between files.
@@ -47,6 +58,9 @@ def find_checkpoint(path: str | Path) -> Path:
         found = sorted(path.glob("*.ckpt"))
         if path / "last.ckpt" in found:
             return path / "last.ckpt"
+        epochs = [OF_EPOCH.fullmatch(file.name) for file in found]
+        if found and all(epochs) and len({epoch["run"] for epoch in epochs}) == 1:
+            return max(zip(found, epochs), key=lambda pair: int(pair[1]["epoch"]))[0]
         names = [file.name for file in found]
         check(
             len(found) == 1,
@@ -79,11 +93,33 @@ def read_args(checkpoint: Path) -> dict[str, Any]:
     return args
 
 
+def recorded_host(args: Mapping[str, Any]) -> str | None:
+    """Which host built the encoder, ``solo`` or ``embedded``; None where there is no training config.
+
+    Our methods write it down. A run of solo-learn's own method does not, but its ``wandb_run_id``, which
+    solo-learn always writes, gives it away; a config with neither is ours, from before the key.
+
+    Args:
+        args: the training config from ``args.json``.
+
+    Raises:
+        UserError: for a host that does not exist.
+    """
+    if not args:
+        return None
+    if args.get("host") is not None:
+        return choose("host in args.json", args["host"], HOSTS)
+    return "solo" if "wandb_run_id" in args else "embedded"
+
+
 def load_pretrained(
     path: str | Path,
     backbone_name: str | None = None,
     image_size: int | None = None,
     backbone_kwargs: Mapping[str, Any] | None = None,
+    host: str | None = None,
+    method: str | None = None,
+    solo_factories: Factories | None = None,
 ) -> Pretrained:
     """Loads a trained encoder, every one of its keys, and the mask if there is one.
 
@@ -91,10 +127,13 @@ def load_pretrained(
     ``weights_only=True``: they cannot run code.
 
     Args:
-        path: a checkpoint file, or the directory of a run.
-        backbone_name: as in :func:`~metamask_plugin.modules.encoders.build_encoder`.
+        path: a checkpoint file, or the directory of a run, ours or solo-learn's.
+        backbone_name: as in :func:`~metamask_plugin.modules.encoders.build_encoder`, or solo-learn's.
         image_size: side of the images the encoder was trained on, pixels.
         backbone_kwargs: the encoder's own options.
+        host: whose encoder it is, see :func:`recorded_host`.
+        method: of the training; solo-learn's ViTs depend on it.
+        solo_factories: see :func:`~metamask_plugin.modules.solo_encoders.build_solo_encoder`.
 
     Raises:
         UserError: when the file cannot be read, holds no encoder, or one that does not fit.
@@ -102,6 +141,7 @@ def load_pretrained(
     path = find_checkpoint(path)
     args = read_args(path)
     state = _read_state(path)
+    weights = encoder_weights(state)
     own_name = _lookup(args, "backbone", "name")
     name = backbone_name or own_name
     expected = "given, as no args.json beside the checkpoint says it"
@@ -109,14 +149,51 @@ def load_pretrained(
     if backbone_kwargs is None:
         # options of one encoder mean nothing to another
         backbone_kwargs = (_lookup(args, "backbone", "kwargs") or {}) if name == own_name else {}
-    # the embedded host takes the size for the encoder from its kwargs first
-    backbone_kwargs = dict(backbone_kwargs)
-    own_size = backbone_kwargs.pop("image_size", None) or _lookup(args, "augmentations", 0, "crop_size")
+    own_size = backbone_kwargs.get("image_size") or _lookup(args, "augmentations", 0, "crop_size")
     image_size = image_size or own_size
     check(image_size is not None, "data.augmentations.crop_size", expected, None, "main_knn.py: --crop_size")
-    backbone = build_encoder(name, int(image_size), **backbone_kwargs)
-    _fill(backbone, state, path, name, own_name)
+    host = choose("host", host, HOSTS) if host is not None else recorded_host(args)
+    if host is None and name in RESNETS and _has_small_stem(weights) and "stem" not in backbone_kwargs:
+        # the same shapes in either, and other features
+        remedy = "main_knn.py: --host, main_linear.py: host="
+        check(False, "host", f"solo or embedded, as no args.json says who built the {name}", None, remedy)
+    backbone = encoder_of(
+        name, int(image_size), backbone_kwargs, host, method or args.get("method"), weights, solo_factories
+    )
+    _fill(backbone, weights, path, name, own_name)
     return Pretrained(backbone.eval(), _effective_mask(state, backbone.num_features, path), args, path)
+
+
+def encoder_of(
+    name: str,
+    image_size: int,
+    kwargs: Mapping[str, Any],
+    host: str | None,
+    method: str | None,
+    weights: Mapping[str, torch.Tensor],
+    solo_factories: Factories | None = None,
+) -> nn.Module:
+    """Builds the network that a host calls ``name``, without its weights.
+
+    Args:
+        name: ``backbone.name`` of the training.
+        image_size: side of the images it was trained on, pixels.
+        kwargs: its ``backbone.kwargs``.
+        host: whose network is meant.
+        method: ``method`` of the training.
+        weights: the encoder's state dict; of it only the size of a ResNet's first convolution is used.
+        solo_factories: see :func:`~metamask_plugin.modules.solo_encoders.build_solo_encoder`.
+    """
+    kwargs = dict(kwargs)
+    if host == "solo":
+        return build_solo_encoder(name, method, _has_small_stem(weights), solo_factories, **kwargs)
+    # the embedded host takes the size for the encoder from its kwargs first
+    return build_encoder(name, int(kwargs.pop("image_size", None) or image_size), **kwargs)
+
+
+def _has_small_stem(weights: Mapping[str, torch.Tensor]) -> bool:
+    conv = weights.get("conv1.weight")
+    return conv is not None and conv.shape[-1] == 3
 
 
 def _lookup(tree: Any, *keys: str | int) -> Any:
@@ -131,20 +208,12 @@ def _lookup(tree: Any, *keys: str | int) -> Any:
 
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "GLOBAL" in str(error):
-            raise UserError(
-                f"checkpoint {path} must hold tensors and plain values only, got other Python objects, "
-                "which are not loaded because they can run code; save "
-                "{'state_dict': model.state_dict()} with torch.save instead"
-            ) from error
-        raise _unreadable(path, error) from error
-    except Exception as error:  # a damaged file fails in many ways: zip, EOF, key, runtime
-        raise _unreadable(path, error) from error
+    content = read_checkpoint(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if not any(key.startswith("backbone.") for key in state):
+        # solo-learn's name for it before 1.0.3
+        state = {re.sub(r"^encoder\.", "backbone.", key): value for key, value in state.items()}
     if not any(key.startswith("backbone.") for key in state):
         prefixes = sorted({str(key).split(".")[0] for key in state})[:6]
         raise UserError(
@@ -152,6 +221,57 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
             f"{', '.join(prefixes) or 'no tensors'}; give a checkpoint written by main_pretrain.py"
         )
     return state
+
+
+class _Unread:
+    """Stands in for an object that is not needed: takes anything, does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Unread":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _plain_dict(*args: Any) -> dict:
+    return {}
+
+
+def read_checkpoint(path: Path) -> Any:
+    """What ``torch.save`` wrote, without running code; a schedule of solo-learn's is left out.
+
+    Raises:
+        UserError: when the file is damaged, or holds other Python objects.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" not in str(error) and "GLOBAL" not in str(error):
+            raise _unreadable(path, error) from error
+        foreign = _foreign_objects(path)
+        if not foreign or not all(SCHEDULE.fullmatch(name) for name in foreign):
+            found = f" ({', '.join(foreign[:3])})" if foreign else ""
+            raise UserError(
+                f"checkpoint {path} must hold tensors and plain values only, got Python objects{found}; they "
+                "are not loaded, as they can run code; if you trust it, keep its weights alone: "
+                "torch.save({'state_dict': torch.load(PATH, weights_only=False)['state_dict']}, PATH)"
+            ) from error
+    except Exception as error:  # a damaged file fails in many ways: zip, EOF, key, runtime
+        raise _unreadable(path, error) from error
+    stands_in = {"collections.defaultdict": _plain_dict}
+    with torch.serialization.safe_globals([(stands_in.get(name, _Unread), name) for name in foreign]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _foreign_objects(path: Path) -> list[str]:
+    """Names of what a checkpoint holds beside tensors and plain values; empty where torch cannot say."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # torch before 2.6 has no such function, and not every file can be read by it
+        return []
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -162,11 +282,15 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     )
 
 
-def _fill(
-    backbone: nn.Module, state: Mapping[str, torch.Tensor], path: Path, name: str, own_name: str | None
-) -> None:
+def encoder_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The encoder's part of a method's state dict; a momentum encoder (``momentum_backbone``) is another."""
     prefix = "backbone."
-    weights = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _fill(
+    backbone: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, name: str, own_name: str | None
+) -> None:
     mismatch = _first_mismatch(weights, backbone.state_dict())
     if mismatch is None:
         backbone.load_state_dict(weights, strict=True)

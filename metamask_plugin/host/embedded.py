@@ -112,7 +112,7 @@ class BaseMethod(pl.LightningModule):
         scheduler = build_scheduler(
             self.scheduler,
             optimizer,
-            warmup=cfg.scheduler.warmup_epochs * total / self.max_epochs,
+            warmup=cfg.scheduler.warmup_epochs * (total / self.max_epochs),
             total=total,
             warmup_start_lr=self.warmup_start_lr,
             min_lr=self.min_lr,

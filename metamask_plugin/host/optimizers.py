@@ -1,6 +1,7 @@
 """Optimisers and learning-rate schedules of the embedded host, by solo-learn's names."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import timm.optim
@@ -15,13 +16,20 @@ ParamGroups = list[dict[str, Any]]
 
 def without_decay_on_vectors(groups: ParamGroups) -> ParamGroups:
     """Splits each group: biases and norms (one-dimensional parameters) get no weight decay."""
+    return _split(groups, lambda param: param.dim() <= 1, weight_decay=0.0)
+
+
+def _split(groups: ParamGroups, apart: Callable[[torch.Tensor], bool], **settings: Any) -> ParamGroups:
+    """Puts the parameters that are ``apart`` into groups of their own, ``<name>_no_decay``."""
     split = []
     for group in groups:
         params = list(group["params"])
-        matrices = [p for p in params if p.dim() > 1]
-        vectors = [p for p in params if p.dim() <= 1]
-        split += [{**group, "params": matrices}] if matrices else []
-        split += [{**group, "params": vectors, "weight_decay": 0.0}] if vectors else []
+        rest, others = [p for p in params if not apart(p)], [p for p in params if apart(p)]
+        named = {}
+        if "name" in group:
+            named["name"] = f"{group['name'].removesuffix('_no_decay')}_no_decay"
+        split += [{**group, "params": rest}] if rest else []
+        split += [{**group, **named, **settings, "params": others}] if others else []
     return split
 
 
@@ -43,12 +51,13 @@ def build_optimizer(
     choose("optimizer.name", name, OPTIMIZERS)
     kwargs = dict(kwargs)
     if name == "lars":
-        # timm leaves groups without weight decay unadapted: so biases and norms are excluded
         if kwargs.pop("exclude_bias_n_norm", False):
-            groups = without_decay_on_vectors(groups)
+            groups = _split(groups, lambda param: param.dim() == 1, weight_decay=0.0, always_adapt=False)
         kwargs = {
             "trust_coeff": kwargs.pop("eta", 1e-3),
             "trust_clip": kwargs.pop("clip_lr", False),
+            # by itself timm leaves groups without weight decay, as the classifier's, unadapted
+            "always_adapt": True,
             **kwargs,
         }
     constructors = {
@@ -64,15 +73,28 @@ def build_optimizer(
 
 
 def _warmup_cosine(base_lr: float, warmup: float, total: float, start_lr: float, min_lr: float):
-    """Factor on ``base_lr`` after t steps: linear from ``start_lr``, then cosine to ``min_lr``."""
+    """Factor on ``base_lr`` after t steps: linear from ``start_lr``, then cosine to ``min_lr``.
+
+    As in solo-learn the last of ``warmup`` steps has the full rate already, and so has the one after it,
+    the cosine's first.
+    """
 
     def factor(t: int) -> float:
         if t < warmup:
-            return (start_lr + (base_lr - start_lr) * t / warmup) / base_lr
+            done = min(1.0, t / (warmup - 1)) if warmup > 1 else 0.0
+            return (start_lr + (base_lr - start_lr) * done) / base_lr
         progress = min(1.0, (t - warmup) / max(1.0, total - warmup))
         return (min_lr + (base_lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2) / base_lr
 
     return factor
+
+
+class _Schedule(LambdaLR):
+    """A schedule that also goes on from the state of solo-learn's."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        known = {key: value for key, value in state_dict.items() if key in self.__dict__}
+        super().load_state_dict({"lr_lambdas": [None] * len(self.lr_lambdas), **known})
 
 
 def build_scheduler(
@@ -115,7 +137,7 @@ def build_scheduler(
         )
         for group in optimizer.param_groups
     ]
-    return LambdaLR(optimizer, factors)
+    return _Schedule(optimizer, factors)
 
 
 def build_warmup_step(

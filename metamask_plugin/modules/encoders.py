@@ -15,7 +15,7 @@ from torch import nn
 
 from metamask_plugin.errors import UserError, check, choose
 
-STEMS = ("auto", "cifar", "small", "imagenet")
+STEMS = ("auto", "cifar", "small", "imagenet", "solo_cifar")
 NORMS = {"batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(8, channels)}
 
 
@@ -141,7 +141,8 @@ def _resnet(constructor: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
             image_size: side of the square input, pixels; decides the ``auto`` stem.
             stem: ``cifar`` (3x3, stride 1, no pooling: up to 32 pixels), ``small`` (3x3, stride 1,
                 pooling kept: up to 96 pixels, as in the W-MSE code base that ICL-MSR follows),
-                ``imagenet`` (7x7, stride 2, pooling), or ``auto``.
+                ``imagenet`` (7x7, stride 2, pooling), or ``auto``; ``solo_cifar`` is ``cifar`` with
+                the convolution padded by 2, as solo-learn builds it (34x34 from 32x32).
         """
         choose("backbone.kwargs.stem", stem, STEMS)
         if stem == "auto":
@@ -150,8 +151,9 @@ def _resnet(constructor: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         network.num_features = network.fc.in_features
         network.fc = nn.Identity()
         if stem != "imagenet":
-            network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-        if stem == "cifar":
+            padding = 2 if stem == "solo_cifar" else 1
+            network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=padding, bias=False)
+        if stem in ("cifar", "solo_cifar"):
             network.maxpool = nn.Identity()
         return network
 

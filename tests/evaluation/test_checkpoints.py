@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from metamask_plugin.errors import UserError
-from metamask_plugin.evaluation.checkpoints import find_checkpoint, load_pretrained
+from metamask_plugin.evaluation.checkpoints import find_checkpoint, load_pretrained, recorded_host
 from metamask_plugin.modules.dimensional_mask import DimensionalMask
 from metamask_plugin.modules.encoders import build_encoder
 
@@ -73,6 +73,63 @@ def test_a_directory_means_its_last_or_its_only_checkpoint(tmp_path):
     (tmp_path / "b").mkdir()
     with pytest.raises(UserError, match="train first"):
         find_checkpoint(tmp_path / "b")
+
+
+def test_of_a_run_of_solo_learns_with_all_its_epochs_the_last_one_is_meant(tmp_path):
+    for epoch in (9, 10):
+        last = write(tmp_path, Method(), file=f"run-offline-ab12cd34-ep={epoch}.ckpt")
+    assert find_checkpoint(tmp_path) == last
+    write(tmp_path, Method(), file="another-offline-ab12cd34-ep=99.ckpt")
+    with pytest.raises(UserError, match="give the file itself"):
+        find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("args", "host"),
+    [
+        ({}, None),
+        (ARGS, "embedded"),  # ours, from before the key
+        ({**ARGS, "wandb_run_id": None}, "solo"),  # solo-learn's own
+        ({**ARGS, "host": "solo"}, "solo"),
+        ({**ARGS, "host": "embedded", "wandb_run_id": "1"}, "embedded"),
+    ],
+)
+def test_args_json_says_whose_encoder_it_is(args, host):
+    assert recorded_host(args) == host
+
+
+def test_the_recorded_host_decides_which_resnet_is_built(tmp_path):
+    args = {**ARGS, "backbone": {"name": "resnet18"}}
+    paddings = []
+    for host in ("embedded", "solo"):
+        path = write(tmp_path / host, Method(name="resnet18"), {**args, "host": host})
+        paddings.append(load_pretrained(path).backbone.conv1.padding)
+    assert paddings == [(1, 1), (2, 2)]
+    assert load_pretrained(path, host="embedded").backbone.conv1.padding == (1, 1)
+    with pytest.raises(UserError, match="host in args.json must be one of embedded, solo, got 'lightly'"):
+        recorded_host({"host": "lightly"})
+
+
+def test_without_args_json_a_small_resnet_is_not_guessed(tmp_path):
+    path = write(tmp_path, Method(name="resnet18"), args=None)
+    given = {"backbone_name": "resnet18", "image_size": 32}
+    with pytest.raises(UserError, match="host must be solo or embedded.*main_knn.py: --host"):
+        load_pretrained(path, **given)
+    assert load_pretrained(path, **given, host="solo").backbone.conv1.padding == (2, 2)
+    assert load_pretrained(path, **given, backbone_kwargs={"stem": "cifar"}).backbone.conv1.padding == (1, 1)
+    # of ImageNet's stem there is only one
+    path = write(tmp_path, Method(name="resnet18", stem="imagenet"), args=None)
+    assert load_pretrained(path, **{**given, "image_size": 224}).backbone.conv1.padding == (3, 3)
+
+
+def test_solo_learns_older_name_for_the_encoder(tmp_path):
+    state = {
+        key.replace("backbone.", "encoder."): value
+        for key, value in Method().state_dict().items()
+        if "mask" not in key
+    }
+    torch.save({"state_dict": state}, write(tmp_path, Method()))
+    assert load_pretrained(tmp_path).backbone.num_features == 32
 
 
 def test_without_args_json_name_and_size_are_asked_for(tmp_path):

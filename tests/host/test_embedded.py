@@ -69,11 +69,11 @@ def test_warmup_cosine_per_group_and_static_group():
         "warmup_cosine", optimizer, warmup=4, total=12, warmup_start_lr=0.1, min_lr=0.02
     )
     rates = learning_rates(scheduler, optimizer, 13)
-    torch.testing.assert_close(rates[:5, 0], torch.tensor([0.1, 0.175, 0.25, 0.325, 0.4]))
+    torch.testing.assert_close(rates[:5, 0], torch.tensor([0.1, 0.2, 0.3, 0.4, 0.4]))
     middle = 0.02 + (0.4 - 0.02) * (1 + math.cos(math.pi * 0.5)) / 2
     assert rates[8, 0].item() == pytest.approx(middle)
     assert rates[12, 0].item() == pytest.approx(0.02) and rates[12, 1].item() == pytest.approx(0.02)
-    assert rates[4, 1].item() == pytest.approx(1.0)
+    assert rates[3, 1].item() == rates[4, 1].item() == pytest.approx(1.0)
     assert (rates[:, 2] == 0.4).all()
 
 
@@ -87,7 +87,9 @@ def test_vectors_lose_their_weight_decay():
     groups = without_decay_on_vectors([{"name": "g", "params": parameters(), "lr": 0.3}])
     assert [len(g["params"]) for g in groups] == [1, 1]
     assert "weight_decay" not in groups[0] and groups[1]["weight_decay"] == 0.0
-    assert all(g["lr"] == 0.3 and g["name"] == "g" for g in groups)
+    assert [g["name"] for g in groups] == ["g", "g_no_decay"], "monitors want unique names"
+    assert all(g["lr"] == 0.3 for g in groups)
+    assert [g["name"] for g in without_decay_on_vectors(groups)] == ["g", "g_no_decay"]
 
 
 def test_lars_adapts_matrices_and_leaves_vectors_when_asked():
@@ -102,6 +104,31 @@ def test_lars_adapts_matrices_and_leaves_vectors_when_asked():
     trust = 0.02 * before[0].norm() / (torch.ones(3, 3).norm() + 1e-4 * before[0].norm())
     torch.testing.assert_close(matrix.detach(), before[0] - trust * decayed, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(vector.detach(), before[1] - 1.0)
+
+
+def test_lars_adapts_groups_without_weight_decay():
+    """The online classifier's, as in solo-learn."""
+    matrix, _ = parameters()
+    before = matrix.detach().clone()
+    optimizer = build_optimizer("lars", [{"params": [matrix], "weight_decay": 0.0}], 1.0, 1e-4, {"eta": 0.02})
+    matrix.sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(matrix.detach(), before - 0.02 * before.norm() / 3, rtol=1e-4, atol=1e-6)
+
+
+def test_the_schedule_goes_on_from_the_state_of_another():
+    optimizer = build_optimizer("sgd", [{"params": parameters()}], 0.4, 0.0, {})
+    settings = {"warmup": 2, "total": 10, "warmup_start_lr": 0.1}
+    straight = build_scheduler("warmup_cosine", optimizer, **settings)
+    expected = learning_rates(straight, optimizer, 6)[:, 0]
+    optimizer.param_groups[0]["lr"] = 0.4
+    resumed = build_scheduler("warmup_cosine", optimizer, **settings)
+    # what solo-learn's own schedule keeps
+    state = {"last_epoch": 3, "base_lrs": [0.4], "warmup_epochs": 7, "max_epochs": 70, "get_lr": None}
+    resumed.load_state_dict(state)
+    resumed.step()
+    torch.testing.assert_close(learning_rates(resumed, optimizer, 2)[:, 0], expected[4:])
+    assert "max_epochs" not in resumed.state_dict()
 
 
 def test_rates_grow_with_gradient_accumulation():

@@ -34,6 +34,14 @@ def test_stem_can_be_chosen():
     assert build_encoder("resnet18", 32, stem="imagenet").conv1.kernel_size == (7, 7)
 
 
+def test_solo_learns_cifar_stem_pads_by_two():
+    ours, theirs = (build_encoder("resnet18", 32, stem=stem) for stem in ("cifar", "solo_cifar"))
+    assert theirs.conv1(torch.randn(1, 3, 32, 32)).shape[2:] == (34, 34)
+    theirs.load_state_dict(ours.state_dict())  # the shapes do not tell them apart
+    x = torch.randn(2, 3, 32, 32)
+    assert not torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
 @pytest.mark.parametrize("size", [32, 64])
 def test_alexnets_last_map_is_four_by_four(size):
     assert build_encoder("conv", size).layers(torch.randn(1, 3, size, size)).shape[2:] == (4, 4)
