@@ -11,7 +11,7 @@ quickstart: $(VENV)/installed
 setup: $(VENV)/installed-test
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow
