@@ -1,9 +1,9 @@
-# make quickstart | test | slow | check | format | bench | clean
+# make quickstart | test | slow | check | format | bench | upstream | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart setup test slow check format bench clean
+.PHONY: quickstart setup test slow check format bench upstream clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python main_pretrain.py --config-name metamask_barlow
@@ -26,6 +26,10 @@ format: $(VENV)/installed-dev
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/step_cost.py
+
+# lays the methods into a copy of solo-learn, see docs/upstream.md
+upstream: $(VENV)/installed-test
+	$(BIN)/python upstream/generate.py $(SOLO) $(DEST)
 
 clean:
 	rm -rf $(VENV) build *.egg-info
