@@ -75,7 +75,7 @@ class EncoderSplit:
 
     def _look(self, network: nn.Module, image_size: int, kind: str) -> None:
         parameter = next(network.parameters())
-        x = torch.linspace(-1, 1, 3 * image_size**2, device=parameter.device, dtype=parameter.dtype)
+        x = torch.linspace(-1, 1, 3 * image_size * image_size, device=parameter.device, dtype=parameter.dtype)
         x = x.view(1, 3, image_size, image_size)
         feature_map = self.front(x).detach()
         if feature_map.dim() != 4:

@@ -71,5 +71,5 @@ class SSLHSIC(MomentumTask):
     def backdoor_adjusted_loss(
         self, projections: Projections, targets: Projections | None, weighted: Projections
     ) -> torch.Tensor:
-        strata = zip(*(of_target.unbind(1) for of_target in weighted), strict=True)
+        strata = torch.stack(list(weighted)).unbind(2)
         return torch.stack([self.loss(projections, stratum) for stratum in strata]).mean()

@@ -63,7 +63,7 @@ def test_every_stratum_counts_and_the_mixed_derivative_does_not_vanish(double):
 
 def test_unequal_numbers_of_strata():
     task, projections, targets = started()
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(RuntimeError, match="equal size"):
         task.backdoor_adjusted_loss(projections, targets, [torch.randn(5, 3, 4), torch.randn(5, 2, 4)])
 
 
