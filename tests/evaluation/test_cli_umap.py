@@ -186,7 +186,7 @@ def test_bad_flags_end_with_one_line_and_code_2(run_folder, flags, message, inst
 
 
 def test_without_umap_learn_one_line_says_how_to_get_it(run_folder, missing, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "pretrained_encoder", lambda *args, **kwargs: pytest.fail("loads before it asks"))
+    monkeypatch.setattr(cli, "pretrained_encoder", lambda *args: pytest.fail("loads before it asks"))
     assert "umap-learn must be installed" in (error := error_of(run_folder, [], capsys))
     assert error.endswith("; pip install umap-learn\n")
     with pytest.raises(UserError, match="pip install umap-learn"):
