@@ -1,29 +1,12 @@
 """The contract, and our methods, on solo-learn itself."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
+from solo_checkout import REPOSITORY, needs_solo_learn, under_solo
 
-TESTS = Path(__file__).resolve().parents[1]
-ROOT = Path(os.environ.get("SOLO_LEARN_ROOT", Path.home() / "solo-learn"))
-
-pytestmark = [
-    pytest.mark.solo_learn,
-    pytest.mark.skipif(
-        not (ROOT / "solo" / "methods" / "base.py").exists(),
-        reason=f"no solo-learn checkout at {ROOT}; set SOLO_LEARN_ROOT",
-    ),
-]
-
-
-def under_solo(*args):
-    env = {**os.environ, "METAMASK_HOST": "solo", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=env, cwd=TESTS.parent)
+TESTS = REPOSITORY / "tests"
+pytestmark = needs_solo_learn
 
 
 # the host changes nothing in the gradients: the tasks that differ most are enough there
@@ -109,7 +92,7 @@ def test_icl_msr_gets_its_unaugmented_view_from_solo_learns_own_loader(tmp_path,
         folder.mkdir(exist_ok=True)
         size = (72, 80 if config == "imagenet-100" else 72, 3)  # ImageNet's images are not square
         Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).save(folder / f"{index}.png")
-    scripts = TESTS.parent / "scripts" / "pretrain"
+    scripts = REPOSITORY / "scripts" / "pretrain"
     done = under_solo("-c", LOADER, str(scripts), str(tmp_path), f"{config}/icl_msr_simclr", *overrides)
     assert f"crops 2 {len(views) - 2}" in done.stdout, done.stderr[-2000:]
     assert f"views {views}" in done.stdout, done.stderr[-2000:]
