@@ -32,6 +32,7 @@ LAYOUT = {
     "metamask_plugin/methods": "solo/methods",
     "metamask_plugin/methods/meta_update.py": "solo/bilevel/meta_update.py",
     "metamask_plugin/methods/presets.py": "solo/bilevel/presets.py",
+    "metamask_plugin/host/solo_settings.py": "solo/methods/solo_settings.py",
     "metamask_plugin/host/solo_task.py": "solo/methods/solo_task.py",
     "tests/bilevel": "tests/bilevel",
     "tests/losses": "tests/bilevel/losses",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from metamask_plugin.bilevel import ESTIMATORS
 from metamask_plugin.data.registry import ABOUT, DATASETS
-from metamask_plugin.host.solo_task import SETTINGS, WITH_MSR
+from metamask_plugin.host.solo_settings import SETTINGS, WITH_MSR
 from metamask_plugin.methods import METHODS
 from metamask_plugin.modules.encoders import ENCODERS
 from metamask_plugin.tasks import TASKS, Task

@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin.errors import UserError, check, choose
-from metamask_plugin.host.solo_task import is_solo_task
+from metamask_plugin.host.solo_settings import is_solo_task
 from metamask_plugin.tasks import TASKS
 
 DEFAULTS: dict[str, Any] = {

@@ -40,7 +40,7 @@ def _decide() -> str:
 
 
 name: str = _decide()
-"""``solo`` or ``embedded``; for messages and tests only."""
+"""``solo`` or ``embedded``; for messages, tests and ``args.json`` only."""
 
 if name == "solo":
     from metamask_plugin.host import solo as _host

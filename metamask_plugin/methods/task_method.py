@@ -12,7 +12,8 @@ from metamask_plugin.bilevel import Functional
 from metamask_plugin.errors import check
 from metamask_plugin.host import BaseMethod
 from metamask_plugin.host.optimizers import build_warmup_step
-from metamask_plugin.host.solo_task import SoloTask, is_solo_task, own_settings
+from metamask_plugin.host.solo_settings import is_solo_task, own_settings
+from metamask_plugin.host.solo_task import SoloTask
 from metamask_plugin.tasks import Projections, Task, build_task
 
 

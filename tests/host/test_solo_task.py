@@ -12,8 +12,7 @@ from solo_checkout import ROOT, needs_solo_learn
 
 from metamask_plugin.bilevel import Exact, PlainStep, Trial, Unrolled
 from metamask_plugin.errors import UserError
-from metamask_plugin.host import solo_task
-from metamask_plugin.host.solo_task import SETTINGS, WITH_MSR, is_solo_task, own_settings
+from metamask_plugin.host.solo_settings import NOT_TASKS, SETTINGS, WITH_MSR, is_solo_task, own_settings
 from metamask_plugin.methods import ICLMSR, Bare, MetaMask
 
 pytestmark = [
@@ -72,7 +71,7 @@ def relative_error(problem):
 def test_every_method_of_solo_learn_is_a_task_or_says_why_not():
     from solo.methods import METHODS
 
-    assert {*SETTINGS, *solo_task.NOT_TASKS} == {*METHODS} - {"bare", "metamask", "icl_msr"}
+    assert {*SETTINGS, *NOT_TASKS} == {*METHODS} - {"bare", "metamask", "icl_msr"}
 
 
 @pytest.mark.parametrize("name", sorted(SETTINGS))
