@@ -15,10 +15,10 @@ HERE = ("main_pretrain", "main_linear")
 
 
 class MetaMaskSearchPath(SearchPathPlugin):
-    """Behind all other folders: the CIFAR configs, then all configs.
+    """Behind all other folders: our configs, and before them, where a script brings none, those for CIFAR.
 
-    So ``metamask_barlow`` means CIFAR-10 where nothing else has that name, as in solo-learn's clone, and
-    the quick start where the script brings its own configs, as ours does.
+    So ``metamask_barlow`` means CIFAR-10 in solo-learn's clone, and the quick start in ours. Behind another
+    data set's folder the CIFAR ones would lend it their views.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -33,5 +33,6 @@ class MetaMaskSearchPath(SearchPathPlugin):
         from metamask_plugin import SCRIPTS
 
         configs = SCRIPTS / ("linear" if script == "main_linear" else "pretrain")
-        for folder in (configs / "cifar", configs):
+        brings_its_own = any(element.provider == "main" for element in search_path.get_path())
+        for folder in (configs,) if brings_its_own else (configs / "cifar", configs):
             search_path.append("metamask_plugin", f"file://{folder}")
