@@ -13,7 +13,9 @@ from metamask_plugin.bilevel.exact import Exact
 from metamask_plugin.bilevel.finite_difference import FiniteDifference
 from metamask_plugin.bilevel.first_order import FirstOrder
 from metamask_plugin.bilevel.functional import Functional
-from metamask_plugin.bilevel.problem import BilevelProblem
+from metamask_plugin.bilevel.problem import BilevelProblem, EncoderPass
+from metamask_plugin.bilevel.processes import DistributedBatch, OneProcess, Processes, joined
+from metamask_plugin.bilevel.tape import Tape
 from metamask_plugin.bilevel.trial import MomentumStep, PlainStep, Trial, TrialStep
 from metamask_plugin.bilevel.unrolled import Unrolled
 
@@ -27,6 +29,8 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 __all__ = [
     "ESTIMATORS",
     "BilevelProblem",
+    "DistributedBatch",
+    "EncoderPass",
     "Estimator",
     "Exact",
     "FiniteDifference",
@@ -34,8 +38,12 @@ __all__ = [
     "Functional",
     "MetaGradient",
     "MomentumStep",
+    "OneProcess",
     "PlainStep",
+    "Processes",
+    "Tape",
     "Trial",
     "TrialStep",
     "Unrolled",
+    "joined",
 ]

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from metamask_plugin.bilevel.problem import BilevelProblem, Params, Weights
+from metamask_plugin.bilevel.params import Params, Weights
+from metamask_plugin.bilevel.problem import BilevelProblem, EncoderPass
 from metamask_plugin.bilevel.trial import Trial
 
 
@@ -53,14 +54,54 @@ def gradients(loss: torch.Tensor, *groups: Params | Weights, create_graph: bool 
     ]
 
 
-def trial_weights(problem: BilevelProblem, trial: Trial) -> tuple[torch.Tensor, Params, Params]:
-    """Makes the trial step to first order. Returns (L_in, theta', phi'), none of it in a graph."""
-    theta, phi = leaves(problem.encoder_params), leaves(problem.head_params)
-    inner = problem.inner_loss(problem.encode(theta), phi, problem.weights)
-    grad_theta, grad_phi = gradients(inner, theta, phi)
-    theta_trial = trial.encoder.step(problem.encoder_params, grad_theta)
-    phi_trial = trial.head.step(problem.head_params, grad_phi)
-    return inner.detach(), theta_trial, phi_trial
+class InnerStep(NamedTuple):
+    """L_in at the weights, its gradients behind the encoder, and the trial weights they lead to.
+
+    Attributes:
+        loss: L_in.
+        weights: w, as leaves.
+        features_gradient: grad_h L_in of the joint batch.
+        head_gradient: grad_phi L_in.
+        encoder_trial: theta', in no graph.
+        head_trial: phi', in no graph.
+        encoder_pass: the forward pass at theta.
+    """
+
+    loss: torch.Tensor
+    weights: Weights
+    features_gradient: torch.Tensor
+    head_gradient: Params
+    encoder_trial: Params
+    head_trial: Params
+    encoder_pass: EncoderPass
+
+
+def inner_step(problem: BilevelProblem, trial: Trial, twice: bool = False) -> InnerStep:
+    """Makes the trial step.
+
+    Args:
+        problem: the problem.
+        trial: the trial steps.
+        twice: keep the graph of the gradients behind the encoder, and a tape of the encoder, so that they
+            can be differentiated once more.
+    """
+    encoder_pass = problem.encoded or problem.forward_pass(problem.encoder_params, tape=twice)
+    h = joint_features(problem, encoder_pass)
+    phi = leaves(problem.head_params)
+    weights = tuple(w.detach().requires_grad_() for w in problem.weights)
+    loss = problem.inner_loss(h, phi, weights)
+    (grad_h,), grad_phi = gradients(loss, (h,), phi, create_graph=twice)
+    grad_theta = encoder_gradient(problem, encoder_pass, grad_h)
+    detached = {name: grad.detach() for name, grad in grad_phi.items()}
+    return InnerStep(
+        loss.detach(),
+        weights,
+        grad_h,
+        grad_phi,
+        trial.encoder.step(problem.encoder_params, grad_theta),
+        trial.head.step(problem.head_params, detached),
+        encoder_pass,
+    )
 
 
 class OuterGradients(NamedTuple):
@@ -72,14 +113,25 @@ class OuterGradients(NamedTuple):
     head_direction: Params
 
 
-def outer_gradients(
-    problem: BilevelProblem, trial: Trial, theta_trial: Params, phi_trial: Params
-) -> OuterGradients:
+def outer_gradients(problem: BilevelProblem, trial: Trial, inner: InnerStep) -> OuterGradients:
     """Back-propagates L_out at (theta', phi'): d_w L_out, and u = l * v for both groups."""
-    theta, phi = leaves(theta_trial), leaves(phi_trial)
+    encoder_pass = problem.forward_pass(inner.encoder_trial)
+    h, phi = joint_features(problem, encoder_pass), leaves(inner.head_trial)
     weights = tuple(w.detach().requires_grad_() for w in problem.weights)
-    outer = problem.outer_loss(problem.encode(theta), phi, weights)
-    v_theta, v_phi, direct = gradients(outer, theta, phi, weights)
+    outer = problem.outer_loss(h, phi, weights)
+    (v_h,), v_phi, direct = gradients(outer, (h,), phi, weights)
+    v_theta = encoder_gradient(problem, encoder_pass, v_h)
     return OuterGradients(
         outer.detach(), direct, trial.encoder.pull_back(v_theta), trial.head.pull_back(v_phi)
     )
+
+
+def joint_features(problem: BilevelProblem, encoder_pass: EncoderPass) -> torch.Tensor:
+    """h of the joint batch, as a leaf: here the graph is cut in two. In the precision of w."""
+    h = problem.processes.gather(encoder_pass.features.detach())
+    return h.to(problem.weights[0].dtype).requires_grad_()
+
+
+def encoder_gradient(problem: BilevelProblem, encoder_pass: EncoderPass, grad_h: torch.Tensor) -> Params:
+    """From a gradient with respect to the joint h to that with respect to theta, of the joint batch."""
+    return problem.processes.sum(encoder_pass.pull_back(problem.processes.part(grad_h.detach())))

@@ -6,10 +6,11 @@ from metamask_plugin.bilevel.estimator import (
     Estimator,
     MetaGradient,
     gradients,
+    inner_step,
     outer_gradients,
-    trial_weights,
 )
-from metamask_plugin.bilevel.problem import BilevelProblem, Params, Weights
+from metamask_plugin.bilevel.params import Params, Weights
+from metamask_plugin.bilevel.problem import BilevelProblem
 from metamask_plugin.bilevel.trial import Trial
 
 
@@ -32,18 +33,18 @@ class FiniteDifference(Estimator):
         self.r = r
 
     def gradient(self, problem: BilevelProblem, trial: Trial) -> MetaGradient:
-        inner, theta_trial, phi_trial = trial_weights(problem, trial)
-        outer = outer_gradients(problem, trial, theta_trial, phi_trial)
+        inner = inner_step(problem, trial)
+        outer = outer_gradients(problem, trial, inner)
         u_theta, u_phi = outer.encoder_direction, outer.head_direction
 
         norm = torch.sqrt(sum(u.pow(2).sum() for u in [*u_theta.values(), *u_phi.values()]))
         if norm == 0:  # a trial step of length 0, or a flat outer loss: there is nothing to correct
-            return MetaGradient(outer.direct, inner, outer.loss)
+            return MetaGradient(outer.direct, inner.loss, outer.loss)
         e = self.r / norm
         plus = self._weight_gradient(problem, u_theta, u_phi, e)
         minus = self._weight_gradient(problem, u_theta, u_phi, -e)
         total = tuple(d - (p - m) / (2 * e) for d, p, m in zip(outer.direct, plus, minus))
-        return MetaGradient(total, inner, outer.loss)
+        return MetaGradient(total, inner.loss, outer.loss)
 
     @staticmethod
     def _weight_gradient(problem: BilevelProblem, u_theta: Params, u_phi: Params, e: torch.Tensor) -> Weights:
@@ -52,5 +53,6 @@ class FiniteDifference(Estimator):
         phi = {name: param + e * u_phi[name] for name, param in problem.head_params.items()}
         weights = tuple(w.detach().requires_grad_() for w in problem.weights)
         with torch.no_grad():  # w enters behind the encoder: no graph is needed through it
-            h = problem.encode(theta)
+            h = problem.processes.gather((problem.encode_once or problem.encode)(theta))
+            h = h.to(problem.weights[0].dtype)
         return gradients(problem.inner_loss(h, phi, weights), weights)[0]

@@ -1,6 +1,6 @@
 """The meta-gradient without second derivatives."""
 
-from metamask_plugin.bilevel.estimator import Estimator, MetaGradient, outer_gradients, trial_weights
+from metamask_plugin.bilevel.estimator import Estimator, MetaGradient, inner_step, outer_gradients
 from metamask_plugin.bilevel.problem import BilevelProblem
 from metamask_plugin.bilevel.trial import Trial
 
@@ -12,6 +12,6 @@ class FirstOrder(Estimator):
     """
 
     def gradient(self, problem: BilevelProblem, trial: Trial) -> MetaGradient:
-        inner, theta_trial, phi_trial = trial_weights(problem, trial)
-        outer = outer_gradients(problem, trial, theta_trial, phi_trial)
-        return MetaGradient(outer.direct, inner, outer.loss)
+        inner = inner_step(problem, trial)
+        outer = outer_gradients(problem, trial, inner)
+        return MetaGradient(outer.direct, inner.loss, outer.loss)

@@ -5,7 +5,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from metamask_plugin.bilevel.problem import Params
+from metamask_plugin.bilevel.params import Params
 
 
 class Functional:

@@ -1,15 +1,43 @@
 """What a bi-level problem is: an encoder, two losses behind it, and the weights to be learned."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
-Params = dict[str, torch.Tensor]
-"""Parameters by name, as ``dict(module.named_parameters())`` gives them."""
+from metamask_plugin.bilevel.params import Params, Weights
+from metamask_plugin.bilevel.processes import OneProcess, Processes
+from metamask_plugin.bilevel.tape import Tape
 
-Weights = tuple[torch.Tensor, ...]
-"""The outer variables w."""
+
+@dataclass(frozen=True)
+class EncoderPass:
+    """A forward pass through the encoder at theta, with its graph.
+
+    Attributes:
+        features: h, with a graph that ends in ``params``.
+        params: theta, the leaves of that graph.
+        tape: of the pass, to make its forward-mode pass cheaper; None if there is none.
+        shared: whether others differentiate the same graph afterwards.
+    """
+
+    features: torch.Tensor
+    params: Params
+    tape: Tape | None = None
+    shared: bool = False
+
+    def pull_back(self, cotangent: torch.Tensor) -> Params:
+        """Gradient of <cotangent, h> with respect to theta."""
+        if not self.params:
+            return {}
+        grads = torch.autograd.grad(
+            self.features,
+            list(self.params.values()),
+            cotangent.to(self.features.dtype),
+            retain_graph=self.shared,
+            materialize_grads=True,
+        )
+        return dict(zip(self.params, grads))
 
 
 @dataclass(frozen=True)
@@ -24,12 +52,17 @@ class BilevelProblem:
     :class:`~metamask_plugin.bilevel.Functional` makes them so from modules.
 
     Attributes:
-        encode: theta -> h, the features of the batch, any one shape.
-        inner_loss: (h, phi, w) -> scalar, the loss that makes the trial step.
-        outer_loss: (h, phi, w) -> scalar, the loss at the trial weights, minimised over w.
+        encode: theta -> h, the features of this process's batch, any one shape.
+        inner_loss: (h, phi, w) -> scalar, the loss that makes the trial step; h of the joint batch.
+        outer_loss: (h, phi, w) -> scalar, the loss at the trial weights, minimised over w; h likewise.
         encoder_params: theta.
         head_params: phi, everything behind the encoder that takes the trial step.
         weights: w.
+        encode_once: ``encode`` up to rounding, for passes that are differentiated once and in reverse mode:
+            it may be compiled, or compute in a lower precision. ``encode`` if None.
+        recordable: whether a :class:`Tape` may watch ``encode_once``; a compiled one it may not.
+        encoded: the pass at theta, where one has been made already, as by the regular step.
+        processes: who shares the batch.
     """
 
     encode: Callable[[Params], torch.Tensor]
@@ -38,3 +71,40 @@ class BilevelProblem:
     encoder_params: Params
     head_params: Params
     weights: Weights
+    encode_once: Callable[[Params], torch.Tensor] | None = None
+    recordable: bool = True
+    encoded: EncoderPass | None = None
+    processes: Processes = field(default_factory=OneProcess)
+
+    def forward_pass(self, params: Params, tape: bool = False) -> EncoderPass:
+        """The encoder at ``params``, to be differentiated once in reverse mode.
+
+        Args:
+            params: theta, or trial weights.
+            tape: record the pass, if that may be.
+        """
+        leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
+        encode = self.encode_once or self.encode
+        if not (tape and self.recordable):
+            return EncoderPass(encode(leaves), leaves)
+        recorder = Tape()
+        with recorder.recording():
+            return EncoderPass(encode(leaves), leaves, recorder)
+
+    def frozen_encoder(self) -> "BilevelProblem":
+        """The same problem with a trial step on the heads alone: theta' = theta.
+
+        Its features are those of one forward pass, or of none where ``encoded`` is given.
+        """
+        if self.encoded is not None:
+            features = self.encoded.features.detach()
+        else:
+            with torch.no_grad():
+                features = (self.encode_once or self.encode)(self.encoder_params)
+        return replace(
+            self,
+            encode=lambda _: features,
+            encode_once=None,
+            encoder_params={},
+            encoded=EncoderPass(features, {}),
+        )

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple, Protocol
 
-from metamask_plugin.bilevel.problem import Params
+from metamask_plugin.bilevel.params import Params
 
 
 class TrialStep(Protocol):

@@ -4,6 +4,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metamask_plugin.bilevel.estimator import Estimator, MetaGradient, gradients, leaves
 from metamask_plugin.bilevel.problem import BilevelProblem
+from metamask_plugin.bilevel.processes import OneProcess
 from metamask_plugin.bilevel.trial import Trial
 
 
@@ -11,10 +12,13 @@ class Unrolled(Estimator):
     """Keeps the graph of the trial step and back-propagates through all of it.
 
     Exact by construction, and the reference against which the others are tested. It is the slowest
-    and holds two graphs through the encoder at once.
+    and holds two graphs through the encoder at once. One process alone: what processes exchange is not
+    differentiated.
     """
 
     def gradient(self, problem: BilevelProblem, trial: Trial) -> MetaGradient:
+        if not isinstance(problem.processes, OneProcess):
+            raise ValueError("Unrolled: works in one process alone; take Exact, which equals it")
         theta, phi = leaves(problem.encoder_params), leaves(problem.head_params)
         weights = tuple(w.detach().requires_grad_() for w in problem.weights)
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no double backward
