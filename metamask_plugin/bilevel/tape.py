@@ -95,13 +95,13 @@ def _dual(func, output: torch.Tensor, input, weight, bias=None, *args: Any, **kw
         terms.append(func(dx.to(low), w.to(low), None, *args, **kwargs))
     if dw is not None:
         terms.append(func(x.to(low), dw.to(low), None, *args, **kwargs))
-    if bias is not None and (db := forward_ad.unpack_dual(bias).tangent) is not None:
-        channel = output.dim() + 1 - weight.dim()  # the spatial axes of a convolution lie behind it
-        shape = [-1 if axis == channel else 1 for axis in range(output.dim())]
-        terms.append(db.to(low).view(shape).expand_as(output))
     if terms and terms[0].shape != output.shape:
         raise RuntimeError(
             f"Tape: recorded an output of shape {tuple(output.shape)}, now {tuple(terms[0].shape)}"
         )
+    if bias is not None and (db := forward_ad.unpack_dual(bias).tangent) is not None:
+        channel = output.dim() + 1 - weight.dim()  # the spatial axes of a convolution lie behind it
+        shape = [-1 if axis == channel else 1 for axis in range(output.dim())]
+        terms.append(db.to(low).view(shape).expand_as(output))
     primal = output.to(x.dtype)
     return forward_ad.make_dual(primal, sum(terms).to(x.dtype)) if terms else primal

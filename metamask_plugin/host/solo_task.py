@@ -74,6 +74,9 @@ class SoloTask(Task):
     def observe(self, indexes: torch.Tensor, labels: torch.Tensor, number: int) -> None:
         self._batch = (indexes, labels, number)
 
+    def start_regular_loss(self) -> None:
+        self._moved = None
+
     def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
         """The method's loss of one batch.
 
@@ -84,10 +87,12 @@ class SoloTask(Task):
         targets = projections if targets is None else [*targets, *projections[len(targets) :]]
         views = [_View(*pair) for pair in zip(projections, targets)]
         indexes, labels, number = self._batch or self._unlabelled(projections[0])
+        count = len(projections[0])  # the meta step may take the first part of a batch
+        indexes, labels = indexes[:count], labels[:count]
         buffers = {name: buffer.clone() for name, buffer in self.step.named_buffers()}
         with sdpa_kernel(SDPBackend.MATH):  # All4One's transformer; the fused ones have no second derivative
             loss = torch.func.functional_call(self.step, buffers, ([indexes, views, labels], number))
-        if self._moved is None:  # the first evaluation of a batch is the regular loss
+        if self._moved is None:  # the first evaluation since start_regular_loss
             self._moved = buffers
         return loss
 

@@ -1,5 +1,6 @@
 """What both methods share: when the meta step happens, and what of it a checkpoint keeps."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable
 from itertools import islice
@@ -8,16 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from metamask_plugin.bilevel import DistributedBatch, EncoderPass, Functional, Tape, Unrolled
+from metamask_plugin.errors import check
 from metamask_plugin.methods.meta_update import MetaUpdate
+from metamask_plugin.methods.recorded import recorded
 from metamask_plugin.methods.task_method import TaskMethod
 
 
 class BilevelMethod(TaskMethod):
-    """A method whose regular step Lightning optimises, followed by a meta step on other parameters.
+    """A method whose regular step Lightning optimises, and a meta step on other parameters.
 
     The regular step is ``training_step``'s loss under automatic optimisation, so that precision,
-    clipping, accumulation and schedules work as everywhere. The meta step comes right after the
-    optimiser's, on the same batch; with ``meta.schedule: epoch``, for all batches after the epoch's last.
+    clipping, accumulation and schedules work as everywhere. ``meta.schedule`` says where the meta step is:
+
+    - ``iteration``: right after the optimiser's, on the same batch, as in both papers;
+    - ``shared``: right before the regular step of the same batch, with which it shares the forward pass
+      through the encoder: still a meta step and a regular step in turn;
+    - ``epoch``: for all batches after the epoch's last.
+
+    Several processes solve one problem, that of their joint batch (:mod:`metamask_plugin.bilevel.processes`).
 
     Subclasses set :attr:`meta` and say what is meta-trained, how, and what to log of it.
 
@@ -32,8 +42,20 @@ class BilevelMethod(TaskMethod):
         """The parameters that the meta optimiser trains."""
 
     @abstractmethod
-    def meta_step(self, batch: list) -> None:
-        """One meta step on one batch, as the data module gives it."""
+    def meta_step(
+        self,
+        batch: list,
+        target_feats: list[torch.Tensor] | None = None,
+        encoded: EncoderPass | None = None,
+    ) -> None:
+        """One meta step on one batch.
+
+        Args:
+            batch: as the data module gives it, or a part of it.
+            target_feats: the target network's features of the joint batch's large crops, where the regular
+                step has them already.
+            encoded: the regular step's pass through the encoder, for ``meta.schedule: shared``.
+        """
 
     @abstractmethod
     def meta_state(self) -> dict[str, torch.Tensor]:
@@ -41,28 +63,115 @@ class BilevelMethod(TaskMethod):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        if self.meta is not None:
-            self.task.check_meta_step(self.trainer.world_size)
-            self.meta.start(self.meta_parameters(), self.optimizers(use_pl_optimizer=False))
+        if self.meta is None:
+            return
+        self.check_processes(self.trainer.world_size)
+        self.meta.check(str(self.trainer.precision), compiled=self.compiled is not None)
+        self.meta.start(self.meta_parameters(), self.optimizers(use_pl_optimizer=False))
+
+    def check_processes(self, processes: int) -> None:
+        """Raises a UserError for what several processes cannot do together."""
+        self.task.check_meta_step(processes)
+        check(
+            processes == 1 or not isinstance(self.meta.estimator, Unrolled),
+            "method_kwargs.meta.estimator",
+            "another than unrolled where several processes train",
+            "unrolled",
+            "exact is equal to it",
+        )
+        check(
+            processes == 1 or not any(isinstance(module, nn.SyncBatchNorm) for module in self.modules()),
+            "sync_batchnorm",
+            "False with a meta step",
+            True,
+            "SyncBatchNorm has no second derivative; the heads see the joint batch without it",
+        )
+
+    def host_step(self, batch: list, batch_idx: int) -> dict[str, Any]:
+        """Records the encoder where the meta step is to share the pass."""
+        self._tape = None
+        if not self._due_before(batch_idx):
+            return super().host_step(batch, batch_idx)
+        self._tape = Tape()
+        with recorded(self.backbone, self._tape):
+            return super().host_step(batch, batch_idx)
+
+    def before_regular_loss(
+        self, batch: list, out: dict[str, Any], target_feats: list[torch.Tensor] | None, batch_idx: int
+    ) -> None:
+        """The meta step of ``meta.schedule: shared``."""
+        if self._due_before(batch_idx):
+            params = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
+            encoded = EncoderPass(torch.stack(list(out["feats"])), params, self._tape, shared=True)
+            with torch.autocast(self.device.type, enabled=False):  # of the regular step, around this hook
+                self.meta_step(batch, target_feats, encoded)
+
+    def _due_before(self, batch_idx: int) -> bool:
+        """Whether a meta step is due on this batch that comes before its regular step."""
+        if self.meta is None or not self.meta.shared:
+            return False
+        accumulated = self.trainer.accumulate_grad_batches
+        last = batch_idx + 1 == self.trainer.num_training_batches
+        steps = (batch_idx + 1) % accumulated == 0 or last
+        return steps and self.meta.due(self.trainer.global_step + 1)
 
     def meta_stage(self, batch: list, stepped: bool) -> None:
         """The meta step, once the optimiser has stepped (gradient accumulation may skip it)."""
         if self.meta is not None:
             if self.meta.per_epoch and self.trainer.is_last_batch:
                 self._meta_epoch()
-            elif not self.meta.per_epoch and stepped and self.meta.due(self.trainer.global_step):
-                self.meta_step(batch)
+            elif self.meta.per_iteration and stepped and self.meta.due(self.trainer.global_step):
+                self.meta_step(*self._meta_batch(batch))
         if self.trainer.is_last_batch:  # as the epoch leaves it, not its mean over the epoch
             self.log_dict(self.meta_state(), on_step=False, on_epoch=True)
 
+    def _meta_batch(self, batch: list) -> tuple[list, list[torch.Tensor] | None]:
+        """The part of a batch that ``meta.batch_share`` asks for; its target features if they are there."""
+        share = self.meta.cfg.batch_share
+        if share == 1:
+            return batch, self._target_feats
+        indexes, views, labels = batch
+        count = max(2, math.ceil(share * len(indexes)))
+        return [indexes[:count], [view[:count] for view in views], labels[:count]], None
+
     def _meta_epoch(self) -> None:
         """Algorithm 1's second loop: the epoch's images once more, in the same order."""
+        self._target_feats = None  # of another batch
         batches = islice(self.trainer.train_dataloader, self.trainer.num_training_batches)
         for number, batch in enumerate(batches):
             if self.meta.due(number + 1):
                 indexes, views, labels = self.trainer.strategy.batch_to_device(batch)
                 self.task.observe(indexes, labels, number)
-                self.meta_step([indexes, views, labels])
+                self.meta_step(*self._meta_batch([indexes, views, labels]))
+
+    def encoder_problem(
+        self, encoder: Functional, views: list[torch.Tensor], encoded: EncoderPass | None
+    ) -> dict[str, Any]:
+        """What of a :class:`~metamask_plugin.bilevel.BilevelProblem` concerns the encoder.
+
+        Args:
+            encoder: the encoder as a function.
+            views: images of each view, (N, 3, H, W) each; BatchNorm sees them one by one, as in the
+                regular step.
+            encoded: a pass that has been made already, if any.
+        """
+
+        def encode(theta):
+            with self.uncompiled():
+                return torch.stack([encoder(theta, x) for x in views])
+
+        def encode_once(theta):
+            with self.meta.autocast(views[0].device.type):
+                return torch.stack([encoder(theta, x) for x in views])
+
+        return {
+            "encode": encode,
+            "encode_once": encode_once,
+            "recordable": not self.compiled,
+            "encoder_params": encoder.params,
+            "encoded": encoded,
+            "processes": self.processes(DistributedBatch(dim=1)),
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from metamask_plugin.bilevel import BilevelProblem, Functional, MetaGradient
+from metamask_plugin.bilevel import BilevelProblem, DistributedBatch, EncoderPass, Functional, MetaGradient
 from metamask_plugin.errors import check, choose
 from metamask_plugin.losses import uniformity_loss
 from metamask_plugin.losses.uniformity import SCOPES
@@ -99,6 +99,12 @@ class ICLMSR(BilevelMethod):
                 self.backbone, OmegaConf.select(self.cfg, "augmentations[0].crop_size", default=32)
             )
         check(
+            self.split is None or kwargs.meta.schedule != "shared",
+            "method_kwargs.level",
+            "features or projection with meta.schedule=shared, whose pass is recorded up to the features",
+            kwargs.level,
+        )
+        check(
             self.split is None or not self.multicrop,
             "method_kwargs.level",
             "features or projection with small crops, whose feature maps have another size",
@@ -164,7 +170,7 @@ class ICLMSR(BilevelMethod):
         weights = None
         if lamb > 0:
             with torch.no_grad():  # f_msr is fixed here, down to the statistics a trunk may keep
-                weights = Functional(self.regularizer)({}, original)
+                weights = self._strata_of_all(Functional(self.regularizer)({}, original))
         branches = self.task.branches(out["feats"], target_feats)
         positives = out["feats" if self.split is None else "maps"] if target_feats is None else target_feats
         contrast, adjusted = self._interventional_task().losses(*branches, positives, weights)
@@ -180,23 +186,35 @@ class ICLMSR(BilevelMethod):
         weights = getattr(self, "_latest_weights", None)
         return {} if weights is None else weight_statistics(weights)
 
-    def meta_step(self, batch: list) -> None:
+    def _strata_of_all(self, own: torch.Tensor) -> torch.Tensor:
+        """A of the joint batch, (N, n, C), without a graph."""
+        return self.processes(DistributedBatch()).gather(own.detach())
+
+    def meta_step(
+        self,
+        batch: list,
+        target_feats: list[torch.Tensor] | None = None,
+        encoded: EncoderPass | None = None,
+    ) -> None:
         """Eqs. (7) and (8): f_msr goes down the gradient that reaches it through A."""
         views, original = self.separate(batch[1])
         main = self.optimizers(use_pl_optimizer=False)
         leaves = {name: p.detach().requires_grad_() for name, p in self.regularizer.named_parameters()}
-        weights = torch.func.functional_call(self.regularizer, leaves, (original,))
+        own = torch.func.functional_call(self.regularizer, leaves, (original,))
+        weights = self._strata_of_all(own)
         trial = self.meta.trial(main, self._encoder(), self._interventional_task())
-        meta_gradient = self.meta.gradient(self.meta_problem(views, weights.detach()), trial)
+        problem = self.meta_problem(views, weights, target_feats, encoded)
+        meta_gradient = self.meta.gradient(problem, trial)
 
-        dloss_dleaves = torch.autograd.grad(
-            weights, list(leaves.values()), meta_gradient.weights[0], materialize_grads=True
+        processes = self.processes(DistributedBatch())
+        pulled = torch.autograd.grad(
+            own, list(leaves.values()), processes.part(meta_gradient.weights[0]), materialize_grads=True
         )
-        for parameter, gradient in zip(self.regularizer.parameters(), dloss_dleaves):
-            # each process solves its own batch's problem; averaged like DDP's gradients, f_msr stays one
-            parameter.grad = self.trainer.strategy.reduce(gradient, reduce_op="mean")
+        gradients = processes.sum(dict(zip(leaves, pulled)))
+        for name, parameter in self.regularizer.named_parameters():
+            parameter.grad = gradients[name]
         self.meta.step(main)
-        self._log_meta_step(weights.detach(), meta_gradient)
+        self._log_meta_step(weights, meta_gradient)
 
     def _log_meta_step(self, weights: torch.Tensor, meta_gradient: MetaGradient) -> None:
         """Both terms of Eq. (8), and how hard each pulls at A."""
@@ -217,27 +235,32 @@ class ICLMSR(BilevelMethod):
         settings = self.cfg.method_kwargs.uniformity
         return uniformity_loss(weights, settings.t, settings.scope)
 
-    def meta_problem(self, views: list[torch.Tensor], weights: torch.Tensor) -> BilevelProblem:
+    def meta_problem(
+        self,
+        views: list[torch.Tensor],
+        weights: torch.Tensor,
+        target_feats: list[torch.Tensor] | None = None,
+        encoded: EncoderPass | None = None,
+    ) -> BilevelProblem:
         """Eqs. (7) and (8) for one batch: w is A, from which the engine's result goes on into f_msr.
 
         Args:
-            views: augmented images of each view, (N, 3, H, W) each; BatchNorm sees them one by one, as in
-                the regular step.
-            weights: A, shape (N, n, C), detached.
+            views: augmented images of each view, (N, 3, H, W) each.
+            weights: A of the joint batch, shape (N, n, C), detached.
+            target_feats: see :meth:`meta_step`; computed here if None.
+            encoded: see :meth:`meta_step`.
         """
         views = [self._layout(x) for x in views]
-        target_feats = self.target_features(views, keep_statistics=True)
+        if target_feats is None:
+            target_feats = self.target_features(views, keep_statistics=True)
         lamb, gamma = self.cfg.method_kwargs.lamb, self.cfg.method_kwargs.gamma
         encoder_names = head_names = None
         if self.split is not None:  # what lies behind the map is the head's here
             encoder_names = self.split.front_names
             head_names = {f"tail.{name}" for name in self.split.tail_names}
             head_names |= {f"task.{name}" for name, _ in self.task.named_parameters()}
-        encoder = Functional(self._encoder(), encoder_names)
+        encoder = self.encoder_problem(Functional(self._encoder(), encoder_names), views, encoded)
         head = Functional(self._interventional_task(), head_names)
-
-        def encode(theta):
-            return torch.stack([encoder(theta, x) for x in views])
 
         def inner_loss(encoded, phi, w):
             if lamb == 0:
@@ -249,7 +272,13 @@ class ICLMSR(BilevelMethod):
             contrast, _ = head(phi, list(encoded), None, target_feats)
             return contrast + gamma * self._uniformity(w[0])
 
-        return BilevelProblem(encode, inner_loss, outer_loss, encoder.params, head.params, (weights,))
+        return BilevelProblem(
+            inner_loss=inner_loss,
+            outer_loss=outer_loss,
+            head_params=head.params,
+            weights=(weights,),
+            **encoder,
+        )
 
     def _encoder(self) -> nn.Module:
         """What A follows: the backbone, or its part before the feature map is pooled."""

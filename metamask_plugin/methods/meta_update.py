@@ -1,6 +1,7 @@
 """The meta step's state around the engine: when it is due, its trial step, its own optimiser."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,16 +22,21 @@ from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.host.optimizers import build_optimizer
 
 TRIALS = ("plain", "momentum")
-SCHEDULES = ("iteration", "epoch")
+SCHEDULES = ("iteration", "shared", "epoch")
+TRIAL_ON = ("all", "heads")
+PRECISIONS = ("full", "bf16")
 
 DEFAULTS: dict[str, Any] = {
     "enabled": True,
     "estimator": "exact",
     "estimator_kwargs": {},
     "trial": "plain",
+    "trial_on": "all",
     "inner_lr": None,
     "every_n_steps": 1,
     "schedule": "iteration",
+    "batch_share": 1.0,
+    "precision": "full",
     "follow_schedule": False,
 }
 """``method_kwargs.meta`` as both papers have it; each method's preset adds its ``optimizer``."""
@@ -56,27 +62,83 @@ class MetaUpdate:
     Args:
         cfg: ``method_kwargs.meta``: ``estimator``, ``estimator_kwargs``; ``trial`` (``plain``, or
             ``momentum`` as the official release); ``inner_lr``, the trial step's length, ``null`` for
-            the main optimiser's current learning rate; ``schedule``: ``iteration``, a meta step
-            after a regular step, or ``epoch``, all meta steps after the epoch's last regular step;
-            ``every_n_steps``: of these only every n-th; ``optimizer`` (name, lr, weight_decay,
-            kwargs); ``follow_schedule``, whether the meta learning rate decays with the main one.
+            the main optimiser's current learning rate; ``trial_on``: ``all``, or ``heads``, the encoder then
+            takes no trial step; ``schedule``: ``iteration``, a meta step after a regular step,
+            ``shared``, before it and with its forward pass through the encoder, or ``epoch``, all meta steps
+            after the epoch's last regular step; ``every_n_steps``: of these only every n-th;
+            ``batch_share``, of each batch, in (0, 1]; ``precision``, of the encoder's arithmetic: ``full``,
+            the parameters' own, or ``bf16`` (heads and losses always have the parameters' own);
+            ``optimizer`` (name, lr, weight_decay, kwargs); ``follow_schedule``, whether the meta learning
+            rate decays with the main one.
 
     Attributes:
+        per_iteration: whether a meta step follows a regular step.
+        shared: whether it precedes one and shares its forward pass.
         per_epoch: whether the meta steps wait for the epoch's end.
     """
 
     def __init__(self, cfg: DictConfig):
         choose("method_kwargs.meta.trial", cfg.trial, TRIALS)
         choose("method_kwargs.meta.schedule", cfg.schedule, SCHEDULES)
+        choose("method_kwargs.meta.trial_on", cfg.trial_on, TRIAL_ON)
+        choose("method_kwargs.meta.precision", cfg.precision, PRECISIONS)
         name = "method_kwargs.meta"
+        check(0 < cfg.batch_share <= 1, f"{name}.batch_share", "in (0, 1]", cfg.batch_share)
+        check(
+            cfg.schedule != "shared" or cfg.batch_share == 1,
+            f"{name}.batch_share",
+            "1 with schedule=shared, whose forward pass is of the whole batch",
+            cfg.batch_share,
+        )
+        check(
+            cfg.schedule != "shared" or cfg.estimator != "unrolled",
+            f"{name}.estimator",
+            "another than unrolled with schedule=shared, whose forward pass is differentiated once",
+            cfg.estimator,
+            "exact is equal to it",
+        )
         check(cfg.every_n_steps >= 1, f"{name}.every_n_steps", ">= 1", cfg.every_n_steps)
         check(cfg.optimizer.lr > 0, f"{name}.optimizer.lr", "> 0", cfg.optimizer.lr)
         check(cfg.inner_lr is None or cfg.inner_lr >= 0, f"{name}.inner_lr", ">= 0 or null", cfg.inner_lr)
         self.cfg = cfg
+        self.per_iteration: bool = cfg.schedule == "iteration"
+        self.shared: bool = cfg.schedule == "shared"
         self.per_epoch: bool = cfg.schedule == "epoch"
         self.estimator = build_estimator(cfg.estimator, OmegaConf.to_container(cfg.estimator_kwargs))
         self.optimizer: torch.optim.Optimizer | None = None
         self._state: dict | None = None
+
+    def check(self, precision: str, compiled: bool) -> None:
+        """What shows only once the trainer is there.
+
+        Args:
+            precision: of the trainer, as Lightning names it.
+            compiled: whether the encoder is.
+
+        Raises:
+            UserError: for settings that cannot be.
+        """
+        check(
+            not (self.shared and precision == "16-mixed"),
+            "method_kwargs.meta.schedule",
+            "iteration or epoch with precision=16-mixed, whose scaled gradients it would have to share",
+            self.cfg.schedule,
+            "take precision=bf16-mixed",
+        )
+        check(
+            not (self.shared and compiled),
+            "performance.compile",
+            "False with meta.schedule=shared, which differentiates the encoder's pass two times",
+            True,
+            "torch.compile gets the second time wrong",
+        )
+
+    def autocast(self, device: str) -> AbstractContextManager:
+        """The encoder's precision in the meta step."""
+        if self.cfg.precision == "full":
+            return nullcontext()
+        # without its cache, which would hand a later pass the casts, and the graph, of an earlier one
+        return torch.autocast(device, torch.bfloat16, cache_enabled=False)
 
     def start(self, parameters: Iterable[nn.Parameter], main: torch.optim.Optimizer) -> None:
         """Builds the meta optimiser, once the parameters are on their device; applies loaded state.
@@ -135,8 +197,10 @@ class MetaUpdate:
         )
 
     def gradient(self, problem: BilevelProblem, trial: Trial) -> MetaGradient:
-        """The estimator's meta-gradient, in the parameters' own precision."""
+        """The estimator's meta-gradient."""
         with torch.autocast(problem.weights[0].device.type, enabled=False):
+            if self.cfg.trial_on == "heads":
+                problem = problem.frozen_encoder()
             return self.estimator.gradient(problem, trial)
 
     def step(self, main: torch.optim.Optimizer) -> None:

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from metamask_plugin.bilevel import BilevelProblem, Functional
+from metamask_plugin.bilevel import BilevelProblem, EncoderPass, Functional
 from metamask_plugin.errors import check, choose
 from metamask_plugin.losses import redundancy_reduction_loss
 from metamask_plugin.losses.redundancy_reduction import FORMS
@@ -188,14 +188,19 @@ class MetaMask(BilevelMethod):
     def meta_state(self) -> dict[str, torch.Tensor]:
         return self.mask.statistics()
 
-    def meta_step(self, batch: list) -> None:
+    def meta_step(
+        self,
+        batch: list,
+        target_feats: list[torch.Tensor] | None = None,
+        encoded: EncoderPass | None = None,
+    ) -> None:
         """Eqs. (6) and (7): the mask goes down the gradient of the trial weights' loss."""
         views, _ = self.separate(batch[1])
         main = self.optimizers(use_pl_optimizer=False)
         meta_gradient = self.meta.gradient(
-            self.meta_problem(views), self.meta.trial(main, self.backbone, self.task)
+            self.meta_problem(views, target_feats, encoded), self.meta.trial(main, self.backbone, self.task)
         )
-        # each process solves its own batch's problem; averaged like DDP's gradients, the masks stay equal
+        # processes agree on the joint batch's gradient up to rounding; averaged, their masks stay equal
         self.mask.accumulate(self.trainer.strategy.reduce(meta_gradient.weights[0], reduce_op="mean"))
         self.meta.step(main)
         self.log(
@@ -207,28 +212,33 @@ class MetaMask(BilevelMethod):
             batch_size=len(views[0]),
         )
 
-    def meta_problem(self, views: list[torch.Tensor]) -> BilevelProblem:
+    def meta_problem(
+        self,
+        views: list[torch.Tensor],
+        target_feats: list[torch.Tensor] | None = None,
+        encoded: EncoderPass | None = None,
+    ) -> BilevelProblem:
         """Eqs. (6) and (7) for one batch: both losses are L_task, w is the mask.
 
         Args:
-            views: images of each view, (N, 3, H, W) each; BatchNorm sees them one by one, as in the
-                regular step.
+            views: images of each view, (N, 3, H, W) each.
+            target_feats: see :meth:`meta_step`; computed here if None.
+            encoded: see :meth:`meta_step`.
         """
         views = [self._layout(x) for x in views]
-        backbone, task = Functional(self.backbone), Functional(self.task)
-        mask_now, target_feats = (
-            self.mask.values().detach(),
-            self.target_features(views, keep_statistics=True),
-        )
+        task, mask_now = Functional(self.task), self.mask.values().detach()
+        if target_feats is None:
+            target_feats = self.target_features(views, keep_statistics=True)
         masked_targets = None if target_feats is None else [h * mask_now for h in target_feats]
-
-        def encode(theta):
-            return torch.stack([backbone(theta, x) for x in views])
 
         def task_loss(h, phi, weights):
             (mask,) = weights
             return task(phi, list(h * mask), masked_targets)
 
         return BilevelProblem(
-            encode, task_loss, task_loss, backbone.params, task.params, (self.mask.values(),)
+            inner_loss=task_loss,
+            outer_loss=task_loss,
+            head_params=task.params,
+            weights=(mask_now,),
+            **self.encoder_problem(Functional(self.backbone), views, encoded),
         )

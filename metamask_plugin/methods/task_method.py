@@ -2,19 +2,23 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin import host
-from metamask_plugin.bilevel import Functional
-from metamask_plugin.errors import check
+from metamask_plugin.bilevel import DistributedBatch, Functional, OneProcess, Processes, joined
+from metamask_plugin.errors import check, choose
 from metamask_plugin.host import BaseMethod
 from metamask_plugin.host.optimizers import build_warmup_step
 from metamask_plugin.host.solo_settings import is_solo_task, own_settings
 from metamask_plugin.host.solo_task import SoloTask
+from metamask_plugin.modules.compiled import MODES, CompiledForward
 from metamask_plugin.tasks import Projections, Task, build_task
+
+MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 
 class TaskMethod(BaseMethod):
@@ -40,6 +44,7 @@ class TaskMethod(BaseMethod):
         self.task = self._build_task()
         self.task.start_target(self.backbone)
         self.task.large_views = self.num_large_crops
+        self.compiled: CompiledForward | None = None
 
     def _build_task(self) -> Task:
         kwargs = self.cfg.method_kwargs
@@ -51,6 +56,10 @@ class TaskMethod(BaseMethod):
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
         """Adds the host's defaults, and a task's own where that is a method of solo-learn."""
         cfg = super(TaskMethod, TaskMethod).add_and_assert_specific_cfg(cfg)
+        choose("performance.compile", str(OmegaConf.select(cfg, "performance.compile") or False), MODES)
+        precision = OmegaConf.select(cfg, "performance.matmul_precision")
+        if precision is not None:
+            choose("performance.matmul_precision", precision, MATMUL_PRECISIONS)
         cfg.host = host.name  # evaluators ask: the hosts' encoders of one name differ
         if is_solo_task(cfg.method_kwargs.get("task")):
             cfg.method_kwargs.task_kwargs = own_settings(cfg)
@@ -81,9 +90,11 @@ class TaskMethod(BaseMethod):
         """The loss that the main optimiser descends, for one batch.
 
         Args:
-            out: what :meth:`forward` gave, one entry a view, large crops first: ``feats`` (N, D).
-            target_feats: the target network's features of the large crops, (N, D) each; None without one.
-            original: un-augmented images (N, 3, H, W), where the data come with them.
+            out: what :meth:`forward` gave, one entry a view, large crops first: ``feats`` (N, D), of the
+                joint batch of all processes.
+            target_feats: the target network's features of the large crops, (N, D) each, of the joint batch;
+                None without one.
+            original: un-augmented images (N, 3, H, W), where the data come with them; of this process.
 
         Returns:
             The loss; its parts, to log; the task's projections and targets, for its queues.
@@ -94,14 +105,47 @@ class TaskMethod(BaseMethod):
         indexes, views, targets = batch
         views, original = self.separate(views)
         self.task.observe(indexes, targets, batch_idx)
-        out = super().training_step([indexes, views, targets], batch_idx)
-        loss, metrics, (projections, task_targets) = self.regular_loss(
-            out, self.target_features(views), original
-        )
+        out = self.host_step([indexes, views, targets], batch_idx)
+        self._target_feats = self.target_features(views)
+        self.before_regular_loss(batch, out, self._target_feats, batch_idx)
+        self.task.start_regular_loss()
+        for key in {"feats", "maps"} & out.keys():
+            out[key] = self.joint_batch(out[key])
+        loss, metrics, (projections, task_targets) = self.regular_loss(out, self._target_feats, original)
         self._branches = _detached(projections), None if task_targets is None else _detached(task_targets)
         metrics["train_loss"] = loss
         self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(indexes))
         return loss + out["loss"]
+
+    def host_step(self, batch: list, batch_idx: int) -> dict[str, Any]:
+        """The host's part of a training step: features, and the online classifier."""
+        return super().training_step(batch, batch_idx)
+
+    def before_regular_loss(
+        self, batch: list, out: dict[str, Any], target_feats: list[torch.Tensor] | None, batch_idx: int
+    ) -> None:
+        """What a bi-level method does with a batch's features before the regular loss.
+
+        Args:
+            batch: as the data module gives it.
+            out: what :meth:`forward` gave, one entry a view, of this process's own images.
+            target_feats: the target network's features of the joint batch's large crops.
+            batch_idx: number of the batch in its epoch.
+        """
+
+    def processes(self, joint: DistributedBatch) -> Processes:
+        """Who shares the batch: ``joint``, unless this process is alone or the task gathers by itself."""
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        alone = alone or torch.distributed.get_world_size() == 1 or not self.task.joint_batch
+        return OneProcess() if alone else joint
+
+    def joint_batch(self, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The joint batch of all processes, of each view; gradients flow to this process's part.
+
+        Heads and losses are evaluated on it, so that negatives, cross-correlations and the heads' BatchNorm
+        do not depend on how many processes a batch is spread over.
+        """
+        return list(joined(torch.stack(list(views)), self.processes(DistributedBatch(dim=1))))
 
     def multicrop_forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
         """solo-learn's path for small crops, with the same outputs as the large ones."""
@@ -114,7 +158,7 @@ class TaskMethod(BaseMethod):
     def target_features(
         self, views: list[torch.Tensor], keep_statistics: bool = False
     ) -> list[torch.Tensor] | None:
-        """The target network's features of the large crops, (N, D) each; None without one.
+        """The target network's features of the joint batch's large crops, (N, D) each; None without one.
 
         Args:
             views: images of each view, (N, 3, H, W) each, large crops first.
@@ -125,7 +169,7 @@ class TaskMethod(BaseMethod):
         trunk = self.task.target.trunk
         encode = (lambda x: Functional(trunk)({}, x)) if keep_statistics else trunk
         with torch.no_grad():
-            return [encode(self._layout(x)) for x in views[: self.num_large_crops]]
+            return self.joint_batch([encode(self._layout(x)) for x in views[: self.num_large_crops]])
 
     def _layout(self, images: torch.Tensor) -> torch.Tensor:
         return images if self.no_channel_last else images.to(memory_format=torch.channels_last)
@@ -148,6 +192,28 @@ class TaskMethod(BaseMethod):
         )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        precision = OmegaConf.select(self.cfg, "performance.matmul_precision")
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+            torch.backends.cudnn.allow_tf32 = (
+                precision != "highest"
+            )  # convolutions have a switch of their own
+        mode = OmegaConf.select(self.cfg, "performance.compile")
+        if mode:
+            self.compiled = CompiledForward(self.backbone, mode)
+
+    def on_fit_end(self) -> None:
+        super().on_fit_end()
+        if self.compiled is not None:
+            self.compiled.remove()
+            self.compiled = None
+
+    def uncompiled(self) -> AbstractContextManager:
+        """Within it, the encoder can be differentiated in forward mode, and twice."""
+        return nullcontext() if self.compiled is None else self.compiled.paused()
+
     def on_train_start(self) -> None:
         super().on_train_start()
         self._last_step = self.trainer.global_step
@@ -167,8 +233,7 @@ class TaskMethod(BaseMethod):
         step, stepped = self.trainer.global_step, self.trainer.global_step > self._last_step
         self._last_step = step
         self.meta_stage(batch, stepped)
-        projections, targets = self._branches
-        self.task.after_batch(self._gathered(projections), targets and self._gathered(targets))
+        self.task.after_batch(*self._branches)
         if stepped:  # gradient accumulation may skip it
             self.task.after_step(self.backbone, min(1.0, step / self.trainer.estimated_stepping_batches))
 
@@ -203,12 +268,6 @@ class TaskMethod(BaseMethod):
                 {key: found.get(key) for key in different},
                 "set auto_resume.enabled=False, or another checkpoint.dir",
             )
-
-    def _gathered(self, projections: Projections) -> Projections:
-        """The joint batch of all processes, so that their queues stay equal."""
-        if self.trainer.world_size == 1:
-            return projections
-        return [self.all_gather(z).flatten(0, 1) for z in projections]
 
 
 def _detached(projections: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -32,6 +32,8 @@ class Task(nn.Module, ABC):
         stop_gradient: whether the positive branch, the encoder in it included, gets no gradient (SimSiam).
         target: the target network, None without one.
         large_views: how many of the views, the first ones, are large crops; None: all.
+        joint_batch: whether the loss is to be given the joint batch of all processes; a task that exchanges
+            what it needs by itself gets its own part.
     """
 
     source: str
@@ -40,6 +42,7 @@ class Task(nn.Module, ABC):
     stop_gradient: bool = False
     target: TargetNetwork | None
     large_views: int | None = None
+    joint_batch: bool = True
 
     def __init__(self, features_dim: int):
         super().__init__()
@@ -141,6 +144,9 @@ class Task(nn.Module, ABC):
             labels: (N,), -1 where there is none.
             number: of the batch in its epoch, from 0.
         """
+
+    def start_regular_loss(self) -> None:
+        """Called before the regular loss of a batch, which a meta step may precede or follow."""
 
     def after_backward(self) -> None:
         """Called between the regular loss's backward pass and the optimiser's step."""

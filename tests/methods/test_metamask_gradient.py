@@ -1,5 +1,7 @@
 """The meta-gradient through real networks, in float64, against the unrolled oracle."""
 
+import dataclasses
+
 import pytest
 import torch
 from method_config import method_config
@@ -162,3 +164,68 @@ def test_sigmoid_mask_gets_the_logits_gradient(double):
     logit = model.mask.logit.detach().clone().requires_grad_()
     (expected,) = torch.autograd.grad((torch.sigmoid(logit) * gradient).sum(), logit)
     torch.testing.assert_close(model.mask.logit.grad, expected)
+
+
+def test_without_a_tape_it_is_the_same_gradient(double):
+    _, _, problem = setting("conv")
+    trial = Trial(PlainStep(0.1), PlainStep(0.1))
+    assert (
+        relative_error(Exact(reuse=False).gradient(problem, trial), Exact().gradient(problem, trial)) < 1e-12
+    )
+
+
+@pytest.mark.parametrize("estimator", [Exact(), Unrolled(), FirstOrder(), FiniteDifference(1e-6)])
+def test_a_frozen_encoder_is_a_trial_step_of_length_zero_there(double, estimator):
+    _, _, problem = setting()
+    full = estimator.gradient(problem, Trial(PlainStep(0.0), PlainStep(0.1)))
+    heads = estimator.gradient(problem.frozen_encoder(), Trial(PlainStep(0.1), PlainStep(0.1)))
+    assert relative_error(heads, full) < (1e-5 if isinstance(estimator, FiniteDifference) else 1e-12)
+    assert heads.outer_loss.item() == pytest.approx(full.outer_loss.item(), rel=1e-12)
+
+
+def test_a_frozen_encoder_is_evaluated_once_and_not_at_all_where_its_features_are_there():
+    model, views, problem = setting()
+    calls = []
+    model.backbone.register_forward_hook(lambda *args: calls.append(1))
+    Exact().gradient(problem.frozen_encoder(), Trial(PlainStep(0.1), PlainStep(0.1)))
+    assert len(calls) == len(views)
+    encoded = problem.forward_pass(problem.encoder_params)
+    calls.clear()
+    Exact().gradient(
+        dataclasses.replace(problem, encoded=encoded).frozen_encoder(), Trial(PlainStep(0.1), PlainStep(0.1))
+    )
+    assert not calls
+
+
+@pytest.mark.parametrize("estimator", [Exact(), FirstOrder(), FiniteDifference(1e-6)])
+def test_the_regular_steps_pass_serves_as_the_inner_one(double, estimator):
+    model, views, problem = setting()
+    trial = Trial(PlainStep(0.1), PlainStep(0.1))
+    encoded = dataclasses.replace(problem.forward_pass(problem.encoder_params, tape=True), shared=True)
+    shared = estimator.gradient(dataclasses.replace(problem, encoded=encoded), trial)
+    assert relative_error(shared, estimator.gradient(problem, trial)) < 1e-12
+    # and the regular step can still differentiate it
+    gradient = encoded.pull_back(torch.ones_like(encoded.features))
+    assert all(torch.isfinite(value).all() for value in gradient.values())
+
+
+def test_bf16_in_the_encoder_alone():
+    torch.manual_seed(0)
+    model = MetaMask(method_config("conv", method_kwargs__meta={"precision": "bf16"}))
+    views = [torch.randn(32, 3, 32, 32) for _ in range(2)]
+    problem = model.meta_problem(views)
+    trial = Trial(PlainStep(1e-3), PlainStep(1e-3))
+    low = model.meta.gradient(problem, trial)
+    full = Exact().gradient(dataclasses.replace(problem, encode_once=None), trial)
+    assert low.weights[0].dtype == torch.float32
+    assert low.inner_loss.item() != full.inner_loss.item()
+    assert low.inner_loss.item() == pytest.approx(full.inner_loss.item(), rel=1e-2)
+    assert cosine(low, full) > 0.95
+
+
+def test_a_share_of_the_batch_is_the_problem_of_those_images(double):
+    model, views, problem = setting(batch=8)
+    trial = Trial(PlainStep(0.1), PlainStep(0.1))
+    half = model.meta_problem([x[:4] for x in views])
+    assert relative_error(Exact().gradient(half, trial), Unrolled().gradient(half, trial)) < 1e-10
+    assert cosine(Exact().gradient(half, trial), Exact().gradient(problem, trial)) < 0.999
