@@ -39,6 +39,8 @@ class SoloTask(Task):
         UserError: where solo-learn is missing, has no such method, or refuses the settings.
     """
 
+    joint_batch = False  # solo-learn's losses gather what they need themselves
+
     def __init__(self, cfg: DictConfig, features_dim: int, views: tuple[int, int]):
         super().__init__(features_dim)
         name = cfg.method_kwargs.task.removeprefix(PREFIX)

@@ -58,7 +58,9 @@ def contrastive_loss(
         )
     if not temperature > 0:
         raise ValueError(f"contrastive_loss: temperature must be > 0, got {temperature}")
-    if len(negatives) == 0 or excluded is not None and excluded.all(dim=1).any():
+    # to ask a GPU would make every step wait for it; same_image has caught one image without a bank
+    asked = excluded is not None and excluded.device.type == "cpu"
+    if len(negatives) == 0 or asked and excluded.all(dim=1).any():
         raise ValueError(
             "contrastive_loss: every anchor needs a negative, got one without: a batch of one image?"
         )
@@ -78,6 +80,11 @@ def same_image(images: int, views: int, bank: int = 0, device: torch.device | No
     """Which of (views * images + bank) candidates show an anchor's own image: bool, (images, that many).
 
     Candidates come view by view, then a bank's entries, none of which counts as an anchor's own.
+
+    Raises:
+        ValueError: for one image without a bank, which has no negative.
     """
+    if images == 1 and bank == 0:
+        raise ValueError("same_image: every anchor needs a negative, got a batch of one image without a bank")
     own = torch.eye(images, dtype=torch.bool, device=device).repeat(1, views)
     return F.pad(own, (0, bank))

@@ -15,7 +15,7 @@ from metamask_plugin.tasks.base import Projections, Task
 class BarlowTwins(Task):
     """Redundancy reduction, Eqs. (1) and (2) of [0], summed over pairs of views, on a head of three layers.
 
-    Each process correlates its own batch. A batch of one image has no correlation: the loss is then
+    A batch of one image has no correlation: the loss is then
     scale_loss * P a pair, without a gradient.
 
     ICL-MSR's form is the mean of the loss over strata of the weighted view, summed over pairs of views alike.

@@ -42,8 +42,7 @@ class SwAV(Task):
     Codes come from the large crops, predictions from all views. Prototypes are normalised where they are
     compared, so that a trial step stays on the sphere, and in place once an optimiser step. Nothing is
     differentiated through Sinkhorn-Knopp, neither once nor twice: on that the exact and the unrolled
-    meta-gradient agree; a finite difference does not, since codes follow the displaced weights. Each process
-    computes the codes of its own batch, with a queue of all processes' projections.
+    meta-gradient agree; a finite difference does not, since codes follow the displaced weights.
 
     ICL-MSR's form predicts an unweighted view's code from the other views' strata.
 

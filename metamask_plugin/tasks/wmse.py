@@ -1,6 +1,7 @@
 """W-MSE: views of an image meet in whitened projections."""
 
 import torch
+import torch.distributed as dist
 
 from metamask_plugin.errors import check
 from metamask_plugin.losses.backdoor import stratified_loss
@@ -13,8 +14,8 @@ class WMSE(Task):
     """The distance between whitened views, Section 3 of [0]; settings of the authors' code [1].
 
     A batch of more than ``whitening_size`` images is whitened in random slices, drawn from torch's random
-    state: the same in every evaluation of a meta step, which all start from the same state. Each process
-    whitens its own batch.
+    state: the same in every evaluation of a meta step, which all start from the same state, and in every
+    process, which all have the joint batch before them.
 
     ICL-MSR's form is the mean of the loss over strata of the weighted view, whitened on their own like the
     views, and in the same slices.
@@ -73,4 +74,13 @@ class WMSE(Task):
         )
 
     def _partitions(self, view: torch.Tensor) -> list[list[torch.Tensor]]:
-        return random_slices(len(view), self.whitening_size, self.whitening_iterations, view.device)
+        def draw() -> list[list[torch.Tensor]]:
+            return random_slices(len(view), self.whitening_size, self.whitening_iterations, view.device)
+
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return draw()
+        seed = torch.randint(2**62, (1,), device=view.device)
+        dist.broadcast(seed, src=0)
+        with torch.random.fork_rng(devices=[view.device] if view.is_cuda else []):
+            torch.manual_seed(int(seed))
+            return draw()

@@ -33,6 +33,7 @@ RUNS = {
     "icl_msr": (ICLMSR, icl_msr_config, "simclr", {}),
     "icl_msr over byol, shared": (ICLMSR, icl_msr_config, "byol", {"schedule": "shared"}),
     "bare barlow_twins": (Bare, bare_config, "barlow_twins", None),
+    "bare wmse": (Bare, bare_config, "wmse", None),
 }
 
 
@@ -69,6 +70,7 @@ import sys
 import torch
 from test_joint_batch import RUNS, run
 from metamask_plugin.errors import UserError
+from metamask_plugin.tasks.wmse import WMSE
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -76,6 +78,12 @@ if __name__ == "__main__":
         model = run(name, 2)
         if model.trainer.is_global_zero:
             torch.save(model.state_dict(), f"{sys.argv[1]}/{name}.pt")
+    torch.manual_seed(torch.distributed.get_rank())
+    task = WMSE(8, proj_output_dim=2, whitening_size=2)
+    slices = torch.cat(task._partitions(torch.randn(8, 2))[0])
+    gathered = [torch.empty_like(slices) for _ in range(2)]
+    torch.distributed.all_gather(gathered, slices)
+    print("slices", torch.equal(*gathered), sorted(slices.tolist()) == list(range(8)), flush=True)
     RUNS["unrolled"] = (*RUNS["metamask"][:3], {"estimator": "unrolled"})
     try:
         run("unrolled", 2)
@@ -113,6 +121,10 @@ def test_two_processes_are_one(two_processes, name):
         if value.is_floating_point() and "queue" not in key and "bank" not in key:
             # queues hold the same entries in another order
             torch.testing.assert_close(two[key], value, rtol=1e-10, atol=1e-11, msg=key)
+
+
+def test_processes_draw_the_same_slices(two_processes):
+    assert two_processes[1].stdout.count("slices True True") == 2
 
 
 def test_unrolling_in_several_processes_is_refused(two_processes):
