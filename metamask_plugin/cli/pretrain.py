@@ -19,6 +19,7 @@ from metamask_plugin.data import PretrainDataModule, load_dataset
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.methods import METHODS
 from metamask_plugin.training.checkpointer import Checkpointer
+from metamask_plugin.training.data_wait import DataWait
 from metamask_plugin.training.evaluation_data import EvaluationData
 from metamask_plugin.training.final_report import final_report
 from metamask_plugin.training.history import History
@@ -81,6 +82,8 @@ def _run(cfg: DictConfig) -> RunFolder:
     resuming = cfg.auto_resume.enabled or cfg.resume_from_checkpoint is not None
     folder = RunFolder(cfg, resume=resuming)
     model = METHODS[cfg.method](cfg)
+    if not model.no_channel_last:  # the images are laid out so, and convolutions want their weights alike
+        model = model.to(memory_format=torch.channels_last)
     initial = copy.deepcopy(model)
     if cfg.auto_resume.enabled and folder.summary.exists():
         print(
@@ -91,7 +94,7 @@ def _run(cfg: DictConfig) -> RunFolder:
 
     evaluation = EvaluationData(datamodule)
     callbacks = _callbacks(cfg, folder, evaluation)
-    trainer = _trainer(cfg, folder, list(callbacks.values()))
+    trainer = _trainer(cfg, folder, callbacks)
     checkpoint = _resume_from(cfg, folder, model)
     folder.write_args(cfg)
     _announce(cfg, folder, model, checkpoint)
@@ -116,7 +119,7 @@ def _quiet() -> None:
 
 def _callbacks(cfg: DictConfig, folder: RunFolder, data: EvaluationData) -> dict[str, pl.Callback]:
     """In the order in which they must run: measure, record, show, save."""
-    callbacks: dict[str, pl.Callback] = {}
+    callbacks: dict[str, pl.Callback] = {"data_wait": DataWait()}
     if cfg.evaluation.enabled and data.available:
         knn = cfg.evaluation.knn
         callbacks["knn"] = OnlineKNN(data, knn.k, knn.every_n_epochs, knn.temperature)
@@ -129,7 +132,7 @@ def _callbacks(cfg: DictConfig, folder: RunFolder, data: EvaluationData) -> dict
     return callbacks
 
 
-def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[pl.Callback]) -> pl.Trainer:
+def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: dict[str, pl.Callback]) -> pl.Trainer:
     kwargs = {key: cfg[key] for key in TRAINER_KEYS if cfg.get(key) is not None}
     if OmegaConf.is_list(cfg.devices):
         kwargs["devices"] = list(cfg.devices)
@@ -138,7 +141,8 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[pl.Callback]) -
     try:
         return pl.Trainer(
             **kwargs,
-            callbacks=callbacks,
+            callbacks=list(callbacks.values()),
+            profiler=callbacks["data_wait"].clock,
             logger=_loggers(cfg, folder),
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -33,9 +33,9 @@ class BatchedResizedCrop(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Crops float images in [0, 1] of shape (B, 3, H, W) to (B, 3, size, size), again in [0, 1]."""
         height, width = images.shape[-2:]
-        top, left, rows, columns = (
-            sample_crops(len(images), height, width, self.scale).to(images.device).unbind(1)
-        )
+        windows = sample_crops(len(images), height, width, self.scale)
+        # Without waiting, so that views are queued while the GPU is still busy with the previous batch.
+        top, left, rows, columns = windows.to(images.device, non_blocking=True).unbind(1)
         along_x = resampling_matrix(left, columns, width, self.size)[:, None]
         along_y = resampling_matrix(top, rows, height, self.size)[:, None]
         # Bicubic overshoots at edges; Pillow clips after each of the two passes.

@@ -23,6 +23,7 @@ from metamask_plugin.data.batches import (
 from metamask_plugin.data.dali_batches import DaliBatches, require_dali
 from metamask_plugin.data.regions import region_of
 from metamask_plugin.data.registry import Dataset
+from metamask_plugin.data.resident import IndexBatch, IndexBatches, ResidentImages, fits
 from metamask_plugin.data.splits import FileImages, ImageSplit, MemoryImages
 from metamask_plugin.data.views import EvaluationView, KorniaViews, TorchvisionViews
 from metamask_plugin.errors import check, choose
@@ -42,7 +43,9 @@ class PretrainDataModule(LightningDataModule):
     - ``torchvision``: image by image on ``data.num_workers`` workers.
     - ``kornia``: the images lie in memory as uint8 and a batch's views are made at once, on the device, in
       :meth:`on_after_batch_transfer`. Image files are decoded into memory first, resized to the largest crop
-      size.
+      size. ``data.on_device`` says where that memory is: True, on the device, from the first batch on, so
+      that only indexes travel; False, on the host, pinned where there is CUDA. The default is the device if
+      that is a GPU whose free memory is three times what the images need. The batches are the same.
 
     The default is ``kornia`` if the training split is in memory, else ``torchvision``.
 
@@ -57,8 +60,8 @@ class PretrainDataModule(LightningDataModule):
 
     Args:
         dataset: see :func:`load_dataset`.
-        cfg: the run's configuration; read are ``data.format``, ``data.pipeline``, ``data.num_workers``,
-            ``data.region``, ``data.region_form``, ``dali.device``, ``augmentations``,
+        cfg: the run's configuration; read are ``data.format``, ``data.pipeline``, ``data.on_device``,
+            ``data.num_workers``, ``data.region``, ``data.region_form``, ``dali.device``, ``augmentations``,
             ``optimizer.batch_size`` and ``seed``.
 
     Attributes:
@@ -88,6 +91,7 @@ class PretrainDataModule(LightningDataModule):
         self.num_workers = NUM_WORKERS if workers is None else workers
         found = isinstance(self.num_workers, int) and self.num_workers >= 0
         check(found, "data.num_workers", "a whole number of at least 0", self.num_workers)
+        self.on_device = _checked_on_device(cfg.data.get("on_device"), self.pipeline)
         seed = cfg.get("seed")
         self.seed = SEED if seed is None else seed
         if dataset.name == "custom":
@@ -101,6 +105,7 @@ class PretrainDataModule(LightningDataModule):
         draw = KorniaViews if self.pipeline == "kornia" else TorchvisionViews
         self.views = draw(entries, dataset.mean, dataset.std)
         self._entries = entries
+        self._resident: ResidentImages | None = None
         self._wanted = {key: OmegaConf.select(cfg, key) for key in ("data.pipeline", "dali.device")}
 
     def setup(self, stage: str | None = None) -> None:
@@ -117,7 +122,7 @@ class PretrainDataModule(LightningDataModule):
             return self._dali_batches()
         if self.pipeline == "kornia":
             # Indexing uint8 rows takes a fraction of a millisecond: a worker would only add the transport.
-            images, options = MemoryBatches(split, RawBatch), {"collate_fn": whole}
+            images, options = self._memory_batches(split), {"collate_fn": whole}
         else:
             images, options = IndexedViews(split, self.views), self._worker_options()
         sampler = EpochShuffle(images, self.seed)
@@ -137,9 +142,16 @@ class PretrainDataModule(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Makes a training batch's views where the batch lies now."""
+        if isinstance(batch, IndexBatch):
+            batch = self._resident.batch(batch.indexes)
         if not isinstance(batch, RawBatch):
             return batch
         return [batch.indexes, self.views(batch.images), batch.targets]
+
+    def teardown(self, stage: str | None = None) -> None:
+        """After a training: the evaluation may need the device's memory."""
+        if self._resident is not None and stage in ("fit", None):
+            self._resident.release()
 
     def evaluation_loader(self, split: ImageSplit, batch_size: int = 256) -> DataLoader:
         """All images of ``split`` in their order, as ``[X, targets]``.
@@ -184,6 +196,14 @@ class PretrainDataModule(LightningDataModule):
         seen = region_of(split.subset(labelled), region, self.full.mean, form)
         return self.evaluation_loader(seen, batch_size)
 
+    def _memory_batches(self, split: MemoryImages) -> MemoryBatches | IndexBatches:
+        on_device = fits(split, self._device()) if self.on_device is None else self.on_device
+        if not on_device:
+            return MemoryBatches(split, RawBatch)
+        if self._resident is None:  # loaders may be asked for again, the images stay
+            self._resident = ResidentImages(split)
+        return IndexBatches(len(split))
+
     def _dali_batches(self) -> DaliBatches:
         # Lightning gives each process its share by replacing a DataLoader's sampler; this is no DataLoader.
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -203,16 +223,21 @@ class PretrainDataModule(LightningDataModule):
     def _dali_device(self) -> str:
         if self._wanted["dali.device"] is not None:
             return self._wanted["dali.device"]
-        on_gpu = (
-            self.trainer.strategy.root_device.type == "cuda" if self.trainer else torch.cuda.is_available()
-        )
-        return "gpu" if on_gpu else "cpu"
+        return "gpu" if self._device().type == "cuda" else "cpu"
+
+    def _device(self) -> torch.device:
+        """Where the training runs; without a trainer, where it would."""
+        if self.trainer:
+            return self.trainer.strategy.root_device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def _evaluation_batch(self, indexes: Tensor, images: Tensor, targets: Tensor) -> list[Tensor]:
         return [self.view(images), targets]
 
     def _worker_options(self) -> dict[str, Any]:
         # Not persistent: workers that start anew with each epoch are seeded by it, and a resumed run's alike.
+        # Torch's default of two batches ahead a worker stays: four or eight made no difference with a step of
+        # eight times the length every eighth time.
         return {"num_workers": self.num_workers}
 
 
@@ -229,6 +254,23 @@ def _checked_batch_size(batch_size: Any, images: int) -> int:
         "lower optimizer.batch_size or raise data.fraction",
     )
     return batch_size
+
+
+def _checked_on_device(on_device: Any, pipeline: str) -> bool | None:
+    check(
+        on_device is None or isinstance(on_device, bool),
+        "data.on_device",
+        "True, False, or null where the free memory is to decide",
+        on_device,
+    )
+    check(
+        not on_device or pipeline == "kornia",
+        "data.on_device",
+        f"False or left out with the pipeline {pipeline}",
+        on_device,
+        "its images are files, or views made by workers; set data.pipeline=kornia",
+    )
+    return on_device
 
 
 def _with_configured_mean_std(dataset: Dataset, node: DictConfig) -> Dataset:

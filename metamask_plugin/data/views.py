@@ -49,8 +49,10 @@ class TorchvisionViews:
 class KorniaViews(nn.Module):
     """Draws the views of a whole batch on its device, distributed as those of :class:`TorchvisionViews`.
 
-    Two differences remain: the values are not rounded to 1/255 between operations, and the four parts of the
-    colour jitter come in one random order a view and batch, not an image.
+    What remains different: values, and hues, are not rounded to 1/255 between operations; the blur is a
+    Gaussian cut off at :func:`blur_kernel`, not Pillow's repeated boxes; and the four parts of the colour
+    jitter come in one random order a view and batch, not an image. Everything is drawn on the CPU, wherever
+    the images are: a seed means the same draws on every device.
 
     Args:
         augmentations: solo-learn's list, see :func:`parse_augmentations`.
@@ -68,14 +70,14 @@ class KorniaViews(nn.Module):
         entries = parse_augmentations(augmentations)
         self.counts = [entry.num_crops for entry in entries]
         self.pipelines = nn.ModuleList(_batch_pipeline(entry) for entry in entries)
-        self.register_buffer("mean", torch.tensor(list(mean)).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(list(std)).view(-1, 1, 1), persistent=False)
+        self.mean, self.std = (torch.tensor(list(values)).view(-1, 1, 1) for values in (mean, std))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
         """The views of uint8 images of shape (B, 3, H, W): float32, each of shape (B, 3, s, s)."""
         if self.mean.device != images.device:
-            self.to(images.device)
+            # The pipelines stay: moved to a GPU, kornia draws there, and then waits for what it has drawn.
+            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         # Reduced precision would cost colours, and there is little to win.
         with torch.autocast(images.device.type, enabled=False):
             pixels = images.float() / 255

@@ -87,6 +87,7 @@ def final_report(
             "seed": cfg.seed,
             "epochs": len(history.rows),
             "training_seconds": round(seconds, 1),
+            "data_wait_share": history.mean("data_wait_share"),
             "table": rows,
             "regions": regions,
             "feature_std": {

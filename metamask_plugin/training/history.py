@@ -67,6 +67,11 @@ class History(pl.Callback):
         rows = [row for row in self.rows if metric in row]
         return max(rows, key=lambda row: row[metric], default=None)
 
+    def mean(self, metric: str) -> float | None:
+        """The mean of ``metric`` over the epochs that have it; ``None`` if none has."""
+        values = [row[metric] for row in self.rows if metric in row]
+        return sum(values) / len(values) if values else None
+
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "masks": torch.stack(self.masks) if self.masks else None}
 

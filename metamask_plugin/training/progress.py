@@ -17,6 +17,9 @@ SHOWN = {
 }
 """Epoch metrics that the bar shows, and how it calls them."""
 
+WAITED_FROM = 0.05
+"""Share of an epoch spent waiting for data from which on it is shown."""
+
 
 class Progress(pl.Callback):
     """A bar on a terminal; elsewhere (logs, CI) one line an epoch."""
@@ -51,6 +54,9 @@ class Progress(pl.Callback):
             return
         metrics = trainer.callback_metrics
         shown = {label: f"{float(metrics[key]):.4g}" for key, label in SHOWN.items() if key in metrics}
+        waited = float(metrics.get("data_wait_share", 0))
+        if waited > WAITED_FROM:
+            shown["data_wait"] = f"{waited:.0%}"
         self.bar.set_postfix(shown, refresh=False)
         if self.bar.disable:
             finished = trainer.current_epoch + 1

@@ -183,7 +183,13 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(finished, tmp_pat
     ours, theirs = (torch.load(f.last_checkpoint, weights_only=True) for f in (resumed, finished))
     for name, value in theirs["state_dict"].items():
         assert torch.equal(ours["state_dict"][name], value), name
-    assert (resumed.path / "metrics.csv").read_text() == (finished.path / "metrics.csv").read_text()
+    assert epochs(resumed) == epochs(finished)
+
+
+def epochs(folder):
+    """The rows of metrics.csv, without what a clock measured."""
+    rows = csv.DictReader((folder.path / "metrics.csv").open())
+    return [{key: value for key, value in row.items() if key != "data_wait_share"} for row in rows]
     meta, meta_finished = (c["meta_optimizer"]["state"][0]["exp_avg"] for c in (ours, theirs))
     assert torch.equal(meta, meta_finished)
 

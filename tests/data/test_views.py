@@ -1,10 +1,17 @@
+import contextlib
 import pickle
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import ks_2samp
+from torchvision import transforms
+from torchvision.transforms import functional as vision
 
+from metamask_plugin.data import batched_crop
+from metamask_plugin.data import views as views_module
+from metamask_plugin.data.batched_crop import sample_crops
 from metamask_plugin.data.confounded_digits import confounded_digits
 from metamask_plugin.data.views import EvaluationView, KorniaViews, TorchvisionViews, blur_kernel
 
@@ -69,10 +76,8 @@ def test_resize_without_random_crop_agrees(images):
 
 
 def test_blur_agrees_at_one_sigma(images, monkeypatch):
-    import metamask_plugin.data.views as views
-
     for sigma in (0.5, 1.0, 2.0):
-        monkeypatch.setattr(views, "BLUR_SIGMA", (sigma, sigma + 1e-6))
+        monkeypatch.setattr(views_module, "BLUR_SIGMA", (sigma, sigma + 1e-6))
         torchvision_view, kornia_view = both(images, {"crop_size": 32, "gaussian_blur": {"prob": 1.0}})
         # Pillow approximates the Gaussian by three box filters
         assert (torchvision_view - kornia_view).abs().mean() < 0.01
@@ -120,6 +125,157 @@ def test_random_operations_agree_in_distribution(images, operation):
     difference = (torchvision_statistics - kornia_statistics).abs()
     assert difference[:6].max() < 0.012
     assert (difference[6:] / torchvision_statistics[6:]).max() < 0.06
+
+
+FACTORS = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.6, 1.4), "hue": (-0.1, 0.1)}
+ADJUST = {name: getattr(vision, f"adjust_{name}") for name in FACTORS}
+
+
+def jittered_by_kornia(images: torch.Tensor, order: list[str], factors: dict[str, torch.Tensor]):
+    """``KorniaViews``'s colour jitter with these factors, one an image, in this order."""
+    entry = {"crop_size": 32, "color_jitter": {**JITTER, "prob": 1.0}}
+    _, jitter = KorniaViews([entry], ZERO, ONE).pipelines[0]
+    neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+    params = {
+        f"{name}_factor": factors.get(name, torch.full((len(images),), value))
+        for name, value in neutral.items()
+    }
+    every = [*order, *(name for name in neutral if name not in order)]
+    params["order"] = torch.tensor([list(neutral).index(name) for name in every])
+    return jitter(images / 255, params=params)
+
+
+@pytest.mark.parametrize(
+    ("order", "most", "mean"),
+    [
+        (["brightness"], 1, 1),
+        (["contrast"], 1.5, 1),
+        (["saturation"], 1.5, 1),
+        (["hue"], 12, 2),
+        (["brightness", "contrast", "saturation", "hue"], 18, 4),
+        (["hue", "saturation", "contrast", "brightness"], 22, 4),
+    ],
+    ids=["brightness", "contrast", "saturation", "hue", "all", "all, reversed"],
+)
+def test_colour_jitter_agrees_at_fixed_factors(images, order, most, mean):
+    """With torchvision on floats to 2e-4, with torchvision on Pillow's images to some grey levels.
+
+    Pillow rounds to whole values, and turns hues that are rounded to 1.4 degrees.
+    """
+    factors = {name: torch.linspace(*FACTORS[name], len(images)) for name in order}
+    ours = jittered_by_kornia(images, order, factors)
+    for i, image in enumerate(images):
+        exact, by_pillow = image / 255, pil(image)
+        for name in order:
+            exact, by_pillow = (ADJUST[name](x, factors[name][i].item()) for x in (exact, by_pillow))
+        assert (ours[i] - exact).abs().max() < 2e-4
+        difference = (ours[i] - vision.to_tensor(by_pillow)).abs() * 255
+        assert difference.max() < most and difference.mean() < mean
+    assert (ours - images / 255).abs().mean() > 0.01
+
+
+def fixed_windows(monkeypatch, count: int) -> list[tuple[int, ...]]:
+    """Makes both pipelines cut the same windows: top, left, height, width."""
+    windows = sample_crops(count, 32, 32, (0.08, 1.0))
+    rows = [tuple(row) for row in windows.tolist()]
+    coming = iter(rows)
+    monkeypatch.setattr(batched_crop, "sample_crops", lambda *_: windows)
+    monkeypatch.setattr(transforms.RandomResizedCrop, "get_params", lambda *_: next(coming))
+    return rows
+
+
+def test_random_crop_agrees_at_fixed_windows(images, monkeypatch):
+    torch.manual_seed(0)
+    assert len(set(fixed_windows(monkeypatch, len(images)))) > 40
+    torchvision_view, kornia_view = both(images, {"crop_size": 24, "rrc": {"enabled": True}})
+    difference = (torchvision_view - kornia_view).abs() * 255
+    # Pillow rounds to whole values after each of the two passes
+    assert difference.max() < 3 and difference.mean() < 0.5
+
+
+@pytest.mark.parametrize("blur", [0.0, 0.5])
+def test_torchvision_with_what_kornia_drew_gives_the_same_views(images, monkeypatch, blur):
+    """Every window, factor, order, sigma and coin of a whole pipeline, drawn once and used twice.
+
+    To 1.5 of 255 levels in the mean: Pillow rounds values and hues after each operation, and blurs by boxes.
+    """
+    torch.manual_seed(3)
+    fixed_windows(monkeypatch, len(images))
+    probabilities = {"color_jitter": 0.8, "grayscale": 0.2, "solarization": 0.3, "horizontal_flip": 0.5}
+    probabilities |= {"gaussian_blur": blur} if blur else {}
+    entry = {name: {"prob": probability} for name, probability in probabilities.items()}
+    entry |= {"crop_size": 32, "rrc": {"enabled": True}, "color_jitter": JITTER}
+    by_kornia = KorniaViews([entry], ZERO, ONE)
+    ours = by_kornia(images)[0]
+    operations = {type(operation).__name__: operation for operation in by_kornia.pipelines[0]}
+    names = ("ColorJitter", "RandomGrayscale", "RandomSolarize", "RandomHorizontalFlip", "RandomGaussianBlur")
+    drawn = {
+        name: operations[kornia_name]._params
+        for name, kornia_name in zip((*probabilities, "gaussian_blur"), names, strict=False)
+        if name in probabilities
+    }
+    gates = {name: params["batch_prob"] > 0.5 for name, params in drawn.items()}
+    assert all(0 < gate.float().mean() < 1 for gate in gates.values())
+
+    theirs = []
+    for i, image in enumerate(images):
+        colours = [drawn["color_jitter"][f"{name}_factor"][i].item() for name in FACTORS]
+        draw = (drawn["color_jitter"]["order"], *colours)
+        monkeypatch.setattr(transforms.ColorJitter, "get_params", lambda *_, draw=draw: draw)
+        if blur:
+            sigma = drawn["gaussian_blur"]["sigma"][i].item()
+            monkeypatch.setattr(views_module, "BLUR_SIGMA", (sigma, sigma + 1e-6))
+        coins = {name: {**entry[name], "prob": float(gate[i])} for name, gate in gates.items()}
+        theirs.append(TorchvisionViews([{**entry, **coins}], ZERO, ONE)(pil(image))[0])
+    difference = (ours - torch.stack(theirs)).abs() * 255
+    assert difference.mean() < 1.5 and difference.max() < 30
+    assert (ours - torch.stack(theirs).roll(1, 0)).abs().mean() * 255 > 20
+
+
+def test_views_are_distributed_alike_one_by_one(images):
+    """Of each view its brightness, contrast, colourfulness and sharpness: equal means would say less."""
+    torch.manual_seed(0)
+    entry = {"rrc": {"enabled": True}, "color_jitter": JITTER, "grayscale": {"prob": 0.2}, "crop_size": 32}
+    augmentation = [{**entry, "horizontal_flip": {"prob": 0.5}, "num_crops": 40}]
+    by_torchvision = TorchvisionViews(augmentation, ZERO, ONE)
+    theirs = torch.stack([view for image in images for view in by_torchvision(pil(image))])
+    ours = torch.cat(KorniaViews(augmentation, ZERO, ONE)(images))
+    measures = {
+        "brightness": lambda x: x.mean((1, 2, 3)),
+        "contrast": lambda x: x.mean(1).std((1, 2)),
+        "colourfulness": lambda x: (x.amax(1) - x.amin(1)).mean((1, 2)),
+        "sharpness": lambda x: x.diff(dim=3).abs().mean((1, 2, 3)),
+        "tilt": lambda x: x[..., :16].mean((1, 2, 3)) - x[..., 16:].mean((1, 2, 3)),
+    }
+    for name, measure in measures.items():
+        # 0.063 is exceeded once in a thousand times by two samples of 1920 that are of one distribution
+        assert ks_2samp(measure(ours), measure(theirs)).statistic < 0.063, name
+
+
+def test_views_ask_nothing_of_the_device(images, monkeypatch):
+    """What is drawn is drawn on the host: a seed means the same on a GPU, and nobody waits for it.
+
+    The device ``meta`` has no values to ask for, so whatever would wait raises.
+    """
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # does not know meta
+    every = {
+        name: {"prob": 0.5}
+        for name in ("grayscale", "gaussian_blur", "solarization", "equalization", "horizontal_flip")
+    }
+    augmentation = {
+        **every,
+        "rrc": {"enabled": True},
+        "color_jitter": JITTER,
+        "crop_size": 32,
+        "num_crops": 2,
+    }
+    states = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        views = KorniaViews([augmentation], ZERO, ONE)(images.to(device))
+        assert {view.device.type for view in views} == {device}
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
 
 
 def test_probabilities_are_met(images):
