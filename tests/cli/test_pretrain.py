@@ -44,6 +44,12 @@ def finished(tmp_path_factory):
     return folder
 
 
+def epochs(folder):
+    """The rows of metrics.csv, without what a clock measured."""
+    rows = csv.DictReader((folder.path / "metrics.csv").open())
+    return [{key: value for key, value in row.items() if key != "data_wait_share"} for row in rows]
+
+
 def test_a_run_leaves_everything_behind(finished):
     names = {path.name for path in finished.path.iterdir()}
     pictures = {"curves.png", "mask.png", "feature_correlation.png"}
@@ -184,12 +190,6 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_happened(finished, tmp_pat
     for name, value in theirs["state_dict"].items():
         assert torch.equal(ours["state_dict"][name], value), name
     assert epochs(resumed) == epochs(finished)
-
-
-def epochs(folder):
-    """The rows of metrics.csv, without what a clock measured."""
-    rows = csv.DictReader((folder.path / "metrics.csv").open())
-    return [{key: value for key, value in row.items() if key != "data_wait_share"} for row in rows]
     meta, meta_finished = (c["meta_optimizer"]["state"][0]["exp_avg"] for c in (ours, theirs))
     assert torch.equal(meta, meta_finished)
 
