@@ -1,0 +1,60 @@
+"""The floating-point work of a meta step, counted: docs/performance.md says why it is what it is."""
+
+import dataclasses
+
+import pytest
+import torch
+from method_config import method_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from metamask_plugin.bilevel import Exact, FiniteDifference, FirstOrder, PlainStep, Trial, Unrolled
+from metamask_plugin.methods import MetaMask
+
+TRIAL = Trial(PlainStep(0.1), PlainStep(0.1))
+
+
+def flops(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.fixture(scope="module")
+def problem():
+    torch.manual_seed(0)
+    model = MetaMask(method_config("resnet18"))
+    return model.meta_problem([torch.randn(4, 3, 32, 32) for _ in range(2)])
+
+
+@pytest.fixture(scope="module")
+def shared(problem):
+    """The problem where the regular step has been through the encoder already."""
+    encoded = problem.forward_pass(problem.encoder_params, tape=True)
+    return dataclasses.replace(problem, encoded=dataclasses.replace(encoded, shared=True))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "forwards"),
+    [
+        (Exact(), 3 + 3 + 2),
+        (Exact(reuse=False), 3 + 3 + 3),
+        (FirstOrder(), 3 + 3),
+        (FiniteDifference(), 3 + 3 + 1 + 1),
+        (Unrolled(), 10.1),  # measured: a double backward has no round number
+    ],
+)
+def test_in_forward_passes_of_the_encoder(problem, estimator, forwards):
+    one = flops(lambda: problem.encode(problem.encoder_params))
+    # heads and loss are below a tenth of one forward pass
+    assert forwards - 0.02 < flops(lambda: estimator.gradient(problem, TRIAL)) / one < forwards + 0.1
+
+
+def test_where_the_forward_pass_is_shared(problem, shared):
+    one = flops(lambda: problem.encode(problem.encoder_params))
+    assert 6.98 < flops(lambda: Exact().gradient(shared, TRIAL)) / one < 7.1
+
+
+def test_with_a_trial_step_on_the_heads_alone(problem, shared):
+    one = flops(lambda: problem.encode(problem.encoder_params))
+    assert 1 < flops(lambda: Exact().gradient(problem.frozen_encoder(), TRIAL)) / one < 1.1
+    assert flops(lambda: Exact().gradient(shared.frozen_encoder(), TRIAL)) / one < 0.1
