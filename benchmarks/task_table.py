@@ -63,9 +63,11 @@ def train_and_evaluate(cell: Cell) -> dict:
         ]
         with initialize_config_dir(str(ROOT / "scripts" / "pretrain"), version_base="1.2"):
             cfg = compose(config, overrides)
+        before = time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
             path = run(cfg).path
-        measured = evaluate(path, cfg, seed)
+        measured = {"training_cpu_seconds": round(time.process_time() - before, 1)}
+        measured |= evaluate(path, cfg, seed)
     row = {"task": task, "method": method, "seed": seed, "epochs": epochs, "override": further, **measured}
     return {**row, "seconds": round(time.monotonic() - start, 1)}
 
