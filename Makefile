@@ -25,7 +25,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/run_all.py
 
 # lays the methods into a copy of solo-learn, see docs/upstream.md
 upstream: $(VENV)/installed-test

@@ -44,6 +44,7 @@ from common import (
     write,
 )
 from gradient_error import ESTIMATORS, error_setting, error_table, measure_errors
+from iterations import FULL, RELEASE, Settings, meta_settings, own_precision
 from loop import PRECISIONS, Loop
 from matplotlib.figure import Figure
 from peers import PEERS, UNIT, Release
@@ -53,37 +54,7 @@ from trained import backbone_name
 from metamask_plugin.bilevel import Exact, PlainStep, Trial
 from metamask_plugin.methods import MetaMask
 
-Settings = dict[str, Any]
-
-FULL: dict[str, Settings] = {
-    "exact, k = 1": {},
-    "exact, k = 4": {"every_n_steps": 4},
-    "exact, k = 8": {"every_n_steps": 8},
-    "exact, shared forward, k = 1": {"schedule": "shared"},
-    "exact, shared forward, k = 4": {"schedule": "shared", "every_n_steps": 4},
-    "exact, shared forward, k = 8": {"schedule": "shared", "every_n_steps": 8},
-    "exact, half the batch, k = 1": {"batch_share": 0.5},
-    "exact, half the batch, k = 4": {"batch_share": 0.5, "every_n_steps": 4},
-    "exact, heads alone, k = 1": {"trial_on": "heads"},
-    "exact, heads alone, k = 4": {"trial_on": "heads", "every_n_steps": 4},
-    "first order, k = 1": {"estimator": "first_order"},
-    "finite difference, k = 1": {"estimator": "finite_difference"},
-    "unrolled, k = 1": {"estimator": "unrolled"},
-}
-"""Settings of ``method_kwargs.meta`` by the name under which they are timed."""
-
-RELEASE = "release, float32, k = 1"
 PARTS = ("meta", "full", "flops", "error")
-
-
-def meta_settings(settings: Settings) -> Settings:
-    """The same as overrides of :func:`common.build_model`."""
-    return {f"method_kwargs__meta__{key}": value for key, value in settings.items()}
-
-
-def own_precision(precision: str) -> Settings:
-    """How the meta step is told to compute."""
-    return {"precision": "bf16"} if precision == "bf16" else {}
 
 
 def regular_step(model: MetaMask, views: list[torch.Tensor]) -> None:
@@ -155,6 +126,8 @@ def measure_full(
     # others, as its turn to warm up must come before time is over
     candidates[RELEASE] = lazily(RELEASE, meta_settings({"trial": "momentum"}), release=True)
     for name, settings in FULL.items():
+        if precision == "bf16" and settings.get("estimator") == "unrolled":  # it would compute in float32
+            continue
         settings = {**settings, **own_precision(precision)}
         candidates[name] = lazily(name, meta_settings(settings))
     candidates = _wanted(candidates, args.only)

@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterable
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -161,7 +162,7 @@ class BilevelMethod(TaskMethod):
                 return torch.stack([encoder(theta, x) for x in views])
 
         def encode_once(theta):
-            with self.meta.autocast(views[0].device.type):
+            with nullcontext() if self.meta is None else self.meta.autocast(views[0].device.type):
                 return torch.stack([encoder(theta, x) for x in views])
 
         return {
