@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 MAIN_ROWS = r"^(exact$|exact,\s(shared\sforward,\s)?k|release)"
 """The rows that the targets are about, as a regular expression without a space."""
 
-STOPS_BY_ITSELF = ("step_cost.py", "epoch_time.py", "scaling.py")
+STOPS_BY_ITSELF = ("step_cost.py", "epoch_time.py", "scaling.py", "input_pipelines.py")
 """Scripts that take ``--minutes``."""
 
 

@@ -4,17 +4,31 @@ import dataclasses
 
 import pytest
 import torch
-from method_config import method_config
+from method_config import icl_msr_config, method_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from metamask_plugin.bilevel import Exact, FiniteDifference, FirstOrder, PlainStep, Trial, Unrolled
-from metamask_plugin.methods import MetaMask
+from metamask_plugin.methods import ICLMSR, MetaMask
 
 TRIAL = Trial(PlainStep(0.1), PlainStep(0.1))
 
 
+class NoModules:
+    """In place of the counter's record of modules, which fails where a module meets ``autograd.grad``."""
+
+    parents = {"Global"}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+
 def flops(call):
-    with FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = NoModules()
+    with counter:
         call()
     return counter.get_total_flops()
 
@@ -58,3 +72,19 @@ def test_with_a_trial_step_on_the_heads_alone(problem, shared):
     one = flops(lambda: problem.encode(problem.encoder_params))
     assert 1 < flops(lambda: Exact().gradient(problem.frozen_encoder(), TRIAL)) / one < 1.1
     assert flops(lambda: Exact().gradient(shared.frozen_encoder(), TRIAL)) / one < 0.1
+
+
+def test_icl_msr_adds_no_more():
+    torch.manual_seed(0)
+    model = ICLMSR(icl_msr_config("resnet18", method_kwargs={}))  # the paper's head and f_msr
+    views, originals = [torch.randn(4, 3, 32, 32) for _ in range(2)], torch.randn(4, 3, 36, 36)
+    problem = model.meta_problem(views, model.regularizer(originals).detach())
+    one = flops(lambda: problem.encode(problem.encoder_params))
+
+    def regular():
+        feats = [model.backbone(x) for x in views]
+        model.regular_loss({"feats": feats}, None, originals)[0].backward()
+
+    assert 3 < flops(regular) / one < 3.05
+    assert 8 < flops(lambda: Exact().gradient(problem, TRIAL)) / one < 8.1
+    assert flops(lambda: model.regularizer(originals)) / one < 0.01
