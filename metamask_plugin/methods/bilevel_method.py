@@ -106,6 +106,7 @@ class BilevelMethod(TaskMethod):
             encoded = EncoderPass(torch.stack(list(out["feats"])), params, self._tape, shared=True)
             with torch.autocast(self.device.type, enabled=False):  # of the regular step, around this hook
                 self.meta_step(batch, target_feats, encoded)
+            self._tape = None  # what backward needs the graph has; the rest is free again
 
     def _due_before(self, batch_idx: int) -> bool:
         """Whether a meta step is due on this batch that comes before its regular step."""

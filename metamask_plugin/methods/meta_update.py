@@ -100,6 +100,12 @@ class MetaUpdate:
         check(cfg.every_n_steps >= 1, f"{name}.every_n_steps", ">= 1", cfg.every_n_steps)
         check(cfg.optimizer.lr > 0, f"{name}.optimizer.lr", "> 0", cfg.optimizer.lr)
         check(cfg.inner_lr is None or cfg.inner_lr >= 0, f"{name}.inner_lr", ">= 0 or null", cfg.inner_lr)
+        check(
+            cfg.precision == "full" or cfg.estimator != "unrolled",
+            f"{name}.precision",
+            "full with estimator=unrolled, the oracle",
+            cfg.precision,
+        )
         self.cfg = cfg
         self.per_iteration: bool = cfg.schedule == "iteration"
         self.shared: bool = cfg.schedule == "shared"

@@ -171,6 +171,10 @@ def test_a_trial_step_on_the_heads_alone(schedule):
         ({"batch_share": 0.0}, r"meta.batch_share must be in \(0, 1\], got 0.0"),
         ({"batch_share": 0.5, "schedule": "shared"}, "meta.batch_share must be 1 with schedule=shared"),
         ({"estimator": "unrolled", "schedule": "shared"}, "meta.estimator must be another than unrolled"),
+        (
+            {"estimator": "unrolled", "precision": "bf16"},
+            "meta.precision must be full with estimator=unrolled",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(meta, message):
