@@ -36,8 +36,8 @@ def flops(call):
 @pytest.fixture(scope="module")
 def problem():
     torch.manual_seed(0)
-    model = MetaMask(method_config("resnet18"))
-    return model.meta_problem([torch.randn(4, 3, 32, 32) for _ in range(2)])
+    model = MetaMask(method_config("resnet18", 16))
+    return model.meta_problem([torch.randn(2, 3, 16, 16) for _ in range(2)])
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +76,8 @@ def test_with_a_trial_step_on_the_heads_alone(problem, shared):
 
 def test_icl_msr_adds_no_more():
     torch.manual_seed(0)
-    model = ICLMSR(icl_msr_config("resnet18", method_kwargs={}))  # the paper's head and f_msr
-    views, originals = [torch.randn(4, 3, 32, 32) for _ in range(2)], torch.randn(4, 3, 36, 36)
+    model = ICLMSR(icl_msr_config("resnet18", 16, method_kwargs={}))  # the paper's head and f_msr
+    views, originals = [torch.randn(2, 3, 16, 16) for _ in range(2)], torch.randn(2, 3, 20, 20)
     problem = model.meta_problem(views, model.regularizer(originals).detach())
     one = flops(lambda: problem.encode(problem.encoder_params))
 
@@ -85,6 +85,7 @@ def test_icl_msr_adds_no_more():
         feats = [model.backbone(x) for x in views]
         model.regular_loss({"feats": feats}, None, originals)[0].backward()
 
-    assert 3 < flops(regular) / one < 3.05
-    assert 8 < flops(lambda: Exact().gradient(problem, TRIAL)) / one < 8.1
+    assert 3 < flops(regular) / one < 3.1
+    # the head and its six strata are a bit more here, at 16 pixels
+    assert 8 < flops(lambda: Exact().gradient(problem, TRIAL)) / one < 8.25
     assert flops(lambda: model.regularizer(originals)) / one < 0.01
