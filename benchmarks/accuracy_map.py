@@ -67,6 +67,7 @@ def markdown(records: list[dict]) -> str:
 
 def figure(records: list[dict]):
     """Accuracy against cost, mean and standard deviation over the seeds."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -83,7 +84,7 @@ def figure(records: list[dict]):
                 marker="o",
                 capsize=2,
                 linewidth=0.9,
-                color=f"C{(number - 1) % 10}",
+                color=colormaps["tab20"](number - 1),
                 label=f"{number}  {record['meta step']}",
             )
             axes.annotate(

@@ -131,6 +131,7 @@ def test_the_times_of_a_gpu_are_those_of_its_events(clock, monkeypatch):
 
 def test_an_epoch_without_batches_has_no_share():
     measure = DataWait()
+    assert measure.clock.seconds() == (0, 0)
     measure.on_train_epoch_end(None, None)  # would fail if it wanted to log
 
 
