@@ -194,18 +194,17 @@ class TaskMethod(BaseMethod):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        self._precision_before = _float32_precision()
         precision = OmegaConf.select(self.cfg, "performance.matmul_precision")
         if precision is not None:
-            torch.set_float32_matmul_precision(precision)
-            torch.backends.cudnn.allow_tf32 = (
-                precision != "highest"
-            )  # convolutions have a switch of their own
+            _set_float32_precision(precision, convolutions=precision != "highest")
         mode = OmegaConf.select(self.cfg, "performance.compile")
         if mode:
             self.compiled = CompiledForward(self.backbone, mode)
 
     def on_fit_end(self) -> None:
         super().on_fit_end()
+        _set_float32_precision(*self._precision_before)  # a sweep's next run may want another
         if self.compiled is not None:
             self.compiled.remove()
             self.compiled = None
@@ -268,6 +267,16 @@ class TaskMethod(BaseMethod):
                 {key: found.get(key) for key in different},
                 "set auto_resume.enabled=False, or another checkpoint.dir",
             )
+
+
+def _float32_precision() -> tuple[str, bool]:
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+def _set_float32_precision(products: str, convolutions: bool) -> None:
+    """Of matrix products, as torch names it; whether convolutions, which have their own switch, may use TF32."""
+    torch.set_float32_matmul_precision(products)
+    torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def _detached(projections: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -131,13 +131,15 @@ def test_unknown_settings_are_refused(key, value):
         build(**{f"performance__{key}": value})
 
 
-def test_the_matmul_precision_is_set():
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        train(build(performance__matmul_precision="high"), steps=1)
-        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
-        train(build(performance__matmul_precision="highest"), steps=1)
-        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+@pytest.mark.parametrize(("precision", "convolutions"), [("high", True), ("highest", False)])
+def test_the_matmul_precision_is_that_of_the_training_alone(precision, convolutions):
+    def now():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, *args):
+            seen.append(now())
+
+    seen, before = [], now()
+    train(build(performance__matmul_precision=precision), steps=1, callbacks=[Look()])
+    assert seen == [(precision, convolutions)] and now() == before
