@@ -274,7 +274,7 @@ def _float32_precision() -> tuple[str, bool]:
 
 
 def _set_float32_precision(products: str, convolutions: bool) -> None:
-    """Of matrix products, as torch names it; whether convolutions, which have their own switch, may use TF32."""
+    """Of matrix products, by torch's name; whether convolutions, which have their own switch, use TF32."""
     torch.set_float32_matmul_precision(products)
     torch.backends.cudnn.allow_tf32 = convolutions
 
