@@ -78,7 +78,9 @@ def test_composes_from_its_own_folder_too(name):
 def _some_slow(name):
     """Of the configs for files, the command that everybody runs tries the smallest and the largest images."""
     folder = name.rpartition("/")[0]
-    return pytest.param(name, marks=pytest.mark.slow if folder in ("stl10", "imagenet-100", "coco") else ())
+    return pytest.param(
+        name, marks=pytest.mark.slow if folder in ("stl10", "imagenet-100", "imagenet", "coco") else ()
+    )
 
 
 @pytest.mark.parametrize("name", map(_some_slow, CONFIGS))

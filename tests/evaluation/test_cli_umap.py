@@ -57,6 +57,7 @@ def drawn(axes):
     return torch.tensor(np.array(points.get_offsets())), torch.tensor(points.get_facecolors()[:, :3])
 
 
+@pytest.mark.slow
 def test_far_blobs_are_apart_in_the_picture_and_the_files_are_pictures(run_folder, tmp_path, capsys):
     pytest.importorskip("umap")
     generator = torch.Generator().manual_seed(0)

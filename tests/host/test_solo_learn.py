@@ -81,7 +81,7 @@ print("host", next(c.__module__ for c in type(model).__mro__ if c.__name__ == "B
     ("config", "overrides", "views"),
     [
         ("stl10", ("1.crop_size=48",), [64, 64, 48]),
-        ("imagenet-100", ("1.crop_size=112",), [64, 64, 112]),
+        pytest.param("imagenet-100", ("1.crop_size=112",), [64, 64, 112], marks=pytest.mark.slow),
         ("imagenet-100", ("1.crop_size=48", "task=swav"), [64, 64, *[48] * 6, 112]),
     ],
 )
