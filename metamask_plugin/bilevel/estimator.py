@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from metamask_plugin.bilevel.params import Params, Weights
+from metamask_plugin.bilevel.params import Params, Weights, leaves
 from metamask_plugin.bilevel.problem import BilevelProblem, EncoderPass
 from metamask_plugin.bilevel.trial import Trial
 
@@ -37,11 +37,6 @@ class Estimator(ABC):
     @abstractmethod
     def gradient(self, problem: BilevelProblem, trial: Trial) -> MetaGradient:
         """Computes the meta-gradient; parameters, their ``.grad``, buffers and RNG stay untouched."""
-
-
-def leaves(params: Params) -> Params:
-    """The same values as fresh leaves of the autograd graph; nothing flows back to the originals."""
-    return {name: param.detach().requires_grad_() for name, param in params.items()}
 
 
 def gradients(loss: torch.Tensor, *groups: Params | Weights, create_graph: bool = False) -> list:
@@ -86,7 +81,7 @@ def inner_step(problem: BilevelProblem, trial: Trial, twice: bool = False) -> In
             can be differentiated once more.
     """
     encoder_pass = problem.encoded or problem.forward_pass(problem.encoder_params, tape=twice)
-    h = joint_features(problem, encoder_pass)
+    h = joint_features(problem, encoder_pass.features).requires_grad_()
     phi = leaves(problem.head_params)
     weights = tuple(w.detach().requires_grad_() for w in problem.weights)
     loss = problem.inner_loss(h, phi, weights)
@@ -116,7 +111,7 @@ class OuterGradients(NamedTuple):
 def outer_gradients(problem: BilevelProblem, trial: Trial, inner: InnerStep) -> OuterGradients:
     """Back-propagates L_out at (theta', phi'): d_w L_out, and u = l * v for both groups."""
     encoder_pass = problem.forward_pass(inner.encoder_trial)
-    h, phi = joint_features(problem, encoder_pass), leaves(inner.head_trial)
+    h, phi = joint_features(problem, encoder_pass.features).requires_grad_(), leaves(inner.head_trial)
     weights = tuple(w.detach().requires_grad_() for w in problem.weights)
     outer = problem.outer_loss(h, phi, weights)
     (v_h,), v_phi, direct = gradients(outer, (h,), phi, weights)
@@ -126,10 +121,9 @@ def outer_gradients(problem: BilevelProblem, trial: Trial, inner: InnerStep) -> 
     )
 
 
-def joint_features(problem: BilevelProblem, encoder_pass: EncoderPass) -> torch.Tensor:
-    """h of the joint batch, as a leaf: here the graph is cut in two. In the precision of w."""
-    h = problem.processes.gather(encoder_pass.features.detach())
-    return h.to(problem.weights[0].dtype).requires_grad_()
+def joint_features(problem: BilevelProblem, own: torch.Tensor) -> torch.Tensor:
+    """h of the joint batch, or its tangent, from this process's: without a graph, in the precision of w."""
+    return problem.processes.gather(own.detach()).to(problem.weights[0].dtype)
 
 
 def encoder_gradient(problem: BilevelProblem, encoder_pass: EncoderPass, grad_h: torch.Tensor) -> Params:

@@ -11,6 +11,7 @@ from metamask_plugin.bilevel.estimator import (
     MetaGradient,
     gradients,
     inner_step,
+    joint_features,
     outer_gradients,
 )
 from metamask_plugin.bilevel.params import Params
@@ -58,7 +59,7 @@ class Exact(Estimator):
         if problem.encoder_params:
             tape = inner.encoder_pass.tape if self.reuse else None
             tangent = encoder_tangent(problem, outer.encoder_direction, tape)
-            tangent = problem.processes.gather(tangent).to(inner.features_gradient.dtype)
+            tangent = joint_features(problem, tangent)
             s = s + (inner.features_gradient * tangent).sum()
         (correction,) = gradients(s, inner.weights)
         total = tuple(direct - c for direct, c in zip(outer.direct, correction))

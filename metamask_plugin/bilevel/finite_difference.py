@@ -7,6 +7,7 @@ from metamask_plugin.bilevel.estimator import (
     MetaGradient,
     gradients,
     inner_step,
+    joint_features,
     outer_gradients,
 )
 from metamask_plugin.bilevel.params import Params, Weights
@@ -53,6 +54,5 @@ class FiniteDifference(Estimator):
         phi = {name: param + e * u_phi[name] for name, param in problem.head_params.items()}
         weights = tuple(w.detach().requires_grad_() for w in problem.weights)
         with torch.no_grad():  # w enters behind the encoder: no graph is needed through it
-            h = problem.processes.gather((problem.encode_once or problem.encode)(theta))
-            h = h.to(problem.weights[0].dtype)
+            h = joint_features(problem, problem.first_order_encode(theta))
         return gradients(problem.inner_loss(h, phi, weights), weights)[0]

@@ -1,4 +1,4 @@
-"""Names for groups of tensors."""
+"""Groups of tensors."""
 
 import torch
 
@@ -7,3 +7,8 @@ Params = dict[str, torch.Tensor]
 
 Weights = tuple[torch.Tensor, ...]
 """The outer variables w."""
+
+
+def leaves(params: Params) -> Params:
+    """The same values as fresh leaves of the autograd graph; nothing flows back to the originals."""
+    return {name: param.detach().requires_grad_() for name, param in params.items()}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from metamask_plugin.bilevel.params import Params, Weights
+from metamask_plugin.bilevel.params import Params, Weights, leaves
 from metamask_plugin.bilevel.processes import OneProcess, Processes
 from metamask_plugin.bilevel.tape import Tape
 
@@ -76,6 +76,11 @@ class BilevelProblem:
     encoded: EncoderPass | None = None
     processes: Processes = field(default_factory=OneProcess)
 
+    @property
+    def first_order_encode(self) -> Callable[[Params], torch.Tensor]:
+        """``encode_once`` where there is one."""
+        return self.encode_once or self.encode
+
     def forward_pass(self, params: Params, tape: bool = False) -> EncoderPass:
         """The encoder at ``params``, to be differentiated once in reverse mode.
 
@@ -83,13 +88,12 @@ class BilevelProblem:
             params: theta, or trial weights.
             tape: record the pass, if that may be.
         """
-        leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
-        encode = self.encode_once or self.encode
+        theta = leaves(params)
         if not (tape and self.recordable):
-            return EncoderPass(encode(leaves), leaves)
+            return EncoderPass(self.first_order_encode(theta), theta)
         recorder = Tape()
         with recorder.recording():
-            return EncoderPass(encode(leaves), leaves, recorder)
+            return EncoderPass(self.first_order_encode(theta), theta, recorder)
 
     def frozen_encoder(self) -> "BilevelProblem":
         """The same problem with a trial step on the heads alone: theta' = theta.
@@ -100,7 +104,7 @@ class BilevelProblem:
             features = self.encoded.features.detach()
         else:
             with torch.no_grad():
-                features = (self.encode_once or self.encode)(self.encoder_params)
+                features = self.first_order_encode(self.encoder_params)
         return replace(
             self,
             encode=lambda _: features,

@@ -2,7 +2,8 @@
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metamask_plugin.bilevel.estimator import Estimator, MetaGradient, gradients, leaves
+from metamask_plugin.bilevel.estimator import Estimator, MetaGradient, gradients
+from metamask_plugin.bilevel.params import leaves
 from metamask_plugin.bilevel.problem import BilevelProblem
 from metamask_plugin.bilevel.processes import OneProcess
 from metamask_plugin.bilevel.trial import Trial
