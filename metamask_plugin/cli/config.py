@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "wandb.project": "metamask_plugin",
     "wandb.offline": False,
     "evaluation.enabled": True,
+    "evaluation.final_report": True,
     "evaluation.knn.k": [5, 20, 200],
     "evaluation.knn.temperature": 0.07,
     "evaluation.knn.every_n_epochs": 1,

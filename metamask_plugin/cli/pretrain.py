@@ -102,7 +102,12 @@ def _run(cfg: DictConfig) -> RunFolder:
     started = time.monotonic()
     _fit(trainer, model, datamodule, checkpoint, folder)
     seconds = time.monotonic() - started
-    if trainer.is_global_zero and cfg.evaluation.enabled and evaluation.available:
+    if (
+        trainer.is_global_zero
+        and cfg.evaluation.enabled
+        and cfg.evaluation.final_report
+        and evaluation.available
+    ):
         device = trainer.strategy.root_device
         final_report(cfg, folder, evaluation, initial, model, callbacks["history"], seconds, device)
     return folder

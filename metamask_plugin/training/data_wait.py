@@ -1,4 +1,4 @@
-"""How much of an epoch the training waits for its data."""
+"""What an epoch costs, and how much of it the training waits for its data."""
 
 import time
 
@@ -20,6 +20,10 @@ class DataWait(pl.Callback):
     much as waiting. On CUDA the host only launches them, and runs ahead, so that its clock tells nothing: the
     times are those of events on the device, and w is the time the device stands idle or makes views.
 
+    Beside it ``train_seconds``, w + s of the epoch, and ``train_cpu_seconds``, the processor time of this
+    process (all threads, no workers) over the same spans: what an epoch costs on a machine that does other
+    things, too.
+
     Must stand before whatever reads the epoch's metrics.
 
     Attributes:
@@ -34,9 +38,14 @@ class DataWait(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         waiting, working = self.clock.seconds()
-        if waiting + working > 0:
-            share = waiting / (waiting + working)
-            pl_module.log("data_wait_share", share, reduce_fx="max", sync_dist=trainer.world_size > 1)
+        total = waiting + working
+        if total > 0:
+            cost = {
+                "data_wait_share": waiting / total,
+                "train_seconds": total,
+                "train_cpu_seconds": self.clock.processor_seconds,
+            }
+            pl_module.log_dict(cost, reduce_fx="max", sync_dist=trainer.world_size > 1)
 
 
 class LoopClock(Profiler):
@@ -44,6 +53,9 @@ class LoopClock(Profiler):
 
     A profiler, as no callback is called between a batch's last hook, where the meta step is made, and the
     question for the next.
+
+    Attributes:
+        processor_seconds: of all batches, from question to end.
     """
 
     def __init__(self) -> None:
@@ -55,10 +67,11 @@ class LoopClock(Profiler):
         self.device = device
         self._batches: list[tuple] = []
         self._asked = self._began = None
+        self.processor_seconds = 0.0
 
     def start(self, action_name: str) -> None:
         if action_name.endswith(".train_dataloader_next"):
-            self._asked = self._now()
+            self._asked, self._processor = self._now(), time.process_time()
         elif action_name == "run_training_batch":
             self._began = self._now()
 
@@ -67,6 +80,7 @@ class LoopClock(Profiler):
         last_hook = of_module and action_name.endswith(".on_train_batch_end")
         if last_hook and self._asked is not None and self._began is not None:
             self._batches.append((self._asked, self._began, self._now()))
+            self.processor_seconds += time.process_time() - self._processor
             self._asked = self._began = None
 
     def seconds(self) -> tuple[float, float]:

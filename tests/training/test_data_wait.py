@@ -21,6 +21,10 @@ class Clock:
     def perf_counter(self):
         return self.now
 
+    def process_time(self):
+        """Two threads at work all the time."""
+        return 2 * self.now
+
     def passes(self, seconds):
         self.now += seconds
 
@@ -98,8 +102,11 @@ def clock(monkeypatch):
 
 
 def test_loading_transfer_and_views_count_and_validation_and_callbacks_do_not(clock):
-    share = trained(clock, loading=2.5).callback_metrics["data_wait_share"]
-    assert float(share) == pytest.approx((2 * 2.5 + 3) / (2 * 2.5 + 3 + 5 + 2))
+    metrics = trained(clock, loading=2.5).callback_metrics
+    batch = 2 * 2.5 + 3 + 5 + 2
+    assert float(metrics["data_wait_share"]) == pytest.approx((2 * 2.5 + 3) / batch)
+    assert float(metrics["train_seconds"]) == pytest.approx(4 * batch)
+    assert float(metrics["train_cpu_seconds"]) == pytest.approx(2 * 4 * batch)
 
 
 def test_the_times_of_a_gpu_are_those_of_its_events(clock, monkeypatch):
