@@ -19,7 +19,19 @@ MAY_IMPORT = {
     "host": {"errors", "modules", "evaluation", "tasks"},
     "methods": {"errors", "bilevel", "host", "losses", "modules", "tasks"},
     "training": {"errors", "data", "evaluation", "modules"},
-    "cli": {"errors", "bilevel", "data", "evaluation", "host", "methods", "modules", "tasks", "training"},
+    "studies": {"errors", "data", "evaluation", "host", "modules", "training"},
+    "cli": {
+        "errors",
+        "bilevel",
+        "data",
+        "evaluation",
+        "host",
+        "methods",
+        "modules",
+        "studies",
+        "tasks",
+        "training",
+    },
 }
 
 

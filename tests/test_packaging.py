@@ -21,12 +21,15 @@ def test_the_plugin_and_every_module_are_installed():
     assert {".".join(path.parent.relative_to(ROOT).parts) for path in sources} <= found
 
 
-def test_every_config_is_installed():
+def test_every_config_and_template_is_installed():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    (pattern,) = setup["options.package_data"]["metamask_plugin"].split()
     installed = {
-        Path(path).resolve() for path in glob(str(ROOT / "metamask_plugin" / pattern), recursive=True)
+        Path(path).resolve()
+        for pattern in setup["options.package_data"]["metamask_plugin"].split()
+        for path in glob(str(ROOT / "metamask_plugin" / pattern), recursive=True)
     }
-    assert installed == {path.resolve() for path in (ROOT / "scripts").rglob("*.yaml")} != set()
+    configs = set((ROOT / "scripts").rglob("*.yaml"))
+    templates = set((ROOT / "metamask_plugin").rglob("*.html"))
+    assert installed == {path.resolve() for path in configs | templates} and configs and templates
     assert (ROOT / "scripts").resolve() == metamask_plugin.SCRIPTS.resolve()

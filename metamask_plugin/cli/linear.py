@@ -1,4 +1,4 @@
-"""``main_linear.py``: a linear or MLP probe on a frozen encoder, with solo-learn's config keys."""
+"""``main_linear.py``: a probe on a frozen encoder, or fine-tuning it, with solo-learn's config keys."""
 
 import sys
 from pathlib import Path
@@ -10,9 +10,19 @@ from tqdm import tqdm
 
 from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.errors import one_line_errors
+from metamask_plugin.data.registry import FRACTION_SEED
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.checkpoints import Pretrained, find_checkpoint, load_pretrained, read_args
 from metamask_plugin.evaluation.features import Features, extract_features
+from metamask_plugin.evaluation.finetune import (
+    ALL,
+    BATCH_SIZE,
+    FineTuneProtocol,
+    FineTuneResult,
+    finetune,
+    labelled_subset,
+    simclr_protocol,
+)
 from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
 from metamask_plugin.evaluation.linear import HEADS, PROTOCOLS, LinearProtocol, LinearResult, linear_probe
 from metamask_plugin.evaluation.report import format_table, write_summary
@@ -23,11 +33,13 @@ DEFAULTS: dict[str, Any] = {
     "seed": 5,
     "head": "linear",
     "masked": False,
+    "finetune": False,
     "accelerator": "auto",
     "checkpoint.enabled": True,
     "checkpoint.dir": "trained_models",
     "optimizer.weight_decay": 0.0,
     "optimizer.kwargs.momentum": 0.9,
+    "optimizer.kwargs.nesterov": False,
     "scheduler.name": "none",
     "scheduler.min_lr": 0.0,
     "scheduler.lr_decay_steps": [],
@@ -35,15 +47,20 @@ DEFAULTS: dict[str, Any] = {
 }
 """Used where the config is silent."""
 
-NEEDS_THE_ENCODER = ("finetune", "mixup", "cutmix", "label_smoothing", "auto_augment")
-"""Settings of solo-learn's ``main_linear.py`` that go beyond a probe on fixed features."""
+FINETUNE_PROTOCOLS = ("paper", "custom")
+"""Values of ``protocol`` with ``finetune=True``; ``paper`` is SimCLR's."""
+
+ELSEWHERE = ("mixup", "cutmix", "label_smoothing", "auto_augment")
+"""Settings of solo-learn's ``main_linear.py`` that there are none of here."""
 
 
-def run(cfg: DictConfig) -> LinearResult:
+def run(cfg: DictConfig) -> LinearResult | FineTuneResult:
     """Trains the probe, prints its accuracies, writes ``args.json``, ``summary.json`` and ``head.pt``.
 
-    They lie in ``<checkpoint.dir>/linear/<name>``; another run of that name replaces them. Bad input
-    ends it with one line and exit code 2.
+    They lie in ``<checkpoint.dir>/linear/<name>``; another run of that name replaces them. With
+    ``finetune=True`` the encoder is trained, too, on ``data.fraction`` of the labels; the folder is
+    ``<checkpoint.dir>/finetune/<name>`` then, and the network is in ``finetuned.pt``. Bad input ends it with
+    one line and exit code 2.
 
     Args:
         cfg: the composed config.
@@ -59,15 +76,20 @@ def shipped_configs() -> list[str]:
     return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
 
 
-def _run(cfg: DictConfig) -> LinearResult:
+def _run(cfg: DictConfig) -> LinearResult | FineTuneResult:
     _complete(cfg)
+    if cfg.finetune:
+        return _finetune(cfg)
     protocol_name, protocol = _protocol(cfg)
     device = _device(cfg.accelerator)
     pretrained = _pretrained(cfg)
     if cfg.masked:
         method = pretrained.args.get("method", "its method")
         check(pretrained.mask is not None, "masked", f"False, as {method} has no mask", True)
-    data = _data(cfg, pretrained)
+    node, view = _data_node(cfg, pretrained)
+    listed = node.get("subset_file")
+    check(listed is None, "data.subset_file", "left out without finetune=True", listed)
+    data = _data(node, view)
     print(
         f"{pretrained.path}: {cfg.head} head, protocol {protocol_name}, {protocol.epochs} epochs, "
         f"{data.sizes['train']} training and {data.sizes['test']} test images",
@@ -87,26 +109,81 @@ def _run(cfg: DictConfig) -> LinearResult:
     }
     print(format_table([row]))
     if cfg.checkpoint.enabled:
-        _write(cfg, pretrained, protocol, row, result)
+        folder = Path(cfg.checkpoint.dir) / "linear" / cfg.name
+        settings = {"best_epoch": result.best_epoch, "protocol_settings": vars(protocol)}
+        _write(folder, cfg, pretrained, {**row, **settings})
+        torch.save({"state_dict": result.state_dict, "head": cfg.head}, folder / "head.pt")
+        print(f"written to {folder}")
+    return result
+
+
+def _finetune(cfg: DictConfig) -> FineTuneResult:
+    for key, expected in (("masked", False), ("head", "linear")):
+        check(cfg[key] == expected, key, f"{expected} with finetune=True", cfg[key])
+    device = _device(cfg.accelerator)
+    pretrained = _pretrained(cfg)
+    node, view = _data_node(cfg, pretrained)
+    # the few labels are chosen here, from all images, where their seed is free and a list of them is known
+    choice = {
+        "fraction": node.pop("fraction", ALL),
+        "subset_seed": node.pop("subset_seed", FRACTION_SEED),
+        "subset_file": node.pop("subset_file", None),
+    }
+    data = _data(node, view)
+    images, of = len(labelled_subset(data.images("train"), **choice)), data.sizes["train"]
+    share = images / of if choice["subset_file"] else choice["fraction"]
+    protocol_name, protocol = _finetune_protocol(cfg, share)
+    print(
+        f"{pretrained.path}: fine-tuning, protocol {protocol_name}, {protocol.epochs} epochs, {images} of "
+        f"{of} training images and {data.sizes['test']} test images",
+        flush=True,
+    )
+    with tqdm(total=protocol.epochs, desc="epochs", disable=not sys.stderr.isatty()) as bar:
+        result = finetune(
+            pretrained.backbone,
+            data,
+            protocol=protocol,
+            seed=cfg.seed,
+            device=device,
+            progress=lambda done, total: bar.update(),
+            **choice,
+        )
+    row = {
+        "features": "fine-tuned",
+        "images": images,
+        "protocol": protocol_name,
+        "acc@1": result.acc1_last,
+        "acc@5": result.acc5_last,
+        "best acc@1": result.acc1_best,
+        "best acc@5": result.acc5_best,
+    }
+    print(format_table([row]))
+    if cfg.checkpoint.enabled:
+        folder = Path(cfg.checkpoint.dir) / "finetune" / cfg.name
+        settings = {"best_epoch": result.best_epoch, "steps": result.steps, "curve": result.curve}
+        _write(folder, cfg, pretrained, {**row, **choice, **settings, "protocol_settings": vars(protocol)})
+        torch.save({"state_dict": result.state_dict}, folder / "finetuned.pt")
+        print(f"written to {folder}")
     return result
 
 
 def _complete(cfg: DictConfig) -> None:
-    """Fills in defaults, in place, and refuses what a probe on fixed features cannot do."""
+    """Fills in defaults, in place, and refuses what is not there."""
     OmegaConf.set_struct(cfg, False)
     for key, value in DEFAULTS.items():
         if OmegaConf.select(cfg, key) is None:
             OmegaConf.update(cfg, key, value, force_add=True)
-    for key in NEEDS_THE_ENCODER:
+    for key in ELSEWHERE:
         if cfg.get(key):
             raise UserError(
-                f"{key} must be off here, got {cfg[key]!r}: this evaluator trains linear and MLP probes on "
-                "frozen features; solo-learn's own main_linear.py reads our checkpoints and does it"
+                f"{key} must be off here, got {cfg[key]!r}: this evaluator has crops, flips and plain labels "
+                "alone; solo-learn's own main_linear.py reads our checkpoints and does it"
             )
     if OmegaConf.select(cfg, "wandb.enabled"):
         print("wandb.enabled is ignored: the probe's numbers are in summary.json", file=sys.stderr)
     choose("head", cfg.head, HEADS)
-    check(isinstance(cfg.masked, bool), "masked", "True or False", cfg.masked)
+    for key in ("masked", "finetune"):
+        check(isinstance(cfg[key], bool), key, "True or False", cfg[key])
     check(isinstance(cfg.seed, int), "seed", "an integer", cfg.seed)
 
 
@@ -117,8 +194,31 @@ def _protocol(cfg: DictConfig) -> tuple[str, LinearProtocol]:
     """
     given = OmegaConf.select(cfg, "optimizer.name") is not None
     name = choose("protocol", cfg.get("protocol") or ("custom" if given else "paper"), [*PROTOCOLS, "custom"])
-    if name != "custom":
-        return name, PROTOCOLS[name]
+    return name, PROTOCOLS[name] if name != "custom" else LinearProtocol(**_optimizer_block(cfg))
+
+
+def _finetune_protocol(cfg: DictConfig, fraction: float) -> tuple[str, FineTuneProtocol]:
+    """SimCLR's for ``protocol=paper``, at the optimizer block's batch size, if it is given; or that block.
+
+    How small a crop may be and whether it is flipped is read from ``data.augmentations``, where it is given.
+    """
+    given = OmegaConf.select(cfg, "optimizer.name") is not None
+    name = choose("protocol", cfg.get("protocol") or ("custom" if given else "paper"), FINETUNE_PROTOCOLS)
+    view = {}
+    for key, path in (("crop_min_scale", "rrc.crop_min_scale"), ("horizontal_flip", "horizontal_flip.prob")):
+        value = OmegaConf.select(cfg, f"data.augmentations.{path}")
+        if value is not None:
+            view[key] = value
+    if name == "custom":
+        nesterov = cfg.optimizer.kwargs.nesterov
+        return name, FineTuneProtocol(**_optimizer_block(cfg), nesterov=nesterov, **view)
+    batch_size = cfg.optimizer.get("batch_size", BATCH_SIZE)
+    check(isinstance(batch_size, int), "optimizer.batch_size", "an int", batch_size)
+    return name, simclr_protocol(fraction, batch_size, **view)
+
+
+def _optimizer_block(cfg: DictConfig) -> dict[str, Any]:
+    """What the optimizer and scheduler blocks say, as a protocol's settings."""
     remedy = "set it in the YAML, or protocol=paper"
     for key, kind in (("lr", float), ("batch_size", int), ("weight_decay", float)):
         value = cfg.optimizer.get(key)
@@ -131,17 +231,17 @@ def _protocol(cfg: DictConfig) -> tuple[str, LinearProtocol]:
             remedy,
         )
     check(isinstance(cfg.max_epochs, int), "max_epochs", "an integer", cfg.max_epochs)
-    return name, LinearProtocol(
-        optimizer=cfg.optimizer.get("name"),
-        lr=cfg.optimizer.lr * cfg.optimizer.batch_size / 256,
-        epochs=cfg.max_epochs,
-        batch_size=cfg.optimizer.batch_size,
-        weight_decay=cfg.optimizer.weight_decay,
-        momentum=cfg.optimizer.kwargs.momentum,
-        scheduler=cfg.scheduler.name,
-        lr_end=cfg.scheduler.min_lr,
-        lr_decay_steps=tuple(cfg.scheduler.lr_decay_steps),
-    )
+    return {
+        "optimizer": cfg.optimizer.get("name"),
+        "lr": cfg.optimizer.lr * cfg.optimizer.batch_size / 256,
+        "epochs": cfg.max_epochs,
+        "batch_size": cfg.optimizer.batch_size,
+        "weight_decay": cfg.optimizer.weight_decay,
+        "momentum": cfg.optimizer.kwargs.momentum,
+        "scheduler": cfg.scheduler.name,
+        "lr_end": cfg.scheduler.min_lr,
+        "lr_decay_steps": tuple(cfg.scheduler.lr_decay_steps),
+    }
 
 
 def _device(accelerator: str) -> torch.device:
@@ -172,10 +272,15 @@ def _pretrained(cfg: DictConfig) -> Pretrained:
     )
 
 
-def _data(cfg: DictConfig, pretrained: Pretrained) -> LabelledData:
+def _data_node(cfg: DictConfig, pretrained: Pretrained) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is tested on, and how its images look: the config's, over what the encoder was trained on."""
     given = OmegaConf.to_container(cfg.get("data") or OmegaConf.create({}), resolve=True)
     trained = next(iter(pretrained.args.get("augmentations") or []), {})
     view = {**trained, **(given.pop("augmentations", None) or {})}
+    return merged_data(pretrained.args, given), view
+
+
+def _data(node: dict[str, Any], view: dict[str, Any]) -> LabelledData:
     crop_size = view.get("crop_size")
     check(
         isinstance(crop_size, int) and crop_size >= 1,
@@ -183,8 +288,7 @@ def _data(cfg: DictConfig, pretrained: Pretrained) -> LabelledData:
         "an integer >= 1",
         crop_size,
     )
-    data = merged_data(pretrained.args, given)
-    return LabelledData(data, crop_size, view.get("mean"), view.get("std"))
+    return LabelledData(node, crop_size, view.get("mean"), view.get("std"))
 
 
 def _extract(pretrained: Pretrained, data: LabelledData, split: str, device: torch.device) -> Features:
@@ -193,23 +297,12 @@ def _extract(pretrained: Pretrained, data: LabelledData, split: str, device: tor
         return extract_features(pretrained.backbone, loader, device, lambda done, total: bar.update())
 
 
-def _write(
-    cfg: DictConfig,
-    pretrained: Pretrained,
-    protocol: LinearProtocol,
-    row: dict[str, Any],
-    result: LinearResult,
-) -> None:
-    folder = Path(cfg.checkpoint.dir) / "linear" / cfg.name
+def _write(folder: Path, cfg: DictConfig, pretrained: Pretrained, results: dict[str, Any]) -> None:
     write_summary(folder / "args.json", OmegaConf.to_container(cfg, resolve=True))
     summary = {
-        **row,
-        "best_epoch": result.best_epoch,
+        **results,
         "checkpoint": pretrained.path,
         "pretrain_method": pretrained.args.get("method"),
-        "protocol_settings": vars(protocol),
         "seed": cfg.seed,
     }
     write_summary(folder / "summary.json", summary)
-    torch.save({"state_dict": result.state_dict, "head": cfg.head}, folder / "head.pt")
-    print(f"written to {folder}")

@@ -58,7 +58,7 @@ def run(cfg: DictConfig) -> RunFolder:
     """
     with one_line_errors():
         check(len(cfg) > 0, "--config-name", f"one of {', '.join(shipped_configs())}", None)
-        return _run(complete(with_own_task_settings(cfg)))
+        return pretrain(complete(with_own_task_settings(cfg)))
 
 
 def shipped_configs() -> list[str]:
@@ -69,7 +69,18 @@ def shipped_configs() -> list[str]:
     return sorted(name for name in names if not name.startswith("setting/"))
 
 
-def _run(cfg: DictConfig) -> RunFolder:
+def pretrain(cfg: DictConfig) -> RunFolder:
+    """Pretrains, evaluates and reports.
+
+    Args:
+        cfg: a complete config, see :func:`~metamask_plugin.cli.config.complete`.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: for bad input.
+    """
     _quiet()
     choose("method", cfg.method, METHODS)
     dataset = load_dataset(cfg.data)

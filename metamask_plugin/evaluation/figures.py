@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -135,7 +136,7 @@ def feature_correlation(
     lengths = (len(before), len(after), len(labels))
     check(min(lengths) == max(lengths) >= 2, "features", "2 or more, one for each label", lengths)
     labels = labels.cpu()
-    standardised = [_standardise(feats) for feats in (before, after)]
+    standardised = [standardise(feats) for feats in (before, after)]
     means = [_class_means(z, labels) for z in standardised]
     # a symmetric scale that a few strong dimensions do not wash out
     limit = max(1e-6, max(float(m.abs().quantile(0.99)) for m in means))
@@ -155,7 +156,7 @@ def feature_correlation(
         right.set_title(f"{name}: mean |correlation| {mean_correlation(z):.3f}", fontsize=10)
         right.set(xlabel="feature dimension", ylabel="feature dimension")
         for axis in (left.xaxis, right.xaxis, right.yaxis):
-            _label_dimensions(axis, shown)
+            label_dimensions(axis, shown)
     bar = {"location": "bottom", "shrink": 0.7, "aspect": 30, "pad": 0.02}
     figure.colorbar(classes, ax=grid[:, 0], label="mean standardised feature", extend="both", **bar)
     figure.colorbar(pairs, ax=grid[:, 1], label="|correlation| of two dimensions", **bar)
@@ -171,7 +172,7 @@ def mean_correlation(feats: torch.Tensor) -> float:
     Returns:
         Between 0 (decoupled) and 1 (all dimensions say the same); NaN when fewer than two vary.
     """
-    z = _standardise(feats)
+    z = standardise(feats)
     z = z[:, z.abs().amax(dim=0) > 0]
     dim = z.shape[1]
     if dim < 2:
@@ -238,7 +239,7 @@ def _draw_sorted_weights(axes: Axes, final: torch.Tensor) -> torch.Tensor:
     return order
 
 
-def _standardise(feats: torch.Tensor) -> torch.Tensor:
+def standardise(feats: torch.Tensor) -> torch.Tensor:
     """Zero mean and unit variance over the images; dimensions that never vary become 0."""
     feats = feats.detach().double().cpu()
     variance, mean = torch.var_mean(feats, dim=0, correction=0)
@@ -250,6 +251,7 @@ def _class_means(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.stack([z[labels == label].mean(dim=0) for label in labels.unique()])
 
 
-def _label_dimensions(axis, shown: torch.Tensor) -> None:
+def label_dimensions(axis: Axis, shown: torch.Tensor) -> None:
+    """Five ticks with the numbers of the dimensions ``shown``, (d,), of which each has a row or column."""
     places = torch.linspace(0, len(shown) - 1, min(5, len(shown))).round().long().tolist()
     axis.set_ticks(places, labels=[str(int(shown[place])) for place in places])

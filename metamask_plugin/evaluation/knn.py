@@ -60,11 +60,11 @@ def knn_predict(
     [0] Wu et al., *Unsupervised Feature Learning via Non-Parametric Instance Discrimination*, CVPR 2018.
     [1] Caron et al., *Emerging Properties in Self-Supervised Vision Transformers*, ICCV 2021, Appendix F.
     """
-    _check_settings((k,), temperature, distance)
-    _check_bank(train_feats, train_labels, test_feats)
+    check_settings((k,), temperature, distance)
+    check_bank(train_feats, train_labels, test_feats)
     check(int(train_labels.max()) < num_classes, "num_classes", "> the largest label", num_classes)
     chunks = _nearest(train_feats, test_feats, k, distance)
-    votes = [_vote(s, train_labels[i], num_classes, temperature, distance) for _, s, i in chunks]
+    votes = [vote(s, train_labels[i], num_classes, temperature, distance) for _, s, i in chunks]
     return torch.cat(votes) if votes else train_feats.new_zeros(0, num_classes)
 
 
@@ -92,8 +92,8 @@ def knn_accuracies(
     Raises:
         UserError: for features or labels that do not fit, or a setting out of range.
     """
-    _check_settings(k, temperature, distance)
-    _check_bank(train.feats, train.labels, test.feats, test.labels)
+    check_settings(k, temperature, distance)
+    check_bank(train.feats, train.labels, test.feats, test.labels)
     bank, bank_labels = train.feats.to(device), train.labels.to(device)
     feats, labels = test.feats.to(device), test.labels.to(device)
     num_classes = int(torch.max(bank_labels.max(), labels.max())) + 1
@@ -101,7 +101,7 @@ def knn_accuracies(
     for rows, similarities, indices in _nearest(bank, feats, max(k), distance):
         neighbour_labels = bank_labels[indices]
         for size in hits:
-            scores = _vote(
+            scores = vote(
                 similarities[:, :size], neighbour_labels[:, :size], num_classes, temperature, distance
             )
             hits[size] += _count_hits(scores, labels[rows])
@@ -194,7 +194,7 @@ class WeightedKNNClassifier(Metric):
 
     def __init__(self, k: int = 20, T: float = 0.07, distance_fx: str = "cosine", **kwargs):
         super().__init__(**kwargs)
-        _check_settings((k,), T, distance_fx)
+        check_settings((k,), T, distance_fx)
         self.k, self.T, self.distance_fx = k, T, distance_fx
         for state in ("train_features", "train_targets", "test_features", "test_targets"):
             self.add_state(state, default=[], dist_reduce_fx="cat", persistent=False)
@@ -238,18 +238,20 @@ class WeightedKNNClassifier(Metric):
         return accuracy.acc1, accuracy.acc5
 
 
-def _check_settings(k: Sequence[int], temperature: float, distance: str) -> None:
+def check_settings(k: Sequence[int], temperature: float, distance: str) -> None:
+    """Raises a :class:`UserError` for a setting that does not exist or is out of range."""
     check(len(k) > 0 and all(size >= 1 for size in k), "k", ">= 1", k if len(k) != 1 else k[0])
     choose("distance", distance, DISTANCES)
     check(temperature > 0, "temperature", "> 0", temperature, "0.07 is the usual value")
 
 
-def _check_bank(
+def check_bank(
     train_feats: torch.Tensor,
     train_labels: torch.Tensor,
     test_feats: torch.Tensor,
     test_labels: torch.Tensor | None = None,
 ) -> None:
+    """Raises a :class:`UserError` for features or labels that do not fit each other."""
     check(len(train_feats) > 0, "training features", "at least one", 0)
     dims = (train_feats.shape[1], test_feats.shape[1])
     check(dims[0] == dims[1], "training and test features", "of one dimension", dims)
@@ -286,13 +288,14 @@ def _nearest(
         yield rows, values, indices
 
 
-def _vote(
+def vote(
     similarities: torch.Tensor,
     neighbour_labels: torch.Tensor,
     num_classes: int,
     temperature: float,
     distance: str,
 ) -> torch.Tensor:
+    """Class scores (N, C) from similarities (N, k), the largest first, and the neighbours' labels (N, k)."""
     if distance == "cosine":
         # relative to the nearest, which cancels in the normalisation: exp(1 / T) overflows for small T
         weights = ((similarities - similarities[:, :1]) / temperature).exp()

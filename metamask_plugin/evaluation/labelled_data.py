@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
-from metamask_plugin.data import PretrainDataModule, load_dataset
+from metamask_plugin.data import ImageSplit, PretrainDataModule, load_dataset
 from metamask_plugin.errors import UserError, check
 
 READABLE_FORMATS = ("image_folder", "dali", None)
@@ -67,6 +67,8 @@ class LabelledData:
         batch_size: images in a batch.
 
     Attributes:
+        crop_size: as given.
+        name: of the data set.
         num_classes: C.
         sizes: number of labelled images by split.
 
@@ -98,6 +100,9 @@ class LabelledData:
         cfg = {"data": data, "augmentations": [entry], "optimizer": {"batch_size": 1}}
         self._module = PretrainDataModule(replace(dataset, **splits), OmegaConf.create(cfg))
         self._batch_size = batch_size
+        self._loading = {key: data.get(key) for key in ("pipeline", "num_workers")}
+        self.crop_size = crop_size
+        self.name = dataset.name
         self.num_classes = dataset.num_classes
         self.sizes = {name: len(split) for name, split in splits.items()}
 
@@ -121,6 +126,31 @@ class LabelledData:
             return self._module.evaluation_loader(getattr(self._module.dataset, split), batch_size)
         self.require_boxes()
         return self._module.region_loader(split, region, form, batch_size)
+
+    def images(self, split: str) -> ImageSplit:
+        """The labelled images of ``"train"`` or ``"test"``, in the loaders' order."""
+        return getattr(self._module.dataset, split)
+
+    def augmented(
+        self, images: ImageSplit, view: Mapping[str, Any], batch_size: int, seed: int, on_device: bool | None
+    ) -> PretrainDataModule:
+        """What a supervised training draws its batches from: one augmented view of each image.
+
+        Args:
+            images: labelled training images, some or all of :meth:`images`.
+            view: an entry of solo-learn's ``augmentations``, without ``crop_size``.
+            batch_size: at most as many as there are images.
+            seed: of the images' order.
+            on_device: see ``data.on_device`` of :class:`~metamask_plugin.data.PretrainDataModule`.
+        """
+        entry = {**view, "crop_size": self.crop_size, "num_crops": 1}
+        cfg = {
+            "data": {**self._loading, "on_device": on_device},
+            "augmentations": [entry],
+            "optimizer": {"batch_size": batch_size},
+            "seed": seed,
+        }
+        return PretrainDataModule(replace(self._module.dataset, train=images), OmegaConf.create(cfg))
 
     def require_boxes(self) -> None:
         """Raises a :class:`UserError` unless foreground and background of all images are known."""

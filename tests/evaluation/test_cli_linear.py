@@ -16,6 +16,7 @@ from metamask_plugin.evaluation.linear import PROTOCOLS, LinearProtocol, build_h
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "scripts" / "linear"
 NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+FINETUNED = [name for name in NAMES if name.endswith("semi_supervised")]
 
 
 def composed(name, *overrides, folder=CONFIGS, hydra=False):
@@ -60,8 +61,14 @@ def test_every_config_composes_to_the_same_both_ways_and_steps_once(name, run_fo
     assert "handlers" not in hydra.job_logging, "Hydra should write no log file"
     assert (CONFIGS / f"{name}.yaml").read_text().startswith("# @package _global_\n")
 
-    # the encoder and data at hand, everything else as it stands but for the paper's 500 epochs
+    # the encoder and data at hand, all labels, everything else as it stands but for the paper's 500 epochs
     OmegaConf.set_struct(cfg, False)
+    assert (cfg.get("finetune") is True) == (name in FINETUNED)
+    if name in FINETUNED:
+        cfg.protocol = "custom"
+        cfg.scheduler = {"name": "cosine"}
+        # two epochs of large batches are hardly a step
+        cfg.optimizer.batch_size, cfg.optimizer.lr = 32, 0.4
     shortened = cfg.get("protocol") == "paper"
     if shortened:
         cfg.protocol = "fast"
@@ -74,7 +81,8 @@ def test_every_config_composes_to_the_same_both_ways_and_steps_once(name, run_fo
     result = run(cfg)
     assert result.acc1_last > 50
     assert result.epochs == (100 if shortened or name == "confounded_digits" else 2)
-    assert (run_folder.parent / "linear" / cfg.name / "summary.json").exists()
+    kind = "finetune" if name in FINETUNED else "linear"
+    assert (run_folder.parent / kind / cfg.name / "summary.json").exists()
 
 
 def test_the_shipped_optimizer_blocks_are_solo_learns_protocol(run_folder, monkeypatch):
@@ -129,8 +137,8 @@ def test_a_run_says_the_same_twice(run_folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"finetune": True}, "frozen features; solo-learn's own main_linear.py"),
         ({"mixup": 0.8}, "mixup must be off here, got 0.8"),
+        ({"data__subset_file": "1percent.txt"}, "data.subset_file must be left out without finetune=True"),
         ({"pretrained_feature_extractor": "None"}, "add pretrained_feature_extractor="),
         ({"pretrained_feature_extractor": "/nowhere.ckpt"}, "an existing file or directory"),
         ({"backbone__name": "resnet18"}, "set backbone.name=conv4"),

@@ -1,0 +1,173 @@
+"""``main_study.py``: the trials of a study, and the report over what is finished."""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from metamask_plugin import SCRIPTS
+from metamask_plugin.cli.config import complete
+from metamask_plugin.cli.errors import one_line_errors
+from metamask_plugin.cli.pretrain import pretrain
+from metamask_plugin.data import load_dataset
+from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.methods import METHODS
+from metamask_plugin.studies.equal_time import calibrated, calibration, is_measured, write_calibration
+from metamask_plugin.studies.measures import MEASURES
+from metamask_plugin.studies.results import write_results
+from metamask_plugin.studies.spec import Study, study_of
+from metamask_plugin.studies.trial import Pretraining, TrialRun, log_file
+
+Launch = Callable[[list[list[str]], int], Sequence[Any]]
+"""Runs a job for each list of overrides of the study's config, numbered from the second argument on."""
+
+
+def with_pretraining_overrides(argv: Sequence[str]) -> list[str]:
+    """Turns what stands behind ``--`` into the study config's ``overrides``, quoted as Hydra wants it."""
+    if "--" not in argv:
+        return list(argv)
+    place = list(argv).index("--")
+    quoted = ",".join(
+        "'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in argv[place + 1 :]
+    )
+    return [*argv[:place], f"overrides=[{quoted}]"]
+
+
+def run_trial(cfg: DictConfig) -> None:
+    """One job: the trial ``cfg.trial``. A failure by bad input is in its record, not raised.
+
+    Args:
+        cfg: the composed study config.
+    """
+    study = _study(cfg)
+    check(
+        isinstance(cfg.trial, int) and 0 <= cfg.trial < len(study.trials),
+        "trial",
+        "one of the study's",
+        cfg.trial,
+    )
+    run = TrialRun(study, study.trials[cfg.trial])
+    print(f"\n[{cfg.trial + 1} of {len(study.trials)}] {run.trial.title}", flush=True)
+    silence = log_file(run.record_path.with_suffix(".log")) if cfg.quiet else contextlib.nullcontext()
+    with silence:
+        record = run.run(Pretraining(lambda pretraining: pretrain(complete(pretraining)), _build))
+    if record["state"] == "failed":
+        print(f"failed: {run.trial.title}: {record['error']}", flush=True)
+    else:
+        print(f"finished in {sum(record['seconds'].values()):.0f} s: {run.trial.title}", flush=True)
+
+
+def sweep(cfg: DictConfig, launch: Launch) -> Path | None:
+    """Launches the trials that are not finished, then writes results and report.
+
+    The report is also written when it is interrupted; the same command goes on with what is left.
+
+    Args:
+        cfg: the composed study config.
+        launch: hands trials to Hydra's launcher.
+
+    Returns:
+        The report's path.
+    """
+    with one_line_errors():
+        check(len(cfg) > 1, "--config-name", f"one of {', '.join(shipped_studies())}", None)
+        study = study_of(cfg)
+        for name in study.measures:
+            choose("measures", name, MEASURES)
+        first = 0
+        if is_measured(study) and not (study.folder / "calibration.json").exists() and not cfg.report_only:
+            print(f"{study.title}: what an epoch of each costs")
+            records = _run_missing(calibration(study), launch, 0, cfg, ["calibrating=True"])
+            write_calibration(study, records)
+            first = len(records)
+        study = calibrated(study)
+        print(f"{study.title} ({study.size}), {study.source}")
+        try:
+            records = _run_missing(study, launch, first, cfg)
+        except (KeyboardInterrupt, SystemExit):
+            report = _report(study)
+            print(f"interrupted; the same command goes on. So far: {report}")
+            raise SystemExit(130) from None
+        report = _report(study)
+        print(f"\nreport: {report}")
+        failed = [record for record in records if record is not None and record["state"] == "failed"]
+        if failed:
+            raise UserError(
+                f"{len(failed)} of {len(study.trials)} trials failed, the first ({failed[0]['title']}) as: "
+                f"{failed[0]['error']}"
+            )
+        return report
+
+
+def _study(cfg: DictConfig) -> Study:
+    study = study_of(cfg)
+    return calibration(study) if cfg.calibrating else calibrated(study)
+
+
+def _run_missing(
+    study: Study, launch: Launch, first: int, cfg: DictConfig, overrides: Sequence[str] = ()
+) -> list[dict[str, Any] | None]:
+    """Launches what is not finished; returns the records, None for a trial that has none."""
+    runs = [TrialRun(study, trial) for trial in study.trials]
+    missing = [] if cfg.report_only else [run.trial.index for run in runs if not run.finished]
+    print(
+        f"{len(runs) - len(missing)} of {len(runs)} trials are finished, {len(missing)} to make", flush=True
+    )
+    jobs = [[*overrides, f"trial={index}"] for index in missing]
+    # with a time limit one after the other, as a launcher takes all it is given
+    together = 1 if cfg.minutes is not None else max(1, len(jobs))
+    started = time.monotonic()
+    for start in range(0, len(jobs), together):
+        if cfg.minutes is not None and time.monotonic() - started > 60 * cfg.minutes:
+            left = len(jobs) - start
+            print(f"{cfg.minutes} minutes are over; {left} trials are left, the same command goes on")
+            break
+        for job in launch(jobs[start : start + together], first + start):
+            _ = job.return_value  # raises what the job raised
+    return [run.record for run in runs]
+
+
+def _report(study: Study) -> Path:
+    return write_results(study, [TrialRun(study, trial) for trial in study.trials])
+
+
+def _build(cfg: DictConfig) -> nn.Module:
+    """The untrained method of a pretraining config."""
+    cfg = complete(cfg)
+    cfg.data.num_classes = load_dataset(cfg.data).num_classes
+    with torch.random.fork_rng():
+        return METHODS[cfg.method](cfg)
+
+
+def shipped_studies() -> list[str]:
+    """Names of the study configs."""
+    return sorted(path.stem for path in (SCRIPTS / "study").glob("*.yaml") if path.stem != "base")
+
+
+def catalogue() -> str:
+    """All studies with their settings, as text."""
+    width = max(80, shutil.get_terminal_size().columns)
+    lines = ["studies  (python main_study.py --config-name <name> [size=paper|digits|smoke] [key=value ...])"]
+    with initialize_config_dir(str((SCRIPTS / "study").resolve()), version_base="1.2"):
+        for name in shipped_studies():
+            cfg = compose(name)
+            study = study_of(cfg)
+            lines += ["", f"{name}: {study.title}"]
+            if study.claim:
+                lines.append(f"  claim     {study.claim}")
+            for factor in study.factors:
+                values = list(dict.fromkeys(str(trial.factors[factor]) for trial in study.trials))
+                lines.append(f"  {factor:<9} {', '.join(values)}")
+            configs = ", ".join(dict.fromkeys(trial.config for trial in study.trials))
+            lines.append(f"  config    {' '.join([configs, *OmegaConf.to_container(cfg.settings)])}")
+            measures = [f"{key} {options}" if options else key for key, options in study.measures.items()]
+            lines.append(f"  measures  {', '.join(measures)}")
+            lines.append(f"  trials    {len(study.trials)}, seeds {', '.join(map(str, study.seeds))}")
+    return "\n".join(line if len(line) <= 2 * width else line[: 2 * width - 1] + "…" for line in lines)

@@ -1,0 +1,320 @@
+"""The confounder audit: which dimensions of an encoder hurt, and what dropping them is worth.
+
+Among many random masks some are above the unmasked accuracy by chance, on the very images that they are
+compared on: that alone shows no confounder. The audit therefore chooses on one half of the test images and
+counts on the other, gives every effect an interval over images, and corrects for the number of dimensions.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from metamask_plugin.errors import check, choose
+from metamask_plugin.evaluation.audit_result import (
+    AuditResult,
+    Effects,
+    RandomMasks,
+    Removal,
+    WeightAgreement,
+)
+from metamask_plugin.evaluation.dimension_masks import below_average, masked_correct, random_masks
+from metamask_plugin.evaluation.features import Features, Progress
+from metamask_plugin.evaluation.paired_statistics import (
+    Estimates,
+    banzhaf_values,
+    bootstrap_gain,
+    paired_differences,
+    rank_correlation,
+    reality_check,
+    stratified_halves,
+)
+
+RATES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+REMOVALS = ("banzhaf", "leave_one_out", "greedy")
+
+# how often the best random mask is chosen anew, on another half
+RESPLITS = 100
+
+
+def audit(
+    train: Features,
+    test: Features,
+    metric: str = "knn20",
+    rates: Sequence[float] = RATES,
+    draws: int = 100,
+    banzhaf_masks: int | None = None,
+    keep: float = 0.5,
+    removal: str = "banzhaf",
+    max_removed: int | None = None,
+    weights: torch.Tensor | None = None,
+    level: float = 0.05,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> AuditResult:
+    """Finds the dimensions of frozen features that hurt, and what is left of the gain on other images.
+
+    The test images are split at random, class by class, into a half for selection and one that is held out.
+
+    - The *effect* of a dimension is accuracy with it minus without it: once from the full set
+      (``leave_one_out``) and once as the mean over random sets of the others (``banzhaf``), which sees a
+      confounder even where another hides it. Harmful is what is below 0 at the false-discovery rate.
+    - *Random masks* of each rate, after MetaMask's Fig. 2: how many are above the unmasked accuracy, and what
+      the best on one half gains on the other.
+    - *Removal* of the most harmful dimensions: the order and how many come from the selection half, the gain
+      is counted on the held-out half.
+
+    Args:
+        train: what the classifier learns from, (M, D).
+        test: (N, D); intervals are over these images.
+        metric: the classifier: ``knn<k>``, e.g. ``knn20``, or ``linear``, a least-squares probe.
+        rates: shares of dimensions that random masks drop; those that would drop none or all are left out.
+        draws: random masks of each rate.
+        banzhaf_masks: random sets for the Banzhaf values; by default 2,000, or 4 D if that is more.
+        keep: probability of a dimension to be in such a set.
+        removal: the order: ``banzhaf``, ``leave_one_out``, or ``greedy``, which asks anew after each
+            dimension and takes D times as many masks.
+        max_removed: at most so many dimensions are removed; by default D / 2, greedily 16.
+        weights: a learned mask (D,), to be compared with the effects.
+        level: false-discovery rate, and 1 minus the coverage of the intervals.
+        seed: of splits, masks and bootstrap.
+        device: where to classify; by default where the features are.
+        progress: called with (masks done, masks in all).
+
+    Raises:
+        UserError: for features that do not fit, or a setting out of range.
+    """
+    dim = train.feats.shape[1]
+    choose("removal", removal, REMOVALS)
+    check(dim >= 2, "features", "of two or more dimensions", dim)
+    check(draws >= 1, "draws", ">= 1", draws)
+    check(0 < keep < 1, "keep", "between 0 and 1", keep)
+    check(max_removed is None or max_removed >= 1, "max_removed", ">= 1", max_removed)
+    check(0 < level < 1, "level", "between 0 and 1", level, "0.05 is the usual value")
+    if weights is not None:
+        weights = weights.detach().cpu().double().flatten()
+        check(weights.shape == (dim,), "weights", f"one for each of {dim} dimensions", tuple(weights.shape))
+    banzhaf_masks = banzhaf_masks if banzhaf_masks is not None else max(2000, 4 * dim)
+    check(banzhaf_masks > dim + 1, "banzhaf_masks", f"more than {dim + 1}", banzhaf_masks)
+    most = min(dim - 1, max_removed or (16 if removal == "greedy" else dim // 2))
+    rates = [rate for rate in rates if 0 < round(rate * dim) < dim]
+    generator = torch.Generator().manual_seed(seed)
+    steps = sum(dim - done for done in range(most)) if removal == "greedy" else len(_counts(most)) - 1
+    total = 1 + dim + banzhaf_masks + draws * len(rates) + steps + (2 if weights is not None else 0)
+    classify = partial(masked_correct, train, test, metric=metric, device=device)
+    judge = _Judge(classify, progress, total)
+    labels = test.labels.cpu()
+    first = stratified_halves(labels, generator)
+    halves = {"all": torch.ones_like(first), "selection": first, "held-out": ~first}
+    base = judge(torch.ones(1, dim, dtype=torch.bool))[0]
+    single = judge(~torch.eye(dim, dtype=torch.bool))
+    sets = torch.rand(banzhaf_masks, dim, generator=generator) < keep
+    sets[~sets.any(dim=1)] = True  # nothing can be told from no dimension at all
+    of_sets = judge(sets)
+    effects = {
+        "leave_one_out": _effects(
+            lambda half: paired_differences(base[half], single[:, half], level), halves
+        ),
+        "banzhaf": _effects(lambda half: banzhaf_values(sets, of_sets[:, half], level), halves),
+    }
+    found = effects["banzhaf"].all
+    significant = found.q <= level
+    ranked = np.argsort(found.value, kind="stable")
+    random = [
+        _random_masks(rate, masks, judge(masks), base, halves, labels, seed, level)
+        for rate, masks in ((rate, random_masks(dim, rate, draws, generator)) for rate in rates)
+    ]
+    return AuditResult(
+        metric=metric,
+        images={split: int(half.sum()) for split, half in halves.items()},
+        dimensions=dim,
+        accuracy={split: _percent(base[half]) for split, half in halves.items()},
+        effects=effects,
+        harmful=[int(d) for d in ranked if significant[d] and found.value[d] < 0],
+        helpful=int((significant & (found.value > 0)).sum()),
+        random=random,
+        removal=_remove(judge, base, halves, effects, removal, most, seed, level),
+        weights=None if weights is None else _agreement(judge, weights, effects, level),
+        level=level,
+        seed=seed,
+    )
+
+
+def random_mask_rows(
+    train: Features,
+    test: Features,
+    rates: Sequence[float],
+    draws: int,
+    metric: str = "knn20",
+    among: torch.Tensor | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """The points of MetaMask's Figs. 2, 8 and 9, on all test images.
+
+    Args:
+        train: what the classifier learns from, (M, D).
+        test: (N, D).
+        rates: shares of the dimensions to drop. 0, and 1 of ``among``, have one mask only.
+        draws: masks of each other rate.
+        metric: ``knn<k>`` or ``linear``.
+        among: only these may be dropped, bool (D,) or indices; Fig. 9 takes ``below_average(weights)``.
+        seed: of the masks.
+        device: where to classify; by default where the features are.
+        progress: called with (masks done, masks in all).
+
+    Returns:
+        Rows ``rate``, ``draw``, ``split`` (``"all"``), ``metric`` and ``value`` in percent.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dim = train.feats.shape[1]
+    counts = [1 if rate in (0, 1) else draws for rate in rates]
+    masks = torch.cat(
+        [random_masks(dim, rate, count, generator, among) for rate, count in zip(rates, counts)]
+    )
+    values = 100 * masked_correct(train, test, masks, metric, device, progress).double().mean(dim=1)
+    points = [(rate, draw) for rate, count in zip(rates, counts) for draw in range(count)]
+    return [
+        {"rate": float(rate), "draw": draw, "split": "all", "metric": metric, "value": value}
+        for (rate, draw), value in zip(points, values.tolist())
+    ]
+
+
+class _Judge:
+    """Masks, bool (R, D), to correctness, bool (R, N); counts them for a progress bar."""
+
+    def __init__(self, classify: Callable[..., torch.Tensor], progress: Progress | None, total: int):
+        self.classify, self.progress, self.total, self.done = classify, progress, total, 0
+
+    def __call__(self, masks: torch.Tensor) -> torch.Tensor:
+        correct = self.classify(masks, progress=self._report if self.progress is not None else None)
+        self.done += len(masks)
+        return correct
+
+    def _report(self, done: int, _: int | None) -> None:
+        self.progress(self.done + done, self.total)
+
+
+def _percent(correct: torch.Tensor) -> float:
+    return 100 * float(correct.double().mean())
+
+
+def _effects(estimate: Callable[[torch.Tensor], Estimates], halves: dict[str, torch.Tensor]) -> Effects:
+    found = {split: estimate(half) for split, half in halves.items()}
+    return Effects(found["all"], found["selection"].value, found["held-out"].value)
+
+
+def _random_masks(
+    rate: float,
+    masks: torch.Tensor,
+    correct: torch.Tensor,
+    base: torch.Tensor,
+    halves: dict[str, torch.Tensor],
+    labels: torch.Tensor,
+    seed: int,
+    level: float,
+) -> RandomMasks:
+    accuracy = {split: 100 * correct[:, half].double().mean(dim=1).numpy() for split, half in halves.items()}
+    gain = {split: values - _percent(base[halves[split]]) for split, values in accuracy.items()}
+    best = int(gain["selection"].argmax())
+    held_out = halves["held-out"]
+    selected, kept = _resplit_gains(correct, base, labels, seed)
+    return RandomMasks(
+        rate=rate,
+        dropped=int((~masks[0]).sum()),
+        accuracy=accuracy,
+        above={split: float((values > 1e-9).mean()) for split, values in gain.items()},
+        best=best,
+        selection_gain=float(gain["selection"][best]),
+        held_out_gain=bootstrap_gain(base[held_out], correct[best, held_out], seed, level=level),
+        optimism=selected - kept,
+        mean_selection_gain=selected,
+        mean_held_out_gain=kept,
+        correlation=rank_correlation(gain["selection"], gain["held-out"], level),
+        reality_check=reality_check(base, correct, seed),
+    )
+
+
+def _resplit_gains(
+    correct: torch.Tensor, base: torch.Tensor, labels: torch.Tensor, seed: int
+) -> tuple[float, float]:
+    """Mean gain of the best mask on the half that chose it, and on the other, over random splits."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.stack([stratified_halves(labels, generator) for _ in range(RESPLITS)]).double()
+    difference = correct.double() - base.double()
+    selection = difference @ (first / first.sum(dim=1, keepdim=True)).T
+    held_out = difference @ ((1 - first) / (1 - first).sum(dim=1, keepdim=True)).T
+    best = selection.argmax(dim=0, keepdim=True)
+    return tuple(100 * float(gains.gather(0, best).mean()) for gains in (selection, held_out))
+
+
+def _remove(
+    judge: _Judge,
+    base: torch.Tensor,
+    halves: dict[str, torch.Tensor],
+    effects: dict[str, Effects],
+    method: str,
+    most: int,
+    seed: int,
+    level: float,
+) -> Removal:
+    selection, held_out = halves["selection"], halves["held-out"]
+    if method == "greedy":
+        order, counts, correct = _greedy(judge, len(effects["banzhaf"].selection), most, selection)
+    else:
+        order = np.argsort(effects[method].selection, kind="stable")[:most].tolist()
+        counts = _counts(most)
+        masks = torch.ones(len(counts) - 1, len(effects[method].selection), dtype=torch.bool)
+        for mask, count in zip(masks, counts[1:]):
+            mask[order[:count]] = False
+        correct = judge(masks)
+    correct = torch.cat([base[None], correct])
+    accuracies = [(100 * correct[:, half].double().mean(dim=1)).tolist() for half in (selection, held_out)]
+    chosen = int(np.argmax(accuracies[0]))
+    return Removal(
+        method=method,
+        order=order,
+        counts=counts,
+        selection=accuracies[0],
+        held_out=accuracies[1],
+        chosen=counts[chosen],
+        selection_gain=accuracies[0][chosen] - accuracies[0][0],
+        held_out_gain=bootstrap_gain(base[held_out], correct[chosen, held_out], seed, level=level),
+    )
+
+
+def _greedy(
+    judge: _Judge, dim: int, most: int, selection: torch.Tensor
+) -> tuple[list[int], list[int], torch.Tensor]:
+    order, outcomes, mask = [], [], torch.ones(dim, dtype=torch.bool)
+    for _ in range(most):
+        candidates = mask.nonzero().flatten()
+        tried = mask.repeat(len(candidates), 1)
+        tried[torch.arange(len(candidates)), candidates] = False
+        correct = judge(tried)
+        best = int(correct[:, selection].sum(dim=1).argmax())
+        order.append(int(candidates[best]))
+        outcomes.append(correct[best])
+        mask[candidates[best]] = False
+    return order, list(range(most + 1)), torch.stack(outcomes)
+
+
+def _counts(most: int) -> list[int]:
+    """From 0 to ``most``, all of the small numbers and ever fewer of the large."""
+    return sorted({0, *range(1, min(most, 16) + 1), *np.geomspace(1, most, 40).round().astype(int).tolist()})
+
+
+def _agreement(
+    judge: _Judge, weights: torch.Tensor, effects: dict[str, Effects], level: float
+) -> WeightAgreement:
+    below = below_average(weights)
+    # equal weights have none below their mean
+    alone = [_percent(one) for one in judge(torch.stack([~below, below]))] if below.any() else [None, None]
+    agreement = {
+        name: rank_correlation(weights.numpy(), effect.all.value, level) for name, effect in effects.items()
+    }
+    return WeightAgreement(**agreement, below=int(below.sum()), only_above=alone[0], only_below=alone[1])

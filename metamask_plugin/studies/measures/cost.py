@@ -1,0 +1,34 @@
+"""What a training costs: parameters and time, after MetaMask's Table 3."""
+
+import statistics
+
+from metamask_plugin.studies.subject import Measured, Subject
+
+NOT_THE_METHOD = ("classifier",)
+"""solo-learn's online classifier only watches."""
+
+
+def cost(subject: Subject) -> Measured:
+    """Rows ``parameters`` (and by part), ``epochs``, ``seconds``, ``cpu_seconds``, and these ``_per_epoch``.
+
+    Times are those of the training alone, without evaluation. The epoch's is a median over all but the first,
+    which warms up, where there are others; the whole's is the sum. Parameters are counted as the method has
+    them, a target network's copies included.
+    """
+    rows = [{"metric": "parameters", "value": 0.0}]
+    for name, part in subject.model.named_children():
+        if name not in NOT_THE_METHOD:
+            count = float(sum(parameter.numel() for parameter in part.parameters()))
+            rows[0]["value"] += count
+            rows.append({"metric": f"parameters: {name}", "value": count})
+    epochs = subject.history()
+    rows.append({"metric": "epochs", "value": float(len(epochs))})
+    for column, metric in (
+        ("train_seconds", "seconds_per_epoch"),
+        ("train_cpu_seconds", "cpu_seconds_per_epoch"),
+    ):
+        seconds = [float(epoch[column]) for epoch in epochs if epoch.get(column)]
+        if seconds:
+            rows.append({"metric": metric, "value": statistics.median(seconds[1:] or seconds)})
+            rows.append({"metric": metric.removesuffix("_per_epoch"), "value": sum(seconds)})
+    return Measured(rows)

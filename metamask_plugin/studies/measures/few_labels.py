@@ -1,0 +1,52 @@
+"""Fine-tuning on a fixed share of the labels, after ICL-MSR's Table 4."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from metamask_plugin.evaluation.finetune import FRACTION_SEED, finetune, simclr_protocol
+from metamask_plugin.studies.subject import Measured, Subject
+
+
+def few_labels(
+    subject: Subject,
+    fractions: Sequence[float] = (0.01, 0.1),
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    subset_seed: int = FRACTION_SEED,
+) -> Measured:
+    """Rows ``finetuned``, ``finetuned_best`` (epoch), ``finetuned_top5``, by share in the column ``labels``.
+
+    Args:
+        subject: the encoder, which stays as it is, and its images.
+        fractions: shares of the labelled training images.
+        epochs: instead of the protocol's 60 (1 %) and 30 (10 %).
+        batch_size: instead of 256; the learning rate goes with it.
+        lr: instead of the protocol's, as it is used.
+        subset_seed: which images are labelled: the same for all encoders and seeds.
+    """
+    rows = []
+    for checkpoint, pretrained in subject.encoders.items():
+        for fraction in fractions:
+            protocol = simclr_protocol(fraction, **({} if batch_size is None else {"batch_size": batch_size}))
+            changed = {"epochs": epochs, "lr": lr}
+            given = {key: value for key, value in changed.items() if value is not None}
+            protocol = replace(protocol, **given)
+            result = finetune(
+                pretrained.backbone,
+                subject.data,
+                fraction,
+                protocol,
+                seed=subject.seed,
+                device=subject.device,
+                subset_seed=subset_seed,
+            )
+            where = {"checkpoint": checkpoint, "labels": f"{100 * fraction:g} %"}
+            found = {
+                "finetuned": result.acc1_last,
+                "finetuned_best": result.acc1_best,
+                "finetuned_top5": result.acc5_last,
+                "labelled_images": float(result.images),
+            }
+            rows += [{**where, "metric": metric, "value": value} for metric, value in found.items()]
+    return Measured(rows)

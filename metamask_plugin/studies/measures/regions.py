@@ -1,0 +1,40 @@
+"""Full images, foregrounds and backgrounds, after ICL-MSR's Figs. 1 and 4."""
+
+from metamask_plugin.evaluation.regions import region_accuracies
+from metamask_plugin.studies.subject import Measured, Subject
+
+
+def regions(
+    subject: Subject, fit_on: str = "trained", k: int = 5, protocol: str | None = "paper", form: str = "fill"
+) -> Measured:
+    """Rows ``knn<k>`` and ``linear`` for each region in the column ``tested on``.
+
+    Args:
+        subject: the encoder and its images, which must have boxes.
+        fit_on: see :func:`~metamask_plugin.evaluation.regions.region_accuracies`, as for the rest.
+        k: number of neighbours.
+        protocol: of the probe; None for none.
+        form: how a foreground is shown.
+    """
+    subject.data.require_boxes()
+    rows = []
+    for checkpoint, pretrained in subject.encoders.items():
+        trained_on = (pretrained.args.get("data") or {}).get("region") or "full"
+        found = region_accuracies(
+            pretrained.backbone,
+            subject.data,
+            trained_on,
+            fit_on,
+            k,
+            protocol=protocol,
+            form=form,
+            seed=subject.seed,
+            device=subject.device,
+        )
+        for row in found:
+            tested_on = row.pop("tested on")
+            rows += [
+                {"checkpoint": checkpoint, "tested on": tested_on, "metric": metric, "value": value}
+                for metric, value in row.items()
+            ]
+    return Measured(rows)

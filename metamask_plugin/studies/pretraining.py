@@ -1,0 +1,87 @@
+"""From a trial to its pretraining config, and to the command that makes the same run by hand."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from metamask_plugin import SCRIPTS
+from metamask_plugin.errors import UserError
+from metamask_plugin.studies.spec import Study, Trial
+from metamask_plugin.training.run_folder import NOT_THE_EXPERIMENT
+
+
+def pretraining_config(study: Study, trial: Trial) -> DictConfig:
+    """The trial's pretraining config: runs are shared by all studies, and evaluated by the measures alone.
+
+    Raises:
+        UserError: when the config or an override does not exist.
+    """
+    cfg = _composed(trial.config, (*trial.overrides, f"seed={trial.seed}"))
+    if trial.epochs != 1:
+        cfg.max_epochs = max(1, round(cfg.max_epochs * trial.epochs))
+    OmegaConf.set_struct(cfg, False)
+    cfg.checkpoint.dir = str(Path(study.config["runs_dir"]))
+    OmegaConf.update(cfg, "evaluation.final_report", False, force_add=True)
+    cfg.auto_resume.enabled = True
+    return cfg
+
+
+def command(study: Study, trial: Trial, cfg: DictConfig) -> str:
+    """What makes the trial's run by hand."""
+    epochs = [f"max_epochs={cfg.max_epochs}"] if trial.epochs != 1 else []
+    words = ["--config-name", trial.config, *trial.overrides, *epochs, f"seed={trial.seed}"]
+    return f"python main_pretrain.py {shlex.join(words)}"
+
+
+def digest(study: Study, trial: Trial, cfg: DictConfig | None) -> str:
+    """Eight hex digits that differ whenever a trial would train or measure something else."""
+    content = {"factors": trial.factors, "seed": trial.seed, "measures": study.measures}
+    if cfg is None:
+        content["checkpoint"] = _identity(trial.checkpoint)
+        content["data"] = study.data
+    else:
+        content["pretraining"] = {
+            key: value
+            for key, value in OmegaConf.to_container(cfg, resolve=True).items()
+            if key not in NOT_THE_EXPERIMENT
+        }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _identity(checkpoint: str) -> list[str]:
+    """A checkpoint's path, and the age of its files: one that was trained on is another."""
+    path = Path(checkpoint)
+    files = sorted(path.glob("*.ckpt")) if path.is_dir() else [path] if path.is_file() else []
+    return [checkpoint, *(f"{file.name} {file.stat().st_mtime_ns}" for file in files)]
+
+
+def _composed(config: str, overrides: tuple[str, ...]) -> DictConfig:
+    with _own_hydra():
+        try:
+            return compose(config, list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"the pretraining config {config} with {shlex.join(overrides)} must compose, got: {reason}"
+            ) from error
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """A study is itself a Hydra application: it is put aside while another config is composed."""
+    study = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(SCRIPTS.resolve() / "pretrain"), version_base="1.2"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = study

@@ -1,0 +1,251 @@
+"""What a study is: factors whose combinations, times the seeds, are its trials."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from metamask_plugin.errors import UserError, check, choose
+
+SEEDS = (5, 6, 7)
+"""Of a study that names none: three, so that every number has an interval."""
+
+RESERVED = ("seed", "checkpoint", "metric", "value")
+"""Columns of the results that no factor may be called."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One value of a factor, and what it changes.
+
+    Attributes:
+        value: what stands in the results: the label, or the number where the factor is one.
+        overrides: of the pretraining config, as on its command line.
+        config: the pretraining config, where it is another than the study's.
+        epochs: factor on the config's ``max_epochs``: how much longer this level trains than the others.
+        checkpoint: an encoder that is there already, in place of a pretraining.
+    """
+
+    value: str | int | float
+    overrides: tuple[str, ...] = ()
+    config: str | None = None
+    epochs: float = 1.0
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One encoder, trained or taken from a checkpoint, and measured.
+
+    Attributes:
+        index: its number in the study, from 0.
+        factors: the factors' values, by name.
+        seed: of the training, or of the measures where nothing is trained.
+        config: the pretraining config.
+        overrides: of it, as on its command line, without the seed.
+        epochs: factor on ``max_epochs``.
+        checkpoint: an encoder that is there already.
+    """
+
+    index: int
+    factors: Mapping[str, Any]
+    seed: int
+    config: str
+    overrides: tuple[str, ...]
+    epochs: float = 1.0
+    checkpoint: str | None = None
+
+    @property
+    def title(self) -> str:
+        return ", ".join([*(str(value) for value in self.factors.values()), f"seed {self.seed}"])
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table or figure as an experiment.
+
+    Attributes:
+        name: of its config.
+        title: of its report.
+        source: paper and table or figure.
+        claim: what the paper says it shows.
+        size: ``paper`` (its exact settings), ``digits`` (embedded data, minutes) or ``smoke`` (seconds).
+        folder: where trials, results and report go.
+        trials: all of them, seed by seed, so that an interrupted study has whole comparisons.
+        factors: names of the factors, in the order of the results' columns.
+        seeds: of each combination.
+        measures: what is measured of each encoder: options by name.
+        baseline: the level that the others are compared with in pairs, by factor; None where it is not among
+            the levels.
+        tables: layouts of the report's tables.
+        figures: layouts of its figures.
+        paper: the paper's own numbers: factor values, ``metric`` and ``value``.
+        data: the ``data`` node for encoders that bring no training config.
+        config: the resolved study config.
+    """
+
+    name: str
+    title: str
+    source: str
+    claim: str
+    size: str
+    folder: Path
+    trials: tuple[Trial, ...]
+    factors: tuple[str, ...]
+    seeds: tuple[int, ...]
+    measures: Mapping[str, Mapping[str, Any]]
+    baseline: Mapping[str, Any] | None = None
+    tables: Sequence[Mapping[str, Any]] = ()
+    figures: Sequence[Mapping[str, Any]] = ()
+    paper: Sequence[Mapping[str, Any]] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def study_of(cfg: DictConfig) -> Study:
+    """Reads a study config.
+
+    Args:
+        cfg: composed from ``scripts/study``; ``trial`` and ``hydra`` are ignored.
+
+    Raises:
+        UserError: for what is missing or cannot be.
+    """
+    node = OmegaConf.to_container(cfg, resolve=True)
+    for key in ("hydra", "trial", "calibrating"):
+        node.pop(key, None)
+    for key in ("name", "title", "config", "factors", "measures", "sizes"):
+        check(
+            bool(node.get(key)), key, "set", node.get(key), "give --config-name one of main_study.py --list"
+        )
+    size = node["sizes"][choose("size", node["size"], node["sizes"])] or {}
+    factors = {name: _levels(name, given, size, node) for name, given in node["factors"].items()}
+    seeds = node.get("seeds") or size.get("seeds") or node.get("paper_seeds") or SEEDS
+    check(
+        isinstance(seeds, list | tuple)
+        and all(isinstance(seed, int) for seed in seeds)
+        and len(set(seeds)) == len(seeds),
+        "seeds",
+        "a list of different integers like [5,6,7]",
+        seeds,
+    )
+    measures = {
+        name: {**(options or {}), **((size.get("measures") or {}).get(name) or {})}
+        for name, options in node["measures"].items()
+    }
+    values = {name: {level.value for level in levels} for name, levels in factors.items()}
+    baseline = node.get("baseline") or {}
+    paper = []
+    if node["size"] == "paper":  # of another size they would be numbers of another experiment
+        for row in node.get("paper") or ():
+            if all(row[name] in values[name] for name in factors if name in row):
+                paper.append(row)
+    return Study(
+        name=node["name"],
+        title=node["title"],
+        source=node.get("source", ""),
+        claim=node.get("claim", ""),
+        size=node["size"],
+        folder=Path(node["dir"])
+        / (node["name"] if node["size"] == "paper" else f"{node['name']}-{node['size']}"),
+        trials=tuple(_trials(node, size, factors, seeds)),
+        factors=tuple(factors),
+        seeds=tuple(seeds),
+        measures=measures,
+        baseline=baseline
+        if baseline and all(baseline[name] in values.get(name, ()) for name in baseline)
+        else None,
+        tables=node.get("tables") or (),
+        figures=node.get("figures") or (),
+        paper=paper,
+        data=node.get("data") or {},
+        config=node,
+    )
+
+
+def _levels(name: str, given: Any, size: Mapping[str, Any], node: Mapping[str, Any]) -> list[Level]:
+    """The levels of a factor at a size: its own there, else those of the paper, and not too many."""
+    check(name not in RESERVED, "factors", f"named other than {', '.join(RESERVED)}", name)
+    if name == "encoder" and node.get("checkpoint"):
+        paths = node["checkpoint"] if isinstance(node["checkpoint"], list) else [node["checkpoint"]]
+        return [Level(_short(path), checkpoint=path) for path in paths]
+    given = (size.get("factors") or {}).get(name, given)
+    expected = "a list of levels like {label: mine, overrides: [key=value]}"
+    check(isinstance(given, list) and len(given) > 0, f"factors.{name}", expected, given)
+    levels = []
+    for entry in given[: size.get("levels")]:
+        entry = entry if isinstance(entry, Mapping) else {"value": entry}
+        unknown = set(entry) - {"label", "value", "overrides", "config", "epochs", "checkpoint"}
+        check(not unknown, f"factors.{name}", expected, entry, f"unknown: {', '.join(sorted(unknown))}")
+        value = entry.get("value", entry.get("label"))
+        check(value is not None, f"factors.{name}", expected, entry)
+        overrides = tuple(entry.get("overrides", ()))
+        levels.append(
+            Level(value, overrides, entry.get("config"), entry.get("epochs", 1.0), entry.get("checkpoint"))
+        )
+    twice = [level.value for level in levels if sum(other.value == level.value for other in levels) > 1]
+    check(not twice, f"factors.{name}", "levels with different labels", twice[:1])
+    return levels
+
+
+def _filled(override: str, values: Mapping[str, Any]) -> str:
+    """``method_kwargs.alpha={alpha}`` with the value of the factor ``alpha``."""
+    for name, value in values.items():
+        override = override.replace(f"{{{name}}}", str(value))
+    return override
+
+
+def _short(path: str) -> str:
+    """A checkpoint's title: the end of its path."""
+    return "/".join(str(path).rstrip("/").split("/")[-2:])
+
+
+def _trials(
+    node: Mapping[str, Any],
+    size: Mapping[str, Any],
+    factors: Mapping[str, Sequence[Level]],
+    seeds: Sequence[int],
+) -> list[Trial]:
+    user = node.get("overrides") or []
+    if not isinstance(user, list):
+        raise UserError(
+            f"overrides must be a list, got {user!r}; give them behind --: -- task=byol optimizer.lr=1e-3"
+        )
+    trials = []
+    for seed in seeds:
+        for combination in itertools.product(*factors.values()):
+            configs = [level.config for level in combination if level.config]
+            config = configs[-1] if configs else node["config"]
+            if size.get("embedded"):  # the same method's config for the data that comes with the package
+                config = config.rsplit("/", 1)[-1]
+            checkpoints = [level.checkpoint for level in combination if level.checkpoint]
+            epochs = 1.0
+            for level in combination:
+                epochs *= level.epochs
+            values = {name: level.value for name, level in zip(factors, combination)}
+            overrides = (
+                *(node.get("settings") or ()),
+                *(override for level in combination for override in level.overrides),
+                *(size.get("settings") or ()),
+                *user,
+            )
+            trials.append(
+                Trial(
+                    index=len(trials),
+                    factors=values,
+                    seed=seed,
+                    config=config,
+                    overrides=tuple(_filled(override, values) for override in overrides),
+                    epochs=epochs,
+                    checkpoint=checkpoints[-1] if checkpoints else None,
+                )
+            )
+    return trials

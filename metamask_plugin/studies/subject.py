@@ -1,0 +1,127 @@
+"""What is measured: a trained encoder, its last and its best epoch, and labelled images."""
+
+import csv
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from metamask_plugin.errors import check
+from metamask_plugin.evaluation.checkpoints import Pretrained, load_pretrained
+from metamask_plugin.evaluation.features import Features, extract_features
+from metamask_plugin.evaluation.frozen_encoders import load_frozen
+from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
+from metamask_plugin.host.solo_backbones import solo_factories
+from metamask_plugin.training.run_folder import RunFolder
+
+
+@dataclass
+class Measured:
+    """What a measure found of one encoder.
+
+    Attributes:
+        rows: tidy rows: ``checkpoint``, ``metric``, ``value``, and columns of the measure's own.
+        pictures: by file name.
+        details: what is no row, for the trial's record; plain values.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    pictures: dict[str, Figure] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Subject:
+    """An encoder at one or two of its epochs, and the images to measure it on.
+
+    Args:
+        title: what stands on pictures.
+        seed: of what the measures draw.
+        encoders: by checkpoint, ``last`` and maybe ``best``.
+        data: labelled images.
+        folder: of its run, or None for an encoder that was there already.
+        model: the whole method as it was initialised, to count its parameters; or None.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        seed: int,
+        encoders: Mapping[str, Pretrained],
+        data: LabelledData,
+        folder: Path | None = None,
+        model: nn.Module | None = None,
+    ):
+        self.title, self.seed, self.encoders, self.data = title, seed, encoders, data
+        self.folder, self.model = folder, model
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._features: dict[tuple[str, str], Features] = {}
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """The learned mask after the last epoch, (D,), or None."""
+        return self.encoders["last"].mask
+
+    def features(self, split: str, checkpoint: str = "last") -> Features:
+        """Of the ``train`` or ``test`` images, extracted once."""
+        key = (split, checkpoint)
+        if key not in self._features:
+            backbone = self.encoders[checkpoint].backbone
+            self._features[key] = extract_features(backbone, self.data.evaluation_loader(split), self.device)
+        return self._features[key]
+
+    def history(self) -> list[dict[str, str]]:
+        """The epochs in the run's ``metrics.csv``."""
+        check(self.folder is not None, "measures", "ones of a frozen encoder for a checkpoint", "cost")
+        with (self.folder / "metrics.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+
+def subject_of_run(run: RunFolder, seed: int, title: str, model: nn.Module | None = None) -> Subject:
+    """The encoder of a finished run, on the data it was trained on."""
+    paths = {"last": run.last_checkpoint, "best": run.best_checkpoint}
+    encoders = {
+        name: load_pretrained(path, solo_factories=solo_factories)
+        for name, path in paths.items()
+        if path.exists()
+    }
+    args = encoders["last"].args
+    data = _labelled(args, {}, args["augmentations"][0])
+    return Subject(title, seed, encoders, data, run.path, model)
+
+
+def subject_of_checkpoint(checkpoint: str, data: Mapping[str, Any], seed: int, title: str) -> Subject:
+    """Any encoder: ours, solo-learn's, or ``timm:<model>``.
+
+    Args:
+        checkpoint: see :func:`~metamask_plugin.evaluation.frozen_encoders.load_frozen`.
+        data: a ``data`` node; over what the checkpoint was trained on. ``crop_size``, ``mean`` and ``std`` in
+            it go before the encoder's own.
+        seed: of what the measures draw.
+        title: what stands on pictures.
+    """
+    data = dict(data)
+    view = {key: data.pop(key, None) for key in ("crop_size", "mean", "std")}
+    options = {} if checkpoint.startswith("timm:") else {"solo_factories": solo_factories}
+    frozen = load_frozen(checkpoint, image_size=view["crop_size"], **options)
+    own = {"crop_size": frozen.image_size, "mean": frozen.mean, "std": frozen.std}
+    view = {key: own[key] if value is None else value for key, value in view.items()}
+    pretrained = Pretrained(frozen.backbone, frozen.mask, frozen.args)
+    return Subject(title, seed, {"last": pretrained}, _labelled(frozen.args, data, view))
+
+
+def _labelled(args: Mapping[str, Any], given: Mapping[str, Any], view: Mapping[str, Any]) -> LabelledData:
+    view = {key: view.get(key) for key in ("crop_size", "mean", "std")}
+    return _read(json.dumps([merged_data(args, given), view], sort_keys=True, default=str))
+
+
+@functools.lru_cache(maxsize=2)
+def _read(key: str) -> LabelledData:
+    """Trials of one process mostly share their images: these are read once."""
+    data, view = json.loads(key)
+    return LabelledData(data, **view)

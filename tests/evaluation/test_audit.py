@@ -1,0 +1,191 @@
+"""The audit finds planted confounders, and does not sell selection noise as a gain."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from metamask_plugin.errors import UserError
+from metamask_plugin.evaluation.audit import audit, random_mask_rows
+from metamask_plugin.evaluation.dimension_masks import masked_knn_correct
+from metamask_plugin.evaluation.features import Features
+from metamask_plugin.evaluation.knn import knn_accuracy, masked_features
+
+DIM, CLASSES, PLANTED = 24, 5, [3, 11, 20]
+SMALL = {"rates": (0.1, 0.3), "draws": 40, "banzhaf_masks": 400}
+
+
+def features(count, seed, noisy=(), shifted=(), redundant=False):
+    """Every dimension says as much of the class; noisy ones nothing, shifted ones something else at test.
+
+    Redundant ones are mixtures of a third as many, so that none of them matters much.
+    """
+    labels = torch.arange(count) % CLASSES
+    orders = torch.rand(CLASSES, DIM, generator=torch.Generator().manual_seed(9)).argsort(dim=0)
+    generator = torch.Generator().manual_seed(seed)
+    feats = orders[labels] - 2.0 + 2.0 * torch.randn(count, DIM, generator=generator)
+    if redundant:
+        mixing = torch.randn(DIM // 3, DIM, generator=torch.Generator().manual_seed(8))
+        feats = feats[:, : DIM // 3] @ mixing + torch.randn(count, DIM, generator=generator)
+    for d in noisy:
+        feats[:, d] = 9 * torch.randn(count, generator=generator)
+    for d in shifted:  # goes with the class in training, and with another class at test
+        feats[:, d] = 4 * ((labels + seed % 2) % CLASSES).float() + torch.randn(count, generator=generator)
+    return Features(feats, labels)
+
+
+def run(seed=0, train=0, test=1, count=300, **settings):
+    planted = {key: settings.pop(key) for key in ("noisy", "shifted", "redundant") if key in settings}
+    return audit(
+        features(count, 2 * train, **planted),
+        features(count, 2 * test + 1, **planted),
+        seed=seed,
+        **{**SMALL, **settings},
+    )
+
+
+@pytest.fixture(scope="module")
+def confounded():
+    weights = torch.rand(DIM, generator=torch.Generator().manual_seed(1)) * 0.1 + 1
+    weights[PLANTED] = 0.2
+    return run(noisy=PLANTED, weights=weights)
+
+
+@pytest.mark.parametrize("kind", ["noisy", "shifted"])
+def test_planted_confounders_are_found_exactly_and_dropping_them_gains_on_other_images(kind, confounded):
+    result = confounded if kind == "noisy" else run(shifted=PLANTED)
+    assert sorted(result.harmful) == PLANTED
+    assert set(PLANTED) <= set(result.removal.dimensions)
+    assert set(result.removal.order[:3]) == set(PLANTED)
+    assert result.removal.held_out_gain.low > 0
+    assert any("3 dimensions hurt" in line for line in result.verdict())
+    assert "which is a gain" in result.verdict()[-2 if kind == "noisy" else -1]
+
+
+def test_without_confounders_the_gain_is_selection_noise():
+    results = [run(seed=seed, train=seed, test=seed, rates=(0.1,), redundant=True) for seed in range(4)]
+    assert not any(result.harmful for result in results)
+    removals = [result.removal for result in results]
+    assert sum(removal.selection_gain > 0 for removal in removals) >= 3
+    for removal in removals:
+        assert removal.held_out_gain.low <= 0 <= removal.held_out_gain.high
+    # what selection promises is not there on the other half
+    promised = np.mean([removal.selection_gain for removal in removals])
+    assert promised > 2
+    assert np.mean([removal.held_out_gain.value for removal in removals]) < promised / 2
+    for masks in (result.random[0] for result in results):
+        assert masks.optimism > 1
+        assert masks.reality_check > 0.05
+
+
+def test_effects_are_differences_of_accuracies(confounded):
+    train, test = features(300, 0, PLANTED), features(300, 3, PLANTED)
+    everything = knn_accuracy(train, test, (20,))[20]
+    assert confounded.accuracy["all"] == pytest.approx(everything)
+    without = torch.ones(DIM)
+    without[3] = 0
+    left = knn_accuracy(masked_features(train, without), masked_features(test, without), (20,))[20]
+    single = confounded.effects["leave_one_out"]
+    assert single.all.value[3] == pytest.approx(everything - left)
+    assert (single.selection + single.held_out) / 2 == pytest.approx(single.all.value, abs=1e-6)
+    for effect in confounded.effects.values():
+        assert (effect.all.low < effect.all.high).all()
+        assert (effect.all.p <= effect.all.q + 1e-12).all()
+
+
+def test_shares_and_gains_are_those_of_the_points(confounded):
+    halves = confounded.images
+    assert halves == {"all": 300, "selection": 150, "held-out": 150}
+    for masks in confounded.random:
+        for split, values in masks.accuracy.items():
+            assert values.shape == (40,)
+            assert masks.above[split] == np.mean(values > confounded.accuracy[split] + 1e-9)
+        both = (masks.accuracy["selection"] + masks.accuracy["held-out"]) / 2
+        assert both == pytest.approx(masks.accuracy["all"])
+        best = masks.accuracy["selection"].argmax()
+        gain = masks.accuracy["held-out"][best] - confounded.accuracy["held-out"]
+        assert masks.held_out_gain.value == pytest.approx(gain)
+        assert masks.optimism == pytest.approx(masks.mean_selection_gain - masks.mean_held_out_gain)
+    # masks that hit a planted dimension gain on both halves
+    assert confounded.random[0].correlation.low > 0
+
+
+def test_learned_weights_that_know_the_confounders_agree_with_the_effects(confounded):
+    found = confounded.weights
+    assert found.below == 3
+    assert found.only_above > confounded.accuracy["all"] > found.only_below
+    backwards = torch.from_numpy(-confounded.effects["banzhaf"].all.value)
+    result = run(noisy=PLANTED, weights=backwards, rates=())
+    assert result.weights.banzhaf.value == pytest.approx(-1)
+    assert "go against what a dimension is worth" in result.verdict()[-1]
+    result = run(noisy=PLANTED, weights=torch.ones(DIM), rates=())
+    assert result.weights.only_below is None
+    assert "cannot agree" in result.verdict()[-1]
+
+
+def test_the_result_is_json_and_rows(confounded):
+    content = json.loads(json.dumps(confounded.to_dict(), allow_nan=False))
+    assert content["harmful"] == confounded.harmful
+    assert content["effects"]["banzhaf"]["all"]["q"] == confounded.effects["banzhaf"].all.q.tolist()
+    assert content["removal"]["held_out_gain"]["low"] == confounded.removal.held_out_gain.low
+    assert len(content["verdict"]) == 1 + 1 + 2 + 1 + 1
+    rows = confounded.rows()
+    assert len(rows) == 3 * (1 + 2 * 40)
+    assert {row["split"] for row in rows} == {"all", "selection", "held-out"}
+    assert rows[0] == {
+        "rate": 0.0,
+        "draw": 0,
+        "split": "all",
+        "metric": "knn20",
+        "value": confounded.accuracy["all"],
+    }
+
+
+def test_it_repeats_itself_by_its_seed_and_counts_its_masks():
+    calls = []
+    small = {"count": 80, "banzhaf_masks": 60, "draws": 5, "weights": torch.rand(DIM)}
+    first = run(seed=3, progress=lambda *seen: calls.append(seen), **small)
+    assert calls[-1][0] == calls[-1][1]
+    assert calls == sorted(calls)
+    again = run(seed=3, **small)
+    assert first.to_dict() == again.to_dict()
+    assert first.rows() != run(seed=4, **small).rows()
+
+
+def test_greedy_removal_drops_one_dimension_after_the_other():
+    calls = []
+    settings = {"metric": "linear", "removal": "greedy", "max_removed": 4, "rates": ()}
+    result = run(shifted=PLANTED[:1], progress=lambda *seen: calls.append(seen), **settings)
+    assert calls[-1][0] == calls[-1][1]
+    removal = result.removal
+    assert removal.counts == [0, 1, 2, 3, 4]
+    assert removal.order[0] == PLANTED[0]
+    assert removal.held_out_gain.low > 0
+    # the first step takes what leave-one-out says on the selection half
+    assert removal.order[0] == result.effects["leave_one_out"].selection.argmin()
+
+
+def test_settings_out_of_range_are_refused():
+    for settings, message in (
+        ({"metric": "knn"}, "metric must be knn<k> or linear"),
+        ({"removal": "best"}, "removal must be one of"),
+        ({"weights": torch.ones(3)}, "weights must be one for each of 24 dimensions"),
+        ({"banzhaf_masks": 10}, "banzhaf_masks must be more than 25, got 10"),
+        ({"keep": 1.0}, "keep must be between 0 and 1"),
+        ({"max_removed": 0}, "max_removed must be >= 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(count=20, **settings)
+
+
+def test_rows_of_random_masks_have_one_unmasked_point_and_one_of_all_dropped():
+    train, test = features(60, 0), features(40, 1)
+    among = torch.tensor([1, 4, 7, 9])
+    rows = random_mask_rows(train, test, (0, 0.5, 1), draws=3, metric="knn5", among=among)
+    assert [(row["rate"], row["draw"]) for row in rows] == [(0, 0), (0.5, 0), (0.5, 1), (0.5, 2), (1, 0)]
+    mask = torch.ones(1, DIM, dtype=torch.bool)
+    assert rows[0]["value"] == pytest.approx(knn_accuracy(train, test, (5,))[5])
+    mask[:, among] = False
+    dropped = 100 * float(masked_knn_correct(train, test, mask, 5).float().mean())
+    assert rows[-1]["value"] == pytest.approx(dropped)

@@ -1,0 +1,114 @@
+"""Intervals and p-values against what is known of them."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from metamask_plugin.evaluation.paired_statistics import (
+    banzhaf_values,
+    bootstrap_gain,
+    false_discovery_q,
+    paired_differences,
+    rank_correlation,
+    reality_check,
+    stratified_halves,
+)
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def coins(shape, probability):
+    return torch.rand(shape, generator=GENERATOR) < probability
+
+
+def test_halves_have_half_of_every_class():
+    labels = torch.tensor([0] * 20 + [1] * 7 + [2] * 14)[torch.randperm(41, generator=GENERATOR)]
+    halves = [stratified_halves(labels, torch.Generator().manual_seed(seed)) for seed in range(30)]
+    for half in halves:
+        assert abs(2 * int(half.sum()) - 41) == 1
+        for label, count in ((0, 20), (1, 7), (2, 14)):
+            assert abs(2 * int(half[labels == label].sum()) - count) <= 1
+    # every image is in either
+    share = torch.stack(halves).float().mean(0)
+    assert share.min() > 0.1
+    assert share.max() < 0.9
+
+
+def test_paired_differences_are_mcnemars():
+    with_ = torch.tensor([1] * 80 + [0] * 20, dtype=torch.bool)
+    without = torch.stack([with_, with_ ^ (torch.arange(100) < 6), with_ ^ (torch.arange(100) >= 91)])
+    found = paired_differences(with_, without)
+    assert found.value.tolist() == [0, 6, -9]
+    exact = [scipy.stats.binomtest(0, n, 0.5).pvalue for n in (6, 9)]
+    assert found.p == pytest.approx([1, *exact])
+    assert (found.low <= found.value).all()
+    assert (found.value <= found.high).all()
+    assert found.high[0] > 0 > found.low[0], "no image differs, and still there is an interval"
+
+
+def test_intervals_cover_a_known_difference():
+    covered = 0
+    for _ in range(400):
+        with_ = coins(150, 0.8)
+        without = torch.where(coins(150, 0.1), ~with_, with_)
+        # right to wrong with 0.8 * 0.1, wrong to right with 0.2 * 0.1
+        found = paired_differences(with_, without[None])
+        covered += found.low[0] <= 6.0 <= found.high[0]
+    assert 0.92 < covered / 400 < 0.985
+
+
+def test_banzhaf_values_are_those_of_a_known_game():
+    effect = torch.tensor([0.2, -0.15, 0.0, 0.05])
+    masks = torch.rand(2000, 4, generator=GENERATOR) < 0.5
+    chance = 0.5 + (masks.float() - 0.5) @ effect
+    correct = torch.rand(2000, 300, generator=GENERATOR) < chance[:, None]
+    found = banzhaf_values(masks, correct)
+    assert found.value == pytest.approx(100 * effect.numpy(), abs=0.6)
+    assert (found.low <= 100 * effect.numpy()).all()
+    assert (100 * effect.numpy() <= found.high).all()
+    assert (found.q < 0.01).tolist() == [True, True, False, True]
+
+
+def test_a_dimension_that_no_mask_drops_has_no_effect():
+    masks = torch.rand(50, 3, generator=GENERATOR) < 0.5
+    masks[:, 1] = True
+    found = banzhaf_values(masks, coins((50, 30), 0.5))
+    assert found.value[1] == pytest.approx(0, abs=1e-9)
+    assert np.isfinite([*found.value, *found.p, *found.q]).all()
+
+
+def test_q_values_are_benjamini_and_hochbergs():
+    p = np.array([0.01, 0.5, 0.03, 0.02, 1.0])
+    assert false_discovery_q(p) == pytest.approx([0.05, 0.625, 0.05, 0.05, 1.0])
+
+
+def test_the_bootstrap_has_the_width_of_the_normal_interval():
+    before = coins(800, 0.6)
+    after = torch.where(coins(800, 0.2), ~before, before)
+    gain = bootstrap_gain(before, after, seed=0)
+    difference = 100 * (after.float() - before.float())
+    error = float(difference.std()) / 800**0.5
+    assert gain.value == pytest.approx(float(difference.mean()), abs=1e-4)
+    assert (gain.high - gain.low) == pytest.approx(2 * 1.96 * error, rel=0.06)
+    assert gain == bootstrap_gain(before, after, seed=0)
+
+
+def test_the_reality_check_is_not_fooled_by_the_best_of_many():
+    before = coins(300, 0.7)
+    after = torch.where(coins((200, 300), 0.1), coins((200, 300), 0.7), before)
+    best = int(after.sum(1).argmax())
+    assert paired_differences(after[best], before[None]).p[0] < 0.2
+    assert reality_check(before, after, seed=0) > 0.2
+    after[3] |= coins(300, 0.5)
+    assert reality_check(before, after, seed=0) < 0.01
+
+
+def test_rank_correlation_has_an_interval_and_may_be_undefined():
+    x = np.arange(30.0)
+    noisy = x + np.random.default_rng(0).normal(0, 8, 30)
+    found = rank_correlation(x, noisy)
+    assert found.value == pytest.approx(scipy.stats.spearmanr(x, noisy).statistic)
+    assert 0 < found.low < found.value < found.high < 1
+    assert rank_correlation(x, -x).value == pytest.approx(-1)
+    assert np.isnan(rank_correlation(x, np.ones(30)).value)

@@ -1,0 +1,182 @@
+"""Studies from config to report: each of them at its smallest, and what happens between two calls."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from html_check import check_report
+
+from metamask_plugin.cli.study import catalogue, shipped_studies
+
+ROOT = Path(__file__).resolve().parents[2]
+
+QUICK = (
+    "confounder_audit",
+    "icl_msr_fig1",
+    "icl_msr_table4",
+    "metamask_fig1a",
+    "metamask_fig2",
+    "metamask_fig9",
+)
+"""Between them they use every measure; the others take longer than the test command should."""
+
+
+def rows_of(report):
+    with (report.parent / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in shipped_studies()],
+)
+def test_every_study_runs_to_its_report(studies, name):
+    report = studies.sweep(name)
+    trials = [json.loads(path.read_text()) for path in (report.parent / "trials").glob("*.json")]
+    assert len(trials) == len(studies.launched) > 0
+    assert {trial["state"] for trial in trials} == {"finished"}
+    rows = rows_of(report)
+    assert {"seed", "checkpoint", "metric", "value"} < set(rows[0])
+    assert all(trial["environment"]["torch"] and trial["rows"] for trial in trials)
+    check_report(report)
+    assert list(report.parent.glob("figure*.png")) or list((report.parent / "trials").glob("*.png"))
+
+
+def test_finished_trials_are_not_run_again_and_a_change_is_a_new_trial(fresh_studies):
+    alphas = "factors.alpha=[10]"
+    report = fresh_studies.sweep("metamask_fig6", alphas)
+    assert len(fresh_studies.launched) == 1
+    before = report.parent.joinpath("results.csv").read_text()
+    assert fresh_studies.sweep("metamask_fig6", alphas) == report
+    assert fresh_studies.launched == [] and report.parent.joinpath("results.csv").read_text() == before
+    fresh_studies.sweep("metamask_fig6", alphas, "overrides=['optimizer.lr=1e-3']")
+    assert len(fresh_studies.launched) == 1
+    runs = list((fresh_studies.folder / "runs").rglob("last.ckpt"))
+    assert len(runs) == 2
+
+
+def test_a_run_that_is_there_is_measured_and_not_trained_again(fresh_studies, capsys):
+    fresh_studies.sweep("metamask_fig6", "factors.alpha=[10]")
+    (checkpoint,) = (fresh_studies.folder / "runs").rglob("last.ckpt")
+    written = checkpoint.stat().st_mtime_ns
+    fresh_studies.sweep("metamask_fig6", "factors.alpha=[10]", "+measures.accuracy.ks=[3]")
+    assert len(fresh_studies.launched) == 1 and checkpoint.stat().st_mtime_ns == written
+    assert "knn3" in {
+        row["metric"]
+        for row in rows_of(
+            fresh_studies.sweep("metamask_fig6", "factors.alpha=[10]", "+measures.accuracy.ks=[3]")
+        )
+    }
+
+
+def test_a_trial_that_fails_does_not_stop_the_others_and_is_run_again(fresh_studies, capsys):
+    levels = "factors.alpha=[{value:1},{value:2,overrides:['backbone.name=conf']}]"
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stopped:
+            fresh_studies.sweep("metamask_fig6", levels, "baseline=null")
+        assert stopped.value.code == 2
+        message = capsys.readouterr().err.strip()
+        assert message.startswith(
+            "error: 1 of 2 trials failed, the first (2, seed 5) as: backbone.name must be"
+        )
+        assert "\n" not in message
+    assert len(fresh_studies.launched) == 1
+    report = fresh_studies.folder / "studies" / "metamask_fig6-smoke" / "report.html"
+    assert {row["alpha"] for row in rows_of(report)} == {"1"}
+    assert "backbone.name must be" in report.read_text()
+
+
+def test_an_interruption_leaves_a_report_and_the_same_command_goes_on(fresh_studies, monkeypatch, capsys):
+    done = []
+    job = fresh_studies.job
+
+    def interrupted(*args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(job(*args))
+        return done[-1]
+
+    monkeypatch.setattr(fresh_studies, "job", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        fresh_studies.sweep("metamask_fig6", "factors.alpha=[1,2]", "baseline=null")
+    assert stopped.value.code == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().out
+    monkeypatch.setattr(fresh_studies, "job", job)
+    report = fresh_studies.sweep("metamask_fig6", "factors.alpha=[1,2]", "baseline=null")
+    assert len(fresh_studies.launched) == 1
+    assert {row["alpha"] for row in rows_of(report)} == {"1", "2"}
+
+
+def test_no_trial_begins_after_the_time_is_over(fresh_studies, capsys):
+    fresh_studies.sweep("metamask_fig6", "factors.alpha=[1,2]", "baseline=null", "minutes=0.0001")
+    assert len(fresh_studies.launched) == 1
+    assert "1 trials are left, the same command goes on" in capsys.readouterr().out
+
+
+def test_equal_time_gives_each_arm_the_epochs_that_the_reference_takes(fresh_studies):
+    report = fresh_studies.sweep(
+        "metamask_table4",
+        "equal_time.measured=True",
+        "equal_time.epochs=2",
+        "equal_time.clock=cpu_seconds_per_epoch",
+    )
+    calibrating = [job for job in fresh_studies.launched if "calibrating=True" in job]
+    assert len(calibrating) == 2 and len(fresh_studies.launched) == 4
+    found = json.loads((report.parent / "calibration.json").read_text())["epochs"]
+    costs = {entry["factors"]["arm"]: entry["cpu_seconds_per_epoch"] for entry in found}
+    factors = {entry["factors"]["arm"]: entry["epochs"] for entry in found}
+    assert factors["MetaMask"] == 1
+    assert factors["SimCLR"] == pytest.approx(costs["MetaMask"] / costs["SimCLR"])
+    epochs = {
+        row["arm"]: float(row["value"])
+        for row in rows_of(report)
+        if row["metric"] == "epochs" and row["checkpoint"] == "last"
+    }
+    assert epochs["MetaMask"] == 1 and epochs["SimCLR"] == max(1, round(factors["SimCLR"]))
+
+
+def test_a_checkpoint_of_any_kind_is_masked_and_audited(fresh_studies, studies):
+    studies.sweep("metamask_fig9")
+    run = next(path.parent for path in (studies.folder / "runs" / "metamask").rglob("last.ckpt"))
+    report = fresh_studies.sweep("metamask_fig2", f"checkpoint=[{run},{run / 'best' / 'best.ckpt'}]")
+    rows = [row for row in rows_of(report) if row["metric"] == "unmasked" and row["classifier"] == "knn"]
+    assert len({row["encoder"] for row in rows}) == 2
+    assert not (fresh_studies.folder / "runs").exists(), "nothing was trained"
+
+
+def test_parallel_trials_in_processes_of_their_own(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    words = [
+        "metamask_fig6",
+        "size=smoke",
+        "seeds=[5]",
+        "quiet=True",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+    ]
+    command = [sys.executable, str(ROOT / "main_study.py"), "--config-name", *words, "--", "max_epochs=1"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = tmp_path / "studies" / "metamask_fig6-smoke" / "report.html"
+    assert {row["alpha"] for row in rows_of(report)} == {"10", "100"}
+    assert len(list((report.parent / "trials").glob("*.log"))) == 2
+    assert (tmp_path / "studies" / "index.html").exists()
+
+
+def test_the_list_has_every_study_with_its_settings():
+    text = catalogue()
+    for name in shipped_studies():
+        assert f"\n{name}: " in text
+    assert "trials    33, seeds 5, 6, 7" in text or "trials " in text
+    assert "setting=metamask_table1" in text
