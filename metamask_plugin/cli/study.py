@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def run_trial(cfg: DictConfig) -> None:
     Args:
         cfg: the composed study config.
     """
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     study = _study(cfg)
     check(
         isinstance(cfg.trial, int) and 0 <= cfg.trial < len(study.trials),

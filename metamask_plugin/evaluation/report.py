@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +10,7 @@ import torch
 from torch import nn
 
 from metamask_plugin.evaluation.features import Features, extract_features, raw_pixels
+from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.knn import knn_table, masked_features
 from metamask_plugin.evaluation.linear import LinearProtocol, linear_probe
 
@@ -130,18 +129,7 @@ def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
         path: the file; its directory is made.
         summary: nested mappings, sequences, numbers, strings, tensors and paths.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the result from one's colleagues
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(Path(path), json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ from metamask_plugin.studies.panels import (
     finish,
     label,
     legend,
+    series_label,
     share_values,
 )
 from metamask_plugin.studies.statistics import Entry
@@ -41,7 +42,7 @@ def draw_bars(figure: Figure, drawn: Panels) -> None:
         width, height = max(3.6, 1 + 0.36 * count + 0.35 * len(places)), 3.4
         across = max(1, min(len(panels), int(11 // width)))
     else:
-        across = min(len(panels), 4 if count > 12 else 2)
+        across = min(len(panels), 2)
         width = 3 + 0.08 * max(len(label(place)) for place in places) / across
         height = 0.8 + max(0.26, 0.12 + 0.16 * len(drawn.series)) * len(places)
     down = math.ceil(len(panels) / across)
@@ -75,7 +76,12 @@ def draw_bars(figure: Figure, drawn: Panels) -> None:
         axes.set_visible(False)
     (figure.supylabel if upright else figure.supxlabel)(name, fontsize=9)
     handles = [
-        Patch(facecolor=colour_of(i), hatch=HATCHES[i // 8 % 4], edgecolor="white", label=label(series))
+        Patch(
+            facecolor=colour_of(i),
+            hatch=HATCHES[i // 8 % 4],
+            edgecolor="white",
+            label=series_label(drawn, series),
+        )
         for i, series in enumerate(drawn.series)
         if series is not None
     ]

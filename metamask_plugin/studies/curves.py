@@ -20,6 +20,7 @@ from metamask_plugin.studies.panels import (
     label,
     legend,
     marker_of,
+    series_label,
     share_values,
 )
 from metamask_plugin.studies.statistics import Entry
@@ -59,7 +60,7 @@ def draw_curve(figure: Figure, drawn: Panels) -> None:
             linestyle=LINES[i // 8 % 3],
             marker=marker_of(i),
             markersize=5,
-            label=label(s),
+            label=series_label(drawn, s),
         )
         for i, s in enumerate(drawn.series)
         if s is not None
@@ -68,7 +69,10 @@ def draw_curve(figure: Figure, drawn: Panels) -> None:
 
 
 def draw_cost(figure: Figure, drawn: Panels) -> None:
-    """A numbered point for each series, at its cost and its accuracy, with intervals in both directions."""
+    """A numbered point for each series, at its cost and its accuracy, with intervals in both directions.
+
+    The paper's accuracies stand at our costs: its own are of other machines.
+    """
     grid = _grid(figure, drawn, 5.4)
     for axes, panel in zip(grid, drawn.panels):
         points = []
@@ -84,7 +88,7 @@ def draw_cost(figure: Figure, drawn: Panels) -> None:
             axes.errorbar(*at, **bars, marker=marker_of(i), markersize=6, elinewidth=1, capsize=2, **style)
             theirs = panel.paper.get((series, None))
             if theirs is not None:
-                axes.plot(at[0], theirs, zorder=4, **PAPER)
+                axes.plot(at[0], theirs, zorder=4, **PAPER | {"color": colour_of(i)})
         finish(axes, panel.title)
         axes.margins(0.1)
         axes.set_xlabel(axis_name(drawn.layout["x"]), fontsize=9)
@@ -97,7 +101,7 @@ def draw_cost(figure: Figure, drawn: Panels) -> None:
             color=colour_of(i),
             marker=marker_of(i),
             linestyle="none",
-            label=f"{i + 1}  {label(series)}",
+            label=f"{i + 1}  {series_label(drawn, series)}",
         )
         for i, series in enumerate(drawn.series)
         if series is not None

@@ -11,16 +11,22 @@ NAMES = {
     "cpu_seconds": "processor time (s)",
     "seconds_per_epoch": "training time of an epoch (s)",
     "cpu_seconds_per_epoch": "processor time of an epoch (s)",
+    "mean": "mean of the masks",
+    "lowest": "lowest of the masks",
+    "best": "best of the masks",
+    "share_above": "masks above unmasked (%)",
 }
 SUFFIXES = {"": "", "_best": ", best epoch", "_top5": ", top 5", "_masked": ", masked"}
+SUFFIXES |= {f"_{part}_average_only": f", dimensions {part} average alone" for part in ("above", "below")}
 CHECKPOINTS = {"last": "last epoch", "best": "best epoch"}
 
-_ACCURACY = re.compile(r"(knn(\d+)|linear|mlp|finetuned)(_best|_top5|_masked|)")
+_ACCURACY = re.compile(rf"(knn(\d+)|linear|mlp|finetuned)({'|'.join(SUFFIXES)})")
+_OVER_MASKS = ("masked", "unmasked", "mean", "lowest", "best")
 
 
 def is_accuracy(metric: str) -> bool:
     """Whether a metric is in percent, and more of it better."""
-    return _ACCURACY.fullmatch(metric) is not None
+    return metric in _OVER_MASKS or _ACCURACY.fullmatch(metric) is not None
 
 
 def metric_name(metric: str) -> str:

@@ -141,6 +141,11 @@ def label(value: Any) -> str:
     return "" if value is None else plain(value)
 
 
+def series_label(drawn: Panels, series: Any) -> str:
+    """A series in the legend: a number comes with what it is of."""
+    return column_name(str(drawn.layout["series"]), series)
+
+
 def colour_of(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
@@ -190,6 +195,8 @@ def legend(figure: Figure, handles: Sequence[Any], drawn: Panels, seeds: bool = 
         longest = max(len(handle.get_label()) for handle in handles)
         figure.set_size_inches(figure.get_figwidth() + 0.6 + 0.065 * longest, figure.get_figheight())
         figure.legend(handles=handles, loc="outside right center", **style)
+    elif words <= 13 * figure.get_figwidth():
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), **style)
     else:
         room = max(
             1, int(figure.get_figwidth() * 13 // max(len(handle.get_label()) + 6 for handle in handles))

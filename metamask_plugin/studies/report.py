@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, UnidentifiedImageError
 
 from metamask_plugin.errors import UserError
-from metamask_plugin.studies.files import write_whole
+from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.studies.tables import Table
 
 UNKNOWN = "unknown"
@@ -133,7 +133,7 @@ class Report:
         """``7 of 24 trials, 1 failed``."""
         failed = sum(trial.state == "failed" for trial in self.trials)
         total = len(self.trials)
-        done = f"all {total} trials" if self.finished == total > 0 else f"{self.finished} of {total} trials"
+        done = f"all {total} trials" if self.finished == total > 1 else f"{self.finished} of {total} trials"
         return done + (f", {failed} failed" if failed else "")
 
     @property

@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 
 from metamask_plugin.errors import choose
 from metamask_plugin.evaluation.figures import save
+from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.mask_figures import confounder_scatter, encoder_scatter, random_mask_scatter
 from metamask_plugin.evaluation.report import write_summary
 from metamask_plugin.studies import figures
-from metamask_plugin.studies.files import write_whole
 from metamask_plugin.studies.report import Picture, Report, TrialLine, write_index, write_report
 from metamask_plugin.studies.spec import Study
 from metamask_plugin.studies.statistics import paired, summarise
@@ -38,8 +38,8 @@ MASK_ALT = "Each point is the accuracy under one mask over the dimensions; the l
 def write_results(study: Study, runs: Sequence[TrialRun]) -> Path:
     """Writes everything that the finished trials have to say, and the index of all studies beside it.
 
-    ``results.csv`` and ``results.json`` (tidy rows), ``statistics.json`` (means, intervals, paired differences),
-    ``tables.md``, ``figure<n>.png``, ``report.html``.
+    ``results.csv`` and ``results.json`` (tidy rows), ``statistics.json`` (means, intervals, paired
+    differences), ``tables.md``, ``figure<n>.png``, ``report.html``.
 
     Args:
         study: the study.

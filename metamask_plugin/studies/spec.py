@@ -1,5 +1,6 @@
 """What a study is: factors whose combinations, times the seeds, are its trials."""
 
+import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from metamask_plugin import SCRIPTS
 from metamask_plugin.errors import UserError, check, choose
 
 SEEDS = (5, 6, 7)
@@ -172,12 +174,13 @@ def study_of(cfg: DictConfig) -> Study:
 
 
 def _levels(name: str, given: Any, size: Mapping[str, Any], node: Mapping[str, Any]) -> list[Level]:
-    """The levels of a factor at a size: its own there, else those of the paper, and not too many."""
+    """The levels of a factor: the user's, else its own at this size, else those of the paper."""
     check(name not in RESERVED, "factors", f"named other than {', '.join(RESERVED)}", name)
     if name == "encoder" and node.get("checkpoint"):
         paths = node["checkpoint"] if isinstance(node["checkpoint"], list) else [node["checkpoint"]]
         return [Level(_short(path), checkpoint=path) for path in paths]
-    given = (size.get("factors") or {}).get(name, given)
+    if given == _shipped(node["name"]).get(name, given):  # not what the user asked for instead
+        given = (size.get("factors") or {}).get(name, given)
     expected = "a list of levels like {label: mine, overrides: [key=value]}"
     check(isinstance(given, list) and len(given) > 0, f"factors.{name}", expected, given)
     levels = []
@@ -194,6 +197,13 @@ def _levels(name: str, given: Any, size: Mapping[str, Any], node: Mapping[str, A
     twice = [level.value for level in levels if sum(other.value == level.value for other in levels) > 1]
     check(not twice, f"factors.{name}", "levels with different labels", twice[:1])
     return levels
+
+
+@functools.lru_cache
+def _shipped(study: str) -> Mapping[str, Any]:
+    """The factors as the study's own file has them."""
+    path = SCRIPTS / "study" / f"{study}.yaml"
+    return OmegaConf.to_container(OmegaConf.load(path).factors) if path.exists() else {}
 
 
 def _filled(override: str, values: Mapping[str, Any]) -> str:

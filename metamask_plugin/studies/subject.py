@@ -3,7 +3,7 @@
 import csv
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,19 @@ class Subject:
             self._features[key] = extract_features(backbone, self.data.evaluation_loader(split), self.device)
         return self._features[key]
 
+    def by_checkpoint(self, measure: Callable[[str], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """The rows of a measure at each checkpoint, which is measured once where the best epoch is the last.
+
+        Args:
+            measure: from ``last`` or ``best`` to rows without the column ``checkpoint``.
+        """
+        rows, done = [], {}
+        for checkpoint, encoder in self.encoders.items():
+            if id(encoder) not in done:
+                done[id(encoder)] = measure(checkpoint)
+            rows += [{"checkpoint": checkpoint, **row} for row in done[id(encoder)]]
+        return rows
+
     def history(self) -> list[dict[str, str]]:
         """The epochs in the run's ``metrics.csv``."""
         check(self.folder is not None, "measures", "ones of a frozen encoder for a checkpoint", "cost")
@@ -90,6 +103,8 @@ def subject_of_run(run: RunFolder, seed: int, title: str, model: nn.Module | Non
         for name, path in paths.items()
         if path.exists()
     }
+    if "best" in encoders and _same(encoders["best"].backbone, encoders["last"].backbone):
+        encoders["best"] = encoders["last"]
     args = encoders["last"].args
     data = _labelled(args, {}, args["augmentations"][0])
     return Subject(title, seed, encoders, data, run.path, model)
@@ -113,6 +128,11 @@ def subject_of_checkpoint(checkpoint: str, data: Mapping[str, Any], seed: int, t
     view = {key: own[key] if value is None else value for key, value in view.items()}
     pretrained = Pretrained(frozen.backbone, frozen.mask, frozen.args)
     return Subject(title, seed, {"last": pretrained}, _labelled(frozen.args, data, view))
+
+
+def _same(first: nn.Module, second: nn.Module) -> bool:
+    pairs = zip(first.state_dict().values(), second.state_dict().values())
+    return all(torch.equal(one, other) for one, other in pairs)
 
 
 def _labelled(args: Mapping[str, Any], given: Mapping[str, Any], view: Mapping[str, Any]) -> LabelledData:

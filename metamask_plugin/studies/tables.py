@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from metamask_plugin.errors import check, choose
+from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.report import write_summary
-from metamask_plugin.studies.files import write_whole
 from metamask_plugin.studies.metric_names import column_name, is_accuracy, metric_name, number, plain
 from metamask_plugin.studies.statistics import Entry, Row, columns_of, levels
 
@@ -206,7 +206,9 @@ def _cell(entry: Entry | None, paper: Sequence[Row], best: float | None) -> Cell
     metric, mean, differs = entry["metric"], entry["mean"], "outside" in entry
     text = number(mean, metric, sign=differs)
     if entry["low"] is not None:
-        text += f" ± {number(mean - entry['low'], metric, like=mean)} ({entry['n']})"
+        half = mean - entry["low"]
+        text += f" ± {number(half, metric, like=mean)}" if half else ""  # none where seeds change nothing
+        text += f" ({entry['n']})"
     theirs = None if differs else papers_number(paper, entry)
     return Cell(
         text=text,

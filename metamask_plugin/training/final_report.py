@@ -15,12 +15,13 @@ import metamask_plugin
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation import figures, semantic_figures
 from metamask_plugin.evaluation.features import extract_features, feature_std
+from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.regions import region_accuracies
 from metamask_plugin.evaluation.report import evaluate_rows, format_table, write_summary
 from metamask_plugin.modules.encoder_split import EncoderSplit
 from metamask_plugin.training.evaluation_data import EvaluationData
 from metamask_plugin.training.history import History
-from metamask_plugin.training.run_folder import RunFolder, write_text
+from metamask_plugin.training.run_folder import RunFolder
 
 SEMANTIC_SAMPLES, SEMANTIC_IMAGES = 256, 3
 """Test images over which A's Gram matrix is averaged, and for which its maps are drawn."""
@@ -70,7 +71,7 @@ def final_report(
     table = format_table(rows)
     if regions:
         table += f"\n\n{format_table(regions)}"
-    write_text(folder.path / "table.txt", table + "\n")
+    write_whole(folder.path / "table.txt", table + "\n")
     before, after = (
         extract_features(method.backbone, data.evaluation_loader("test"), device)
         for method in (initial, model)

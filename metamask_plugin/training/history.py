@@ -7,8 +7,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.training.online_knn import OnlineKNN
-from metamask_plugin.training.run_folder import RunFolder, write_text
+from metamask_plugin.training.run_folder import RunFolder
 
 
 class History(pl.Callback):
@@ -60,7 +61,7 @@ class History(pl.Callback):
         writer = csv.DictWriter(text, list(dict.fromkeys(key for row in self.rows for key in row)))
         writer.writeheader()
         writer.writerows(self.rows)
-        write_text(self.folder.path / "metrics.csv", text.getvalue())
+        write_whole(self.folder.path / "metrics.csv", text.getvalue())
 
     def best(self, metric: str) -> dict[str, Any] | None:
         """The row with the highest ``metric``; ``None`` if no row has it."""

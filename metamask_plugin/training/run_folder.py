@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+
+from metamask_plugin.evaluation.files import write_whole
 
 NOT_THE_EXPERIMENT = (
     "auto_resume",
@@ -61,11 +62,4 @@ class RunFolder:
         """Writes ``args.json``, the resolved config, for the evaluators."""
         for folder in (self.path, self.best_checkpoint.parent):
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "args.json", json.dumps(OmegaConf.to_container(cfg, resolve=True), indent=2))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text)
-    os.replace(partial, path)
+            write_whole(folder / "args.json", json.dumps(OmegaConf.to_container(cfg, resolve=True), indent=2))

@@ -39,12 +39,12 @@ def test_size_digits_takes_the_embedded_data_and_drops_the_papers_numbers():
 
 def test_what_stands_behind_the_dashes_wins_over_the_studys_settings():
     argv = with_pretraining_overrides(
-        ["main_study.py", "size=digits", "--", "max_epochs=2", "++name=it's", "~optimizer.kwargs"]
+        ["main_study.py", "size=digits", "--", "max_epochs=3", "++name=it's", "~optimizer.kwargs"]
     )
     assert argv[:2] == ["main_study.py", "size=digits"] and len(argv) == 3
     trial = study("metamask_fig6", *argv[1:]).trials[0]
-    assert trial.overrides[-3:] == ("max_epochs=2", "++name=it's", "~optimizer.kwargs")
-    assert trial.overrides.index("max_epochs=4") < trial.overrides.index("max_epochs=2")
+    assert trial.overrides[-3:] == ("max_epochs=3", "++name=it's", "~optimizer.kwargs")
+    assert trial.overrides.index("max_epochs=2") < trial.overrides.index("max_epochs=3")
 
 
 def test_a_checkpoint_takes_the_place_of_the_encoders():

@@ -1,6 +1,7 @@
 """kNN and probe accuracy, last and best epoch, unmasked and masked."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from metamask_plugin.evaluation.features import feature_std
 from metamask_plugin.evaluation.knn import knn_table
@@ -28,28 +29,20 @@ def accuracy(
         head: ``linear`` or ``mlp``.
         masked: whether masked features are evaluated, too.
     """
-    rows = []
-    for checkpoint, pretrained in subject.encoders.items():
+
+    def rows(checkpoint: str) -> list[dict[str, Any]]:
         train, test = (subject.features(split, checkpoint) for split in ("train", "test"))
-        mask = pretrained.mask if masked else None
+        mask = subject.encoders[checkpoint].mask if masked else None
         found = knn_table(train, test, mask, tuple(ks), temperature, device=subject.device)
-        if protocol is not None:
-            for weights, suffix in ((None, ""), (mask, "_masked")):
-                if suffix and weights is None:
-                    continue
-                result = linear_probe(
-                    train,
-                    test,
-                    subject.data.num_classes,
-                    protocol,
-                    head,
-                    subject.seed,
-                    subject.device,
-                    weights,
-                )
-                found[f"{head}{suffix}"] = result.acc1_last
-                found[f"{head}_best{suffix}"] = result.acc1_best
-                found[f"{head}_top5{suffix}"] = result.acc5
+        weights = {"": None} | ({} if mask is None else {"_masked": mask})
+        for suffix, weight in weights.items() if protocol is not None else ():
+            result = linear_probe(
+                train, test, subject.data.num_classes, protocol, head, subject.seed, subject.device, weight
+            )
+            found[f"{head}{suffix}"] = result.acc1_last
+            found[f"{head}_best{suffix}"] = result.acc1_best
+            found[f"{head}_top5{suffix}"] = result.acc5
         found["feature_std"] = feature_std(test.feats)
-        rows += [{"checkpoint": checkpoint, "metric": name, "value": value} for name, value in found.items()]
-    return Measured(rows)
+        return [{"metric": metric, "value": value} for metric, value in found.items()]
+
+    return Measured(subject.by_checkpoint(rows))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from metamask_plugin.evaluation.finetune import FRACTION_SEED, finetune, simclr_protocol
 from metamask_plugin.studies.subject import Measured, Subject
@@ -25,28 +26,32 @@ def few_labels(
         lr: instead of the protocol's, as it is used.
         subset_seed: which images are labelled: the same for all encoders and seeds.
     """
-    rows = []
-    for checkpoint, pretrained in subject.encoders.items():
+
+    def rows(checkpoint: str) -> list[dict[str, Any]]:
+        found = []
         for fraction in fractions:
             protocol = simclr_protocol(fraction, **({} if batch_size is None else {"batch_size": batch_size}))
             changed = {"epochs": epochs, "lr": lr}
             given = {key: value for key, value in changed.items() if value is not None}
-            protocol = replace(protocol, **given)
             result = finetune(
-                pretrained.backbone,
+                subject.encoders[checkpoint].backbone,
                 subject.data,
                 fraction,
-                protocol,
+                replace(protocol, **given),
                 seed=subject.seed,
                 device=subject.device,
                 subset_seed=subset_seed,
             )
-            where = {"checkpoint": checkpoint, "labels": f"{100 * fraction:g} %"}
-            found = {
+            values = {
                 "finetuned": result.acc1_last,
                 "finetuned_best": result.acc1_best,
                 "finetuned_top5": result.acc5_last,
                 "labelled_images": float(result.images),
             }
-            rows += [{**where, "metric": metric, "value": value} for metric, value in found.items()]
-    return Measured(rows)
+            labels = f"{100 * fraction:g} %"
+            found += [
+                {"labels": labels, "metric": metric, "value": value} for metric, value in values.items()
+            ]
+        return found
+
+    return Measured(subject.by_checkpoint(rows))

@@ -1,5 +1,7 @@
 """Full images, foregrounds and backgrounds, after ICL-MSR's Figs. 1 and 4."""
 
+from typing import Any
+
 from metamask_plugin.evaluation.regions import region_accuracies
 from metamask_plugin.studies.subject import Measured, Subject
 
@@ -17,8 +19,9 @@ def regions(
         form: how a foreground is shown.
     """
     subject.data.require_boxes()
-    rows = []
-    for checkpoint, pretrained in subject.encoders.items():
+
+    def rows(checkpoint: str) -> list[dict[str, Any]]:
+        pretrained = subject.encoders[checkpoint]
         trained_on = (pretrained.args.get("data") or {}).get("region") or "full"
         found = region_accuracies(
             pretrained.backbone,
@@ -31,10 +34,11 @@ def regions(
             seed=subject.seed,
             device=subject.device,
         )
-        for row in found:
-            tested_on = row.pop("tested on")
-            rows += [
-                {"checkpoint": checkpoint, "tested on": tested_on, "metric": metric, "value": value}
-                for metric, value in row.items()
-            ]
-    return Measured(rows)
+        return [
+            {"tested on": row["tested on"], "metric": metric, "value": value}
+            for row in found
+            for metric, value in row.items()
+            if metric != "tested on"
+        ]
+
+    return Measured(subject.by_checkpoint(rows))
