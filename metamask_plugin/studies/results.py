@@ -129,10 +129,12 @@ def _comparisons(study: Study, differences: Sequence[Row]) -> list[str]:
 
 def _findings(records: Iterable[Record | None]) -> Iterator[str]:
     """What measures say in words: the audit's verdict."""
-    for record in records:
-        for details in ((record or {}).get("details") or {}).values():
+    found = [record for record in records if record is not None and record.get("details")]
+    for record in found:
+        title = f"{record['title']}: " if len(found) > 1 else ""
+        for details in record["details"].values():
             for line in details.get("verdict") or ():
-                yield f"{record['title']}: {line}"
+                yield title + line
 
 
 def _ran(study: Study, records: Iterable[Record | None]) -> str:
@@ -142,7 +144,10 @@ def _ran(study: Study, records: Iterable[Record | None]) -> str:
         "digits": "Reduced to the embedded data set and a short training",
         "smoke": "Two steps of training: these numbers mean nothing but that everything runs",
     }
-    words = [f"{size.get(study.size, study.size)}. Seeds {', '.join(map(str, study.seeds))}."]
+    what = size.get(study.size, study.size)
+    if all(trial.checkpoint for trial in study.trials):
+        what = "Encoders that were there already: nothing was trained"
+    words = [f"{what}. Seeds {', '.join(map(str, study.seeds))}."]
     for about in dict.fromkeys(record["about"] for record in done):
         words.append(f"{about}.")
     if study.config.get("overrides"):

@@ -1,6 +1,5 @@
 """What a study is: factors whose combinations, times the seeds, are its trials."""
 
-import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -179,7 +178,7 @@ def _levels(name: str, given: Any, size: Mapping[str, Any], node: Mapping[str, A
     if name == "encoder" and node.get("checkpoint"):
         paths = node["checkpoint"] if isinstance(node["checkpoint"], list) else [node["checkpoint"]]
         return [Level(_short(path), checkpoint=path) for path in paths]
-    if given == _shipped(node["name"]).get(name, given):  # not what the user asked for instead
+    if given == _shipped(node).get(name, given):  # not what the user asked for instead
         given = (size.get("factors") or {}).get(name, given)
     expected = "a list of levels like {label: mine, overrides: [key=value]}"
     check(isinstance(given, list) and len(given) > 0, f"factors.{name}", expected, given)
@@ -199,11 +198,19 @@ def _levels(name: str, given: Any, size: Mapping[str, Any], node: Mapping[str, A
     return levels
 
 
-@functools.lru_cache
-def _shipped(study: str) -> Mapping[str, Any]:
-    """The factors as the study's own file has them."""
-    path = SCRIPTS / "study" / f"{study}.yaml"
-    return OmegaConf.to_container(OmegaConf.load(path).factors) if path.exists() else {}
+def _shipped(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The factors as the study's own file has them, or what it shares with others."""
+    path = SCRIPTS / "study" / f"{node['name']}.yaml"
+    if not path.exists():
+        return {}
+    own = OmegaConf.load(path)
+    shared = [str(entry).split("@")[0] for entry in own.get("defaults", ()) if "@_global_" in str(entry)]
+    files = [*(OmegaConf.load(path.parent / f"{name}.yaml") for name in shared), own]
+    factors = [file.factors for file in files if "factors" in file]
+    # their interpolations are of the study's other keys
+    return OmegaConf.to_container(
+        OmegaConf.create({**node, "factors": OmegaConf.merge(*factors)}), resolve=True
+    )["factors"]
 
 
 def _filled(override: str, values: Mapping[str, Any]) -> str:

@@ -37,6 +37,14 @@ def test_size_digits_takes_the_embedded_data_and_drops_the_papers_numbers():
     assert digits.folder.name == "metamask_table2-digits"
 
 
+@pytest.mark.parametrize("name", ["metamask_fig6", "comparison_cpu"])
+def test_the_users_levels_win_over_those_of_a_size(name):
+    factor = {"metamask_fig6": "alpha", "comparison_cpu": "arm"}[name]
+    reduced, asked = study(name, "size=digits"), study(name, "size=digits", f"factors.{factor}=[7]")
+    assert len({trial.factors[factor] for trial in reduced.trials}) > 1
+    assert {trial.factors[factor] for trial in asked.trials} == {7}
+
+
 def test_what_stands_behind_the_dashes_wins_over_the_studys_settings():
     argv = with_pretraining_overrides(
         ["main_study.py", "size=digits", "--", "max_epochs=3", "++name=it's", "~optimizer.kwargs"]
