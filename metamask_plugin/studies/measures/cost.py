@@ -7,6 +7,9 @@ from metamask_plugin.studies.subject import Measured, Subject
 NOT_THE_METHOD = ("classifier",)
 """solo-learn's online classifier only watches."""
 
+META_LEARNED = ("mask", "regularizer")
+"""Parts that stay as they were initialised where there is no meta step."""
+
 
 def cost(subject: Subject) -> Measured:
     """Rows ``parameters`` (and by part), ``epochs``, ``seconds``, ``cpu_seconds``, and these ``_per_epoch``.
@@ -16,8 +19,10 @@ def cost(subject: Subject) -> Measured:
     them, a target network's copies included.
     """
     rows = [{"metric": "parameters", "value": 0.0}]
+    meta = (subject.encoders["last"].args.get("method_kwargs") or {}).get("meta") or {}
+    left_out = NOT_THE_METHOD + (() if meta.get("enabled", True) else META_LEARNED)
     for name, part in subject.model.named_children():
-        if name not in NOT_THE_METHOD:
+        if name not in left_out:
             count = float(sum(parameter.numel() for parameter in part.parameters()))
             rows[0]["value"] += count
             rows.append({"metric": f"parameters: {name}", "value": count})

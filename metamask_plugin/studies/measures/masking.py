@@ -1,14 +1,18 @@
 """Masks over the dimensions of a frozen encoder: MetaMask's Figs. 2, 8 and 9, and the confounder audit."""
 
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from metamask_plugin.errors import check
 from metamask_plugin.evaluation.audit import audit, random_mask_rows
 from metamask_plugin.evaluation.dimension_masks import below_average
+from metamask_plugin.evaluation.features import Progress
 from metamask_plugin.evaluation.linear import linear_probe
 from metamask_plugin.evaluation.mask_figures import audit_figure
 from metamask_plugin.studies.subject import Measured, Subject
@@ -93,18 +97,20 @@ def confounder_audit(
     The options are those of :func:`~metamask_plugin.evaluation.audit.audit`. All it finds is in the details,
     the verdict in words, too; the rows have its main numbers, gains in percentage points.
     """
-    result = audit(
-        subject.features("train"),
-        subject.features("test"),
-        metric=classifier,
-        rates=rates,
-        draws=draws,
-        banzhaf_masks=banzhaf_masks,
-        removal=removal,
-        weights=subject.mask,
-        seed=subject.seed,
-        device=subject.device,
-    )
+    with _shown("masks") as progress:
+        result = audit(
+            subject.features("train"),
+            subject.features("test"),
+            metric=classifier,
+            rates=rates,
+            draws=draws,
+            banzhaf_masks=banzhaf_masks,
+            removal=removal,
+            weights=subject.mask,
+            seed=subject.seed,
+            device=subject.device,
+            progress=progress,
+        )
     gain = result.removal.held_out_gain
     found = {
         "unmasked": result.accuracy["all"],
@@ -127,16 +133,18 @@ def _points(
     classifier: str,
     among: torch.Tensor | None = None,
 ) -> list[dict[str, Any]]:
-    points = random_mask_rows(
-        subject.features("train"),
-        subject.features("test"),
-        rates,
-        draws,
-        classifier,
-        among,
-        subject.seed,
-        subject.device,
-    )
+    with _shown(f"masks, {classifier}") as progress:
+        points = random_mask_rows(
+            subject.features("train"),
+            subject.features("test"),
+            rates,
+            draws,
+            classifier,
+            among,
+            subject.seed,
+            subject.device,
+            progress,
+        )
     where = {"classifier": classifier}
     rows = [
         {**where, "rate": row["rate"], "draw": row["draw"], "metric": "masked", "value": row["value"]}
@@ -154,3 +162,15 @@ def _points(
         }
         rows += [{**where, "rate": rate, "metric": metric, "value": value} for metric, value in found.items()]
     return rows
+
+
+@contextmanager
+def _shown(title: str) -> Iterator[Progress]:
+    """A bar on a terminal, for what takes long."""
+    with tqdm(desc=title, leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
