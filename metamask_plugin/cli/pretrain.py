@@ -17,6 +17,7 @@ from metamask_plugin.cli.config import complete, device_count, on_cpu, with_own_
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.data import PretrainDataModule, load_dataset
 from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.evaluation.report import write_summary
 from metamask_plugin.methods import METHODS
 from metamask_plugin.training.checkpointer import Checkpointer
 from metamask_plugin.training.data_wait import DataWait
@@ -86,22 +87,23 @@ def pretrain(cfg: DictConfig) -> RunFolder:
     dataset = load_dataset(cfg.data)
     cfg.data.num_classes = dataset.num_classes
     pl.seed_everything(cfg.seed, workers=True)
-    datamodule = PretrainDataModule(dataset, cfg)
-    datamodule.setup("fit")  # what cannot be is found before a run folder is made
-
     # the experiment is what the user asked for, before the method fills in its own defaults
     resuming = cfg.auto_resume.enabled or cfg.resume_from_checkpoint is not None
     folder = RunFolder(cfg, resume=resuming)
+    reported = cfg.evaluation.enabled and cfg.evaluation.final_report
+    if cfg.auto_resume.enabled and folder.is_complete(reported):
+        print(f"This run is complete: {folder.path}")
+        if folder.summary.exists():
+            print((folder.path / "table.txt").read_text(), end="")
+        print("Train it anew with auto_resume.enabled=False.")
+        return folder
+
+    datamodule = PretrainDataModule(dataset, cfg)
+    datamodule.setup("fit")  # what cannot be is found before a run folder is made
     model = METHODS[cfg.method](cfg)
     if not model.no_channel_last:  # the images are laid out so, and convolutions want their weights alike
         model = model.to(memory_format=torch.channels_last)
     initial = copy.deepcopy(model)
-    if cfg.auto_resume.enabled and folder.summary.exists():
-        print(
-            f"This run is complete: {folder.path}\n{(folder.path / 'table.txt').read_text()}"
-            "Train it anew with auto_resume.enabled=False."
-        )
-        return folder
 
     evaluation = EvaluationData(datamodule)
     callbacks = _callbacks(cfg, folder, evaluation)
@@ -113,12 +115,9 @@ def pretrain(cfg: DictConfig) -> RunFolder:
     started = time.monotonic()
     _fit(trainer, model, datamodule, checkpoint, folder)
     seconds = time.monotonic() - started
-    if (
-        trainer.is_global_zero
-        and cfg.evaluation.enabled
-        and cfg.evaluation.final_report
-        and evaluation.available
-    ):
+    if trainer.is_global_zero and not folder.finished.exists():
+        write_summary(folder.finished, {"epochs": trainer.current_epoch, "seconds": round(seconds, 1)})
+    if trainer.is_global_zero and reported and evaluation.available:
         device = trainer.strategy.root_device
         final_report(cfg, folder, evaluation, initial, model, callbacks["history"], seconds, device)
     return folder

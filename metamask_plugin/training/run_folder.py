@@ -58,6 +58,19 @@ class RunFolder:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
+    @property
+    def finished(self) -> Path:
+        """Written when the last epoch and its checkpoint are."""
+        return self.path / "finished.json"
+
+    def is_complete(self, reported: bool) -> bool:
+        """Whether there is nothing left to do.
+
+        Args:
+            reported: whether the final report belongs to the run.
+        """
+        return self.summary.exists() or (self.finished.exists() and not reported)
+
     def write_args(self, cfg: DictConfig) -> None:
         """Writes ``args.json``, the resolved config, for the evaluators."""
         for folder in (self.path, self.best_checkpoint.parent):

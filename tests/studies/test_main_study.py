@@ -67,6 +67,7 @@ def test_a_run_that_is_there_is_measured_and_not_trained_again(fresh_studies, ca
     written = checkpoint.stat().st_mtime_ns
     fresh_studies.sweep("metamask_fig6", "factors.alpha=[10]", "+measures.accuracy.ks=[3]")
     assert len(fresh_studies.launched) == 1 and checkpoint.stat().st_mtime_ns == written
+    assert "This run is complete" in capsys.readouterr().out
     assert "knn3" in {
         row["metric"]
         for row in rows_of(
