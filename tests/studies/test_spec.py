@@ -121,7 +121,7 @@ def one_of_each_level(trials):
     return found
 
 
-@pytest.mark.parametrize("size", ["paper", "digits"])
+@pytest.mark.parametrize("size", ["paper", pytest.param("digits", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", shipped_studies())
 def test_every_level_of_every_study_has_a_pretraining_config(name, size):
     found = study(name, f"size={size}", "seeds=[5]")
