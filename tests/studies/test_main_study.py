@@ -19,7 +19,6 @@ QUICK = (
     "icl_msr_fig1",
     "icl_msr_table4",
     "metamask_fig1a",
-    "metamask_fig2",
     "metamask_fig9",
 )
 """Between them they use every measure; the others take longer than the test command should."""
