@@ -86,19 +86,22 @@ def sweep(cfg: DictConfig, launch: Launch) -> Path | None:
         first = 0
         if is_measured(study) and not (study.folder / "calibration.json").exists() and not cfg.report_only:
             print(f"{study.title}: what an epoch of each costs")
-            records = _run_missing(calibration(study), launch, 0, cfg, ["calibrating=True"])
-            write_calibration(study, records)
-            first = len(records)
+            runs = _runs(calibration(study))
+            _run_missing(runs, launch, 0, cfg, ["calibrating=True"])
+            write_calibration(study, [run.record for run in runs])
+            first = len(runs)
         study = calibrated(study)
         print(f"{study.title} ({study.size}), {study.source}")
+        runs = _runs(study)
         try:
-            records = _run_missing(study, launch, first, cfg)
+            _run_missing(runs, launch, first, cfg)
         except (KeyboardInterrupt, SystemExit):
-            report = _report(study)
+            report = write_results(study, runs)
             print(f"interrupted; the same command goes on. So far: {report}")
             raise SystemExit(130) from None
-        report = _report(study)
+        report = write_results(study, runs)
         print(f"\nreport: {report}")
+        records = [run.record for run in runs]
         failed = [record for record in records if record is not None and record["state"] == "failed"]
         if failed:
             raise UserError(
@@ -113,11 +116,15 @@ def _study(cfg: DictConfig) -> Study:
     return calibration(study) if cfg.calibrating else calibrated(study)
 
 
+def _runs(study: Study) -> list[TrialRun]:
+    """All trials, with their pretraining configs composed."""
+    return [TrialRun(study, trial) for trial in study.trials]
+
+
 def _run_missing(
-    study: Study, launch: Launch, first: int, cfg: DictConfig, overrides: Sequence[str] = ()
-) -> list[dict[str, Any] | None]:
-    """Launches what is not finished; returns the records, None for a trial that has none."""
-    runs = [TrialRun(study, trial) for trial in study.trials]
+    runs: Sequence[TrialRun], launch: Launch, first: int, cfg: DictConfig, overrides: Sequence[str] = ()
+) -> None:
+    """Launches what is not finished."""
     missing = [] if cfg.report_only else [run.trial.index for run in runs if not run.finished]
     print(
         f"{len(runs) - len(missing)} of {len(runs)} trials are finished, {len(missing)} to make", flush=True
@@ -133,11 +140,6 @@ def _run_missing(
             break
         for job in launch(jobs[start : start + together], first + start):
             _ = job.return_value  # raises what the job raised
-    return [run.record for run in runs]
-
-
-def _report(study: Study) -> Path:
-    return write_results(study, [TrialRun(study, trial) for trial in study.trials])
 
 
 def _build(cfg: DictConfig) -> nn.Module:

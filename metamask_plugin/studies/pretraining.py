@@ -60,6 +60,8 @@ def digest(study: Study, trial: Trial, cfg: DictConfig | None) -> str:
 def _identity(checkpoint: str) -> list[str]:
     """A checkpoint's path, and the age of its files: one that was trained on is another."""
     path = Path(checkpoint)
+    if checkpoint.startswith("timm:") and "=" in checkpoint:
+        path = Path(checkpoint.partition("=")[2])
     files = sorted(path.glob("*.ckpt")) if path.is_dir() else [path] if path.is_file() else []
     return [checkpoint, *(f"{file.name} {file.stat().st_mtime_ns}" for file in files)]
 

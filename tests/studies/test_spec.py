@@ -1,5 +1,7 @@
 """What a study config means: factors, sizes, placeholders, and one line for what cannot be."""
 
+import os
+
 import pytest
 from hydra import compose, initialize_config_dir
 
@@ -84,6 +86,16 @@ def test_the_digest_covers_training_and_measures():
     assert len(digests) == len(found.trials)
     other = study("metamask_fig6", "size=smoke", "+measures.accuracy.ks=[7]")
     assert digest(other, other.trials[0], pretraining_config(other, first)) not in digests
+
+
+@pytest.mark.parametrize("spec", ["{}", "timm:resnet18={}"])
+def test_a_checkpoint_that_was_written_anew_is_another_trial(tmp_path, spec):
+    file = tmp_path / "last.pth"
+    file.write_bytes(b"1")
+    found = study("metamask_fig2", f"checkpoint=['{spec.format(file)}']")
+    before = digest(found, found.trials[0], None)
+    os.utime(file, ns=(1, 1))
+    assert digest(found, found.trials[0], None) != before
 
 
 @pytest.mark.parametrize(
