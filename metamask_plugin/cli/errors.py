@@ -1,17 +1,55 @@
-"""How the command line ends when the user's input is at fault."""
+"""How the command line ends when the user's input, or his disk, is at fault."""
 
+import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from metamask_plugin.errors import UserError
+from metamask_plugin.errors import UserError, printable
+
+RESUMES = "the same command goes on with what is saved"
+REMEDIES = {
+    errno.ENOSPC: f"the disk is full: free space, and {RESUMES}",
+    errno.EDQUOT: f"the quota is used up: free space, and {RESUMES}",
+    errno.EFBIG: f"a file may not be that large here (ulimit -f): raise the limit, and {RESUMES}",
+    errno.EROFS: "the file system cannot be written: set another checkpoint.dir, or mount it for writing",
+    errno.EACCES: "permission is missing: change the permissions, or name another folder",
+    errno.EPERM: "permission is missing: change the permissions, or name another folder",
+}
+"""Faults of the machine that the user can mend, and how."""
+
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed", "inline_container.cc")
+"""What torch.save says, in a RuntimeError, where the system would have said that the disk is full."""
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a :class:`UserError` into one line on stderr and exit code 2."""
+    """Turns what the user can mend into one line on stderr and exit code 2.
+
+    That is a :class:`UserError`, and an OSError of a full disk, of a missing permission or the like. Anything
+    else is a bug, and shows its traceback.
+    """
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(str(error))
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        fail(_about_file(error))
+    except RuntimeError as error:
+        if not any(phrase in str(error) for phrase in TORCH_CANNOT_WRITE):
+            raise
+        fail(f"a checkpoint cannot be written ({error}); free space, and {RESUMES}")
+
+
+def fail(message: str) -> None:
+    """Prints the message as one line and ends with exit code 2."""
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def _about_file(error: OSError) -> str:
+    file = "a file" if error.filename is None else repr(os.fspath(error.filename))
+    return f"{file} cannot be read or written ({os.strerror(error.errno)}); {REMEDIES[error.errno]}"

@@ -52,15 +52,54 @@ class EpochShuffle(RandomSampler):
         yield from torch.randperm(len(self), generator=generator).tolist()
 
 
+class EpochPosition:
+    """How far a run has come in an epoch, between two of its batches.
+
+    Attributes:
+        done: batches of the epoch that an interrupted run has trained on; the next pass leaves them out.
+        before_batch: called before a batch is drawn, when nothing of the last one is left to do: the place
+            to save a run in the middle of an epoch.
+    """
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.before_batch: Callable[[], None] = lambda: None
+
+    def rest(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches of an epoch that are still to be trained on.
+
+        Those before are drawn and dropped, so that workers and readers are where they were.
+        """
+        done, self.done = self.done, 0
+        for _ in range(done):
+            next(batches)
+        while True:
+            self.before_batch()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            yield batch
+
+
 class LazyLoader(DataLoader):
-    """Starts its workers when the first batch is asked for.
+    """Starts its workers when the first batch is asked for, and begins where the epoch's position says.
 
     Lightning makes an iterator before it reads a checkpoint and sets the epoch; workers that start by then
     fetch the first images of another epoch.
+
+    Args:
+        position: where in its epoch the run is.
+        *args: of ``DataLoader``.
+        **kwargs: of ``DataLoader``.
     """
 
+    def __init__(self, *args: Any, position: EpochPosition, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.position = position  # public, and of its parameter's name: Lightning makes such a loader anew
+
     def __iter__(self) -> Iterator[Any]:
-        yield from super().__iter__()
+        yield from self.position.rest(super().__iter__())
 
 
 class MemoryBatches(Dataset):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from metamask_plugin.data.boxes import Box, clip_box
-from metamask_plugin.data.splits import FileImages, listing, refuse_missing_files
+from metamask_plugin.data.image_tree import listing
+from metamask_plugin.data.splits import FileImages, refuse_missing_files
 from metamask_plugin.data.torchvision_sets import Splits
 from metamask_plugin.errors import UserError, check
 
@@ -54,6 +55,7 @@ def coco_splits(
     val_path: str | None = None,
     train_annotations: str | None = None,
     val_annotations: str | None = None,
+    skip_missing: bool = False,
 ) -> Splits:
     """Training and test split: the images with exactly one annotation, of one of :data:`CLASSES`.
 
@@ -65,6 +67,7 @@ def coco_splits(
         val_path: folder of the test images (val2017); None, no test split.
         train_annotations: their ``instances_*.json``.
         val_annotations: likewise for test.
+        skip_missing: leave it to the verification to find image files that are not there.
 
     Raises:
         UserError: a folder, image or annotation file is missing or not as it should be.
@@ -83,11 +86,11 @@ def coco_splits(
         "given both or neither",
         (val_path, val_annotations),
     )
-    train = _read_split(Path(train_path), Path(train_annotations))
-    return train, _read_split(Path(val_path), Path(val_annotations)) if val_path else None
+    train = _read_split(Path(train_path), Path(train_annotations), skip_missing)
+    return train, _read_split(Path(val_path), Path(val_annotations), skip_missing) if val_path else None
 
 
-def _read_split(folder: Path, file: Path) -> FileImages:
+def _read_split(folder: Path, file: Path, skip_missing: bool) -> FileImages:
     listing(folder)
     content = _read_json(file)
     try:
@@ -102,7 +105,8 @@ def _read_split(folder: Path, file: Path) -> FileImages:
         raise _unusable(file, "no image with one object of the right category")
     names, labels, boxes = zip(*rows)
     paths = [str(folder / name) for name in names]
-    refuse_missing_files(file, paths)
+    if not skip_missing:
+        refuse_missing_files(file, paths)
     return FileImages(paths, labels, CLASSES, torch.tensor(boxes, dtype=torch.int32))
 
 

@@ -1,5 +1,6 @@
 """Training batches from NVIDIA DALI, for ``data.format: dali``."""
 
+import os
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metamask_plugin.data.augmentations import Augmentation
-from metamask_plugin.data.batches import EpochShuffle
+from metamask_plugin.data.batches import EpochPosition, EpochShuffle
 from metamask_plugin.data.splits import FileImages, ImageSplit
 from metamask_plugin.errors import UserError, check, choose
 
@@ -35,6 +36,7 @@ class DaliBatches:
         threads: DALI's, at least 1.
         rank: this process among ``processes``; each takes its share of the one order.
         processes: how many train together.
+        position: where in its epoch the run is; the beginning by default.
 
     Attributes:
         sampler: the epoch's order. Lightning calls its ``set_epoch``, as with a ``DataLoader``.
@@ -56,6 +58,7 @@ class DaliBatches:
         threads: int = 1,
         rank: int = 0,
         processes: int = 1,
+        position: EpochPosition | None = None,
     ) -> None:
         require_dali(split, device)
         check(
@@ -69,6 +72,7 @@ class DaliBatches:
         self.batch_size, self.device, self.threads = batch_size, device, threads
         self.rank, self.processes = rank, processes
         self.sampler = EpochShuffle(split, seed)
+        self.position = position or EpochPosition()
 
     def __len__(self) -> int:
         return len(self.split) // self.processes // self.batch_size
@@ -76,6 +80,9 @@ class DaliBatches:
     def __iter__(self) -> Iterator[list]:
         # Nothing happens before the first batch is asked for: Lightning makes an iterator before it sets the
         # epoch, and another one after.
+        yield from self.position.rest(self._batches())
+
+    def _batches(self) -> Iterator[list]:
         share = list(self.sampler)[self.rank :: self.processes]
         starts = range(0, len(self) * self.batch_size, self.batch_size)
         batches = [share[start : start + self.batch_size] for start in starts]
@@ -112,7 +119,7 @@ class DaliBatches:
             yield [outputs[name] for name in names]
 
     def _files(self, batch: Sequence[int]) -> list[np.ndarray]:
-        return [np.frombuffer(self.split.paths[index].encode(), dtype=np.uint8) for index in batch]
+        return [np.frombuffer(os.fsencode(self.split.paths[index]), dtype=np.uint8) for index in batch]
 
     def _undecodable(self, batch: Sequence[int], error: RuntimeError) -> UserError:
         """One line for a file of the batch that Pillow cannot read either, else with DALI's own reason."""

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from metamask_plugin.data.augmentations import parse_augmentations
 from metamask_plugin.data.batches import (
+    EpochPosition,
     EpochShuffle,
     EvaluationImages,
     IndexedViews,
@@ -24,7 +25,8 @@ from metamask_plugin.data.dali_batches import DaliBatches, require_dali
 from metamask_plugin.data.regions import region_of
 from metamask_plugin.data.registry import Dataset
 from metamask_plugin.data.resident import IndexBatch, IndexBatches, ResidentImages, fits
-from metamask_plugin.data.splits import FileImages, ImageSplit, MemoryImages
+from metamask_plugin.data.splits import ImageSplit, MemoryImages
+from metamask_plugin.data.verify import Verification, decoded, verified
 from metamask_plugin.data.views import EvaluationView, KorniaViews, TorchvisionViews
 from metamask_plugin.errors import check, choose
 
@@ -61,8 +63,9 @@ class PretrainDataModule(LightningDataModule):
     Args:
         dataset: see :func:`load_dataset`.
         cfg: the run's configuration; read are ``data.format``, ``data.pipeline``, ``data.on_device``,
-            ``data.num_workers``, ``data.region``, ``data.region_form``, ``dali.device``, ``augmentations``,
-            ``optimizer.batch_size`` and ``seed``.
+            ``data.num_workers``, ``data.region``, ``data.region_form``, ``data.verify``,
+            ``data.invalid_images`` (see :mod:`~metamask_plugin.data.verify`), ``dali.device``,
+            ``augmentations``, ``optimizer.batch_size`` and ``seed``.
 
     Attributes:
         dataset: the data set as it is used: in memory for ``kornia``; for ``custom`` with the mean and std of
@@ -71,9 +74,11 @@ class PretrainDataModule(LightningDataModule):
             and std as in ``dataset``.
         pipeline: ``kornia``, ``torchvision`` or ``dali``.
         view: the evaluation view, of the first augmentation's crop size.
+        position: where in its epoch the training is.
 
     Raises:
-        UserError: a setting is unknown or out of range, or the batch is larger than the training split.
+        UserError: a setting is unknown or out of range, the batch is larger than the training split, or an
+            image file cannot be read and is not to be skipped.
             What DALI cannot do is found in :meth:`setup`: an evaluator needs no DALI.
     """
 
@@ -96,14 +101,21 @@ class PretrainDataModule(LightningDataModule):
         self.seed = SEED if seed is None else seed
         if dataset.name == "custom":
             dataset = _with_configured_mean_std(dataset, cfg.augmentations[0])
+        how = Verification.of(cfg.data)
+        if self.pipeline != "kornia":  # which decodes all files anyway
+            dataset = verified(dataset, how)
         self.full = dataset
         dataset = dataset.in_region(cfg.data.get("region") or "full", cfg.data.get("region_form") or "fill")
         if self.pipeline == "kornia":
-            dataset = _in_memory(dataset, max(entry.crop_size for entry in entries))
+            self.full, dataset = _in_memory(
+                self.full, dataset, max(entry.crop_size for entry in entries), how
+            )
+        _checked_batch_size(self.batch_size, len(dataset.train))  # without those that were skipped
         self.dataset = dataset
         self.view = EvaluationView(entries[0].crop_size, dataset.mean, dataset.std)
         draw = KorniaViews if self.pipeline == "kornia" else TorchvisionViews
         self.views = draw(entries, dataset.mean, dataset.std)
+        self.position = EpochPosition()
         self._entries = entries
         self._resident: ResidentImages | None = None
         self._wanted = {key: OmegaConf.select(cfg, key) for key in ("data.pipeline", "dali.device")}
@@ -129,6 +141,7 @@ class PretrainDataModule(LightningDataModule):
         return LazyLoader(
             images,
             self.batch_size,
+            position=self.position,
             sampler=sampler,
             generator=sampler.worker_seeds,
             drop_last=True,
@@ -218,6 +231,7 @@ class PretrainDataModule(LightningDataModule):
             max(1, self.num_workers),
             rank,
             processes,
+            self.position,
         )
 
     def _dali_device(self) -> str:
@@ -281,15 +295,13 @@ def _with_configured_mean_std(dataset: Dataset, node: DictConfig) -> Dataset:
     return replace(dataset, **given)
 
 
-def _in_memory(dataset: Dataset, size: int) -> Dataset:
-    """Decodes image files once, where the batches are to come from memory."""
-    decoded = {}
+def _in_memory(full: Dataset, dataset: Dataset, size: int, how: Verification) -> tuple[Dataset, Dataset]:
+    """Decodes image files once, where the batches are to come from memory; see :func:`decoded`."""
     for name in ("train", "test"):
         split = getattr(dataset, name)
-        if isinstance(split, FileImages):
+        if split is not None and not isinstance(split, MemoryImages):
             rank_zero_info(
                 f"data.pipeline=kornia: decoding {len(split)} {name} images to {size} x {size} in memory "
                 f"({len(split) * 3 * size * size / 1e6:.0f} MB)"
             )
-            decoded[name] = split.to_memory(size)
-    return replace(dataset, **decoded)
+    return decoded(full, dataset, size, how)

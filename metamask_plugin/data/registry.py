@@ -13,10 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from metamask_plugin.data.coco import coco_splits
 from metamask_plugin.data.confounded_digits import confounded_digits
 from metamask_plugin.data.digits import digits
+from metamask_plugin.data.fingerprint import fingerprint
 from metamask_plugin.data.regions import region_of
 from metamask_plugin.data.splits import FolderImages, ImageSplit, MemoryImages, stratified_subset
 from metamask_plugin.data.tiny_imagenet import tiny_imagenet_splits
 from metamask_plugin.data.torchvision_sets import Splits, folder_splits, torchvision_splits
+from metamask_plugin.data.unreadable import SkippedImage
+from metamask_plugin.data.verify import Verification, accept_unlisted
 from metamask_plugin.errors import check, choose
 
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -47,6 +50,7 @@ class Dataset:
         num_classes: at least 1, also where nothing is labelled.
         mean: per channel, images in [0, 1].
         std: per channel.
+        skipped: what was left out as it cannot be read, where ``data.invalid_images`` is ``skip``.
     """
 
     name: str
@@ -55,6 +59,11 @@ class Dataset:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    skipped: tuple[SkippedImage, ...] = ()
+
+    def fingerprint(self) -> str:
+        """A short hash of the training images, see :func:`~metamask_plugin.data.fingerprint.fingerprint`."""
+        return fingerprint(self.train)
 
     def in_region(self, region: str, form: str = "fill") -> "Dataset":
         """The same data set with the foregrounds or the backgrounds alone; what is removed turns the mean.
@@ -80,8 +89,10 @@ def load_dataset(data_cfg: DictConfig | Mapping[str, Any]) -> Dataset:
     Keys: ``dataset`` (one of :data:`DATASETS`), ``train_path`` and ``val_path`` (where files are read),
     ``download`` (False), ``fraction`` (share of the training images, the same of every class; -1 for all),
     ``no_labels`` (False; training labels become -1, and a ``custom`` training folder needs no class folders
-    and has no test split) and ``kwargs`` (options of the generated sets; ``train_annotations`` and
-    ``val_annotations``, the box files of ``coco``). Other keys are left to others.
+    and has no test split), ``invalid_images`` (``stop``, or ``skip`` to go on without folders and links that
+    cannot be listed) and ``kwargs`` (options of the generated sets; ``train_annotations`` and
+    ``val_annotations``, the box files of ``coco``). Other keys are left to others; the files themselves are
+    verified by ``PretrainDataModule``, see :mod:`~metamask_plugin.data.verify`.
 
     The images are always full ones: ``region`` (``full``, ``foreground`` or ``background``) and
     ``region_form`` (``fill`` or ``zoom``) are applied by ``PretrainDataModule``, see :func:`region_of`.
@@ -96,9 +107,13 @@ def load_dataset(data_cfg: DictConfig | Mapping[str, Any]) -> Dataset:
         OmegaConf.to_container(data_cfg, resolve=True) if isinstance(data_cfg, DictConfig) else dict(data_cfg)
     )
     name = choose("data.dataset", node.get("dataset"), DATASETS)
+    how = Verification.of(node)
     train, test = DATASETS[name](node)
     if test is not None:
         _require_same_classes(train, test)
+    faults = (*train.faults, *(test.faults if test is not None else ()))
+    if faults:
+        accept_unlisted(faults, name, how)
     mean, std = MEAN_STD.get(name) or _measured_mean_std(train)
     fraction = -1 if node.get("fraction") is None else node["fraction"]
     if fraction != -1:
@@ -106,7 +121,7 @@ def load_dataset(data_cfg: DictConfig | Mapping[str, Any]) -> Dataset:
     if node.get("no_labels"):
         train = copy.copy(train)
         train.labels = torch.full_like(train.labels, -1)
-    return Dataset(name, train, test, max(1, len(train.classes)), mean, std)
+    return Dataset(name, train, test, max(1, len(train.classes)), mean, std, faults)
 
 
 def _generated(build: Callable[..., Splits], node: Mapping[str, Any]) -> Splits:
@@ -125,14 +140,15 @@ def _folders(node: Mapping[str, Any]) -> Splits:
 
 
 def _tiny_imagenet(node: Mapping[str, Any]) -> Splits:
-    return tiny_imagenet_splits(node.get("train_path"), node.get("val_path"))
+    return tiny_imagenet_splits(node.get("train_path"), node.get("val_path"), Verification.of(node).skip)
 
 
 def _coco(node: Mapping[str, Any]) -> Splits:
     options = dict(node.get("kwargs") or {})
     for option in options:
         choose("data.kwargs key of coco", option, ("train_annotations", "val_annotations"))
-    return coco_splits(node.get("train_path"), node.get("val_path"), **options)
+    skip = Verification.of(node).skip
+    return coco_splits(node.get("train_path"), node.get("val_path"), **options, skip_missing=skip)
 
 
 def _custom(node: Mapping[str, Any]) -> Splits:

@@ -2,37 +2,24 @@
 
 import copy
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
-from tqdm import tqdm
 
 from metamask_plugin.data.boxes import square_box
+from metamask_plugin.data.each_image import each_image
+from metamask_plugin.data.image_file import read_rgb
+from metamask_plugin.data.image_tree import image_files, is_image_name, listing, lost_folder
+from metamask_plugin.data.unreadable import SkippedImage, UnreadableImage, printable
 from metamask_plugin.errors import UserError, check
-
-# Below this a progress bar flickers by before it can be read.
-PROGRESS_FROM = 2000
-
-
-class UnreadableImage(UserError):
-    """An image file that cannot be decoded.
-
-    A ``DataLoader`` worker re-raises its exceptions as ``type(error)(<whole traceback>)``; only the last
-    line, which is the one meant for the user, is kept.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.strip().splitlines()[-1].rpartition(f"{type(self).__name__}: ")[2])
 
 
 class ImageSplit(ABC):
@@ -46,12 +33,14 @@ class ImageSplit(ABC):
         boxes: foreground box of each image, x0, y0, x1, y1 in pixels, half open, int32, shape (N, 4); or
             None.
         masks: foreground pixels, bool, shape (N, H, W); or None.
+        faults: what could not be listed when the images were looked for.
     """
 
     labels: Tensor
     classes: list[str]
     boxes: Tensor | None = None
     masks: Tensor | None = None
+    faults: tuple[SkippedImage, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -120,9 +109,15 @@ class FileImages(ImageSplit):
         classes: class names.
         boxes: see :class:`ImageSplit`, in pixels of the file.
 
+    Attributes:
+        paths: as given.
+        verified: how the files were verified, a level of :mod:`~metamask_plugin.data.verify`.
+
     Raises:
         ValueError: another number of labels or boxes than of paths.
     """
+
+    verified = "none"
 
     def __init__(
         self,
@@ -138,17 +133,12 @@ class FileImages(ImageSplit):
         self.boxes = boxes
 
     def image(self, index: int) -> Image.Image:
-        path = self.paths[index]
-        try:
-            with open(path, "rb") as file:
-                return Image.open(file).convert("RGB")
-        # Pillow signals a broken file by OSError, SyntaxError (PNG), ValueError or its own bomb error.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = " ".join(str(error).split())
-            raise UnreadableImage(
-                f"image file {path} must be readable, got {type(error).__name__}: {reason}; "
-                "replace or delete it"
-            ) from None
+        """One image, RGB, as :func:`~metamask_plugin.data.image_file.read_rgb` decodes it.
+
+        Raises:
+            UnreadableImage: it cannot be decoded.
+        """
+        return read_rgb(self.paths[index])
 
     def subset(self, indices: Sequence[int] | Tensor) -> "FileImages":
         picked = super().subset(indices)
@@ -165,66 +155,84 @@ class FileImages(ImageSplit):
             threads: decoders that run at once; Pillow releases the GIL while it decodes.
 
         Raises:
-            UserError: a file cannot be decoded.
+            UnreadableImage: a file cannot be decoded.
         """
-        images = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
-        boxes = None if self.boxes is None else torch.empty(len(self), 4, dtype=torch.int32)
+        decoded, unreadable = self.decode(size, threads)
+        for error in unreadable.values():
+            raise error
+        return decoded
 
-        def decode(index: int) -> None:
-            image = self.image(index)
+    def decode(self, size: int, threads: int = 4) -> tuple[MemoryImages, dict[int, UnreadableImage]]:
+        """As :meth:`to_memory`, but goes on where a file cannot be decoded.
+
+        Returns:
+            all images, black in place of an unreadable one; and by index why it is that.
+        """
+        images = torch.zeros(len(self), 3, size, size, dtype=torch.uint8)
+        boxes = None if self.boxes is None else torch.zeros(len(self), 4, dtype=torch.int32)
+
+        def decode(index: int) -> UnreadableImage | None:
+            try:
+                image = self.image(index)
+            except UnreadableImage as error:
+                return error
             square = centre_square(image, size)
             images[index] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
             if boxes is not None:
                 boxes[index] = torch.tensor(square_box(self.boxes[index].tolist(), *image.size, size))
+            return None
 
-        with ThreadPoolExecutor(threads) as pool:
-            done = pool.map(decode, range(len(self)))
-            hidden = len(self) <= PROGRESS_FROM or not sys.stderr.isatty()
-            progress = tqdm(done, "decoding", len(self), unit="image", disable=hidden)
-            try:
-                for _ in progress:
-                    pass
-            except UserError:
-                # Otherwise leaving the pool first decodes all the images that are still queued.
-                pool.shutdown(cancel_futures=True)
-                raise
-        return MemoryImages(images, self.labels, self.classes, boxes)
+        unreadable = each_image(len(self), decode, "decoding", threads)
+        return MemoryImages(images, self.labels, self.classes, boxes), unreadable
 
 
 class FolderImages(FileImages):
     """Image files in class folders: ``<root>/<class>/*.jpg`` and what else torchvision reads.
+
+    Folders inside a class folder that cannot be listed, and links that lead nowhere or back to a folder they
+    are in, are left out and stand in ``faults``.
 
     Args:
         root: folder that holds one folder a class. Images deeper inside a class folder count, as in
             torchvision's ``ImageFolder``; hidden folders do not.
 
     Raises:
-        UserError: the folder is missing or unreadable, has no class folders, or a class has no images.
+        UserError: the folder is missing, has no class folders, or a class has no images; it or a class folder
+            is unreadable or a link that leads nowhere.
     """
 
     def __init__(self, root: str | Path) -> None:
         root = Path(root)
-        classes = sorted(entry.name for entry in listing(root) if entry.is_dir() and entry.name[0] != ".")
+        entries = listing(root)
+        lost = next((lost for lost in map(lost_folder, entries) if lost), None)
+        if lost is not None:  # one class less would be another task
+            raise UserError(
+                f"image folder {printable(root)} must be a folder of class folders, got {lost}; "
+                "mend the link or remove it"
+            )
+        classes = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
         check(
             bool(classes),
-            f"image folder {root}",
+            f"image folder {printable(root)}",
             "a folder of class folders (<class>/*.jpg)",
             "no class folders",
             "move the images into one folder a class, or set data.dataset=custom data.no_labels=True",
         )
         refuse_folder_of_splits(root, classes)
-        for name in classes:
+        paths, labels, faults = [], [], []
+        for label, name in enumerate(classes):
             listing(root / name)
-        # torchvision's check for empty classes is switched off: its message is many lines for many classes.
-        samples = make_dataset(
-            root, {name: i for i, name in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True
-        )
-        super().__init__([path for path, _ in samples], [label for _, label in samples], classes)
+            found, unlisted = image_files(root / name, root)
+            paths += found
+            labels += [label] * len(found)
+            faults += unlisted
+        super().__init__(paths, labels, classes)
+        self.faults = tuple(faults)
         self._refuse_empty_classes(root)
 
     @classmethod
     def unlabelled(cls, root: str | Path) -> "FolderImages":
-        """All images below ``root``, with label -1 and no classes.
+        """All images below ``root``, with label -1 and no classes, in the order of their paths.
 
         Raises:
             UserError: the folder is missing, unreadable or without images.
@@ -232,10 +240,11 @@ class FolderImages(FileImages):
         root = Path(root)
         listing(root)
         split = cls.__new__(cls)
-        split.paths = sorted(str(path) for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        paths, faults = image_files(root)
+        split.paths, split.faults = sorted(paths), tuple(faults)
         check(
             bool(split.paths),
-            f"image folder {root}",
+            f"image folder {printable(root)}",
             f"a folder of images ({', '.join(IMG_EXTENSIONS)})",
             "no images",
             "point data.train_path at the folder that holds them",
@@ -247,13 +256,17 @@ class FolderImages(FileImages):
     def _refuse_empty_classes(self, root: Path) -> None:
         counts = torch.bincount(self.labels, minlength=len(self.classes)).tolist()
         empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
-        check(
-            not empty,
-            f"image folder {root}",
-            f"filled with images in each of its {len(self.classes)} class folders",
-            f"no image in {len(empty)} of them, the first {root / empty[0] if empty else ''}",
-            "fill or remove the empty folders",
-        )
+        if empty:
+            # A folder that could not be listed is another matter than one without images.
+            first = root / empty[0]
+            unlisted = [fault for fault in self.faults if Path(fault.path).is_relative_to(first)]
+            raise UserError(
+                f"image folder {printable(root)} must be filled with images in each of its "
+                f"{len(self.classes)} class folders, got 'no image in {len(empty)} of them, the first "
+                f"{printable(first)}'"
+                + (f" ({unlisted[0]})" if unlisted else "")
+                + "; fill or remove the empty folders"
+            )
 
 
 def centre_square(image: Image.Image, size: int) -> Image.Image:
@@ -286,19 +299,18 @@ def stratified_subset(split: ImageSplit, fraction: float, seed: int) -> ImageSpl
 
 def holds_image(folder: Path) -> bool:
     """Whether an image file lies in ``folder`` itself."""
-    return any(entry.suffix.lower() in IMG_EXTENSIONS for entry in listing(folder))
+    return any(is_image_name(entry.name) for entry in listing(folder))
 
 
 def refuse_missing_files(source: Path, paths: Sequence[str]) -> None:
     """One line for all the ``paths`` that are named in the file ``source`` and not there."""
     missing = [path for path in paths if not os.path.isfile(path)]
-    check(
-        not missing,
-        f"the {len(paths)} images of {source}",
-        "files in the image folder",
-        f"{len(missing)} missing, the first {missing[0] if missing else ''}",
-        "correct the image folder or complete it",
-    )
+    if missing:
+        raise UserError(
+            f"the {len(paths)} images of {printable(source)} must be files in the image folder, got "
+            f"'{len(missing)} missing, the first {printable(missing[0])}'; correct the image folder or "
+            "complete it"
+        )
 
 
 def _require_rows(count: int, **rows: Tensor | None) -> None:
@@ -307,24 +319,12 @@ def _require_rows(count: int, **rows: Tensor | None) -> None:
             raise ValueError(f"{name} must have one row for each of {count} images, got {len(given)}")
 
 
-def listing(folder: Path) -> list[Path]:
-    """What lies in ``folder``; one clear line where that cannot be found out."""
-    try:
-        return list(folder.iterdir())
-    except FileNotFoundError:
-        found, remedy = "no such folder", "correct data.train_path or data.val_path"
-    except NotADirectoryError:
-        found, remedy = "a file", "name the folder that holds the class folders"
-    except PermissionError:
-        found, remedy = "no permission to read it", f"run: chmod u+rx {folder}"
-    raise UserError(f"image folder {folder} must be a readable folder, got {found}; {remedy}")
-
-
 def refuse_folder_of_splits(root: Path, classes: list[str]) -> None:
     """torchvision would take ``train`` and ``test`` for two classes, and the training would run on that."""
     test = next((name for name in ("test", "val") if name in classes), None)
     if "train" in classes and test:
         raise UserError(
-            f"image folder {root} must be a folder of class folders, got the splits {', '.join(classes)}; "
-            f"set data.train_path={root / 'train'} data.val_path={root / test}"
+            f"image folder {printable(root)} must be a folder of class folders, got the splits "
+            f"{printable(', '.join(classes))}; set data.train_path={printable(root / 'train')} "
+            f"data.val_path={printable(root / test)}"
         )

@@ -18,7 +18,7 @@ SIZE = 64
 ANNOTATIONS = "val_annotations.txt"
 
 
-def tiny_imagenet_splits(train_path: str | None, val_path: str | None) -> Splits:
+def tiny_imagenet_splits(train_path: str | None, val_path: str | None, skip_missing: bool = False) -> Splits:
     """Training and test split of ``tiny-imagenet-200/train`` and ``tiny-imagenet-200/val``.
 
     Training boxes come from ``<class>/<class>_boxes.txt``; without these files there are none. The test
@@ -28,6 +28,7 @@ def tiny_imagenet_splits(train_path: str | None, val_path: str | None) -> Splits
     Args:
         train_path: folder of class folders.
         val_path: folder of the test images; None, no test split.
+        skip_missing: leave it to the verification to find image files that are not there.
 
     Raises:
         UserError: a folder or file is missing, a line is malformed, or an image has no box.
@@ -35,7 +36,7 @@ def tiny_imagenet_splits(train_path: str | None, val_path: str | None) -> Splits
     check(
         bool(train_path), "data.train_path", "a folder with tiny_imagenet", train_path, "set it in the YAML"
     )
-    return _train_split(Path(train_path)), _val_split(Path(val_path)) if val_path else None
+    return _train_split(Path(train_path)), _val_split(Path(val_path), skip_missing) if val_path else None
 
 
 def _train_split(root: Path) -> FolderImages:
@@ -49,10 +50,10 @@ def _train_split(root: Path) -> FolderImages:
     return _with_boxes(split, [(name, Path(path).name) for name, path in zip(names, split.paths)], boxes)
 
 
-def _val_split(root: Path) -> FileImages:
+def _val_split(root: Path, skip_missing: bool) -> FileImages:
     file = root / ANNOTATIONS
     if (root / "images").is_dir() and holds_image(root / "images"):
-        return _annotated_images(root / "images", file)
+        return _annotated_images(root / "images", file, skip_missing)
     split = FolderImages(root)
     boxes = {}
     if file.is_file():
@@ -60,7 +61,7 @@ def _val_split(root: Path) -> FileImages:
     return _with_boxes(split, [Path(path).name for path in split.paths], boxes)
 
 
-def _annotated_images(folder: Path, file: Path) -> FileImages:
+def _annotated_images(folder: Path, file: Path, skip_missing: bool) -> FileImages:
     check(
         file.is_file(),
         f"Tiny ImageNet's {file}",
@@ -71,7 +72,8 @@ def _annotated_images(folder: Path, file: Path) -> FileImages:
     rows = list(_read_rows(file, ("image", "class")))
     check(bool(rows), f"Tiny ImageNet's {file}", "a line for each image", "none", "unpack it anew")
     paths = [str(folder / image) for (image, _), _ in rows]
-    refuse_missing_files(file, paths)
+    if not skip_missing:
+        refuse_missing_files(file, paths)
     classes = sorted({name for (_, name), _ in rows})
     label = {name: i for i, name in enumerate(classes)}
     boxes = torch.tensor([box for _, box in rows], dtype=torch.int32)

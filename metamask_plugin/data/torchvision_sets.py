@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
+from metamask_plugin.data.image_tree import listing
 from metamask_plugin.data.splits import (
     FolderImages,
     ImageSplit,
     MemoryImages,
     holds_image,
-    listing,
     refuse_folder_of_splits,
 )
 from metamask_plugin.errors import UserError, check

@@ -11,7 +11,7 @@ from metamask_plugin.data import ImageSplit, PretrainDataModule, load_dataset
 from metamask_plugin.errors import UserError, check
 
 READABLE_FORMATS = ("image_folder", "dali", None)
-DATASET_KEYS = ("train_path", "val_path", "kwargs", "fraction", "download")
+DATASET_KEYS = ("train_path", "val_path", "kwargs", "fraction", "download", "verify", "invalid_images")
 # what an encoder saw of its images; an evaluation reads them whole and cuts out regions itself
 REGION_KEYS = ("region", "region_form")
 
@@ -104,7 +104,7 @@ class LabelledData:
         self.crop_size = crop_size
         self.name = dataset.name
         self.num_classes = dataset.num_classes
-        self.sizes = {name: len(split) for name, split in splits.items()}
+        self.sizes = {name: len(self.images(name)) for name in splits}
 
     def evaluation_loader(
         self, split: str, batch_size: int | None = None, region: str = "full", form: str = "fill"

@@ -115,7 +115,7 @@ def test_folders(tmp_path, pipeline, workers):
 
 
 def test_damaged_image_in_a_worker_is_one_line(tmp_path):
-    options = folder_options(tmp_path, num_workers=1)
+    options = folder_options(tmp_path, num_workers=1, verify="none")
     (tmp_path / "train" / "cat" / "0.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"^image file .*0\.png must be readable") as error:
         batches(module(batch_size=12, **options))

@@ -172,10 +172,10 @@ def test_folder_without_permission(tmp_path, closed):
 
 
 def test_listing_reports_a_denied_folder(tmp_path, monkeypatch):
-    def denied(self):
+    def denied(path):
         raise PermissionError
 
-    monkeypatch.setattr(Path, "iterdir", denied)
+    monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(UserError, match="no permission to read it") as error:
         FolderImages(tmp_path)
     assert str(tmp_path) in one_line(error)
@@ -200,7 +200,7 @@ def test_damaged_image_is_named(tmp_path, damage):
 def test_worker_error_keeps_the_one_line():
     line = "image file a.jpg must be readable, got OSError: truncated; replace or delete it"
     traceback = (
-        "Caught UnreadableImage in worker\nTraceback:\n  x\nmetamask_plugin.data.splits.UnreadableImage: "
+        "Caught UnreadableImage in worker\nTraceback:\n  x\nmetamask_plugin.data.unreadable.UnreadableImage: "
     )
     wrapped = f"{traceback}{line}\n"
     assert str(UnreadableImage(wrapped)) == line

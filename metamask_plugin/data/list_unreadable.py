@@ -1,0 +1,52 @@
+"""Lists the images below some folders that cannot be read, a line each with the reason:
+
+    python -m metamask_plugin.data.list_unreadable <folder> [<folder> ...] [--decode]
+
+The lines go to stdout, the count to stderr; the exit code is 1 where there are any.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from metamask_plugin.data.image_tree import image_files, listing
+from metamask_plugin.data.unreadable import SkippedImage
+from metamask_plugin.data.verify import unreadable
+from metamask_plugin.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Verifies and lists.
+
+    Args:
+        arguments: of the command line; by default those of the process.
+
+    Returns:
+        the exit code: 2 for a folder that is none, 1 where anything cannot be read, else 0.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m metamask_plugin.data.list_unreadable",
+        description="List the images below some folders that cannot be read, a line each with the reason.",
+    )
+    parser.add_argument("folders", nargs="+", metavar="folder", help="with images at any depth")
+    parser.add_argument("--decode", action="store_true", help="decode every image whole")
+    args = parser.parse_args(arguments)
+    found, images = 0, 0
+    for folder in args.folders:
+        try:
+            listing(Path(folder))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        paths, faults = image_files(folder)
+        reasons = unreadable(paths, "decode" if args.decode else "header", "verifying")
+        faults += [SkippedImage(paths[index], reason) for index, reason in reasons.items()]
+        for fault in faults:
+            print(fault)
+        found, images = found + len(faults), images + len(paths)
+    print(f"{found} of {images} images cannot be read", file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
