@@ -3,6 +3,8 @@
 ``python main_linear.py --config-name confounded_digits pretrained_feature_extractor=RUN/last.ckpt``
 """
 
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
@@ -15,4 +17,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from metamask_plugin.cli.hydra_errors import hydra_errors
+
+    with hydra_errors("linear", sys.argv):
+        main()

@@ -23,4 +23,7 @@ if __name__ == "__main__":
 
         print(catalogue(Path(__file__).resolve().parent / "scripts" / "pretrain"))
     else:
-        main()
+        from metamask_plugin.cli.hydra_errors import hydra_errors
+
+        with hydra_errors("pretrain", sys.argv):
+            main()

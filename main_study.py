@@ -26,7 +26,9 @@ if __name__ == "__main__":
 
         print(catalogue())
     else:
+        from metamask_plugin.cli.hydra_errors import hydra_errors
         from metamask_plugin.cli.study import with_pretraining_overrides
 
         sys.argv = with_pretraining_overrides(sys.argv)
-        main()
+        with hydra_errors("study", sys.argv):
+            main()

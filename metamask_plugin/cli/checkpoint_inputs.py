@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from metamask_plugin.cli.flags import finite
 from metamask_plugin.evaluation.checkpoints import Pretrained, load_pretrained
 from metamask_plugin.evaluation.features import Features, extract_features
 from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
@@ -28,9 +29,9 @@ def add_input_flags(parser: argparse.ArgumentParser, training: str, test: str) -
     add("--train_data_path", help=training)
     add("--val_data_path", help=test)
     add("--data_format", help="image_folder or dali, which are read alike")
-    add("--data_fraction", type=float, help="share of the training images to use, -1 for all")
-    add("--mean", type=float, nargs=3, help="per channel, for custom data")
-    add("--std", type=float, nargs=3, help="per channel, for custom data")
+    add("--data_fraction", type=finite, help="share of the training images to use, -1 for all")
+    add("--mean", type=finite, nargs=3, help="per channel, for custom data")
+    add("--std", type=finite, nargs=3, help="per channel, for custom data")
     add("--batch_size", type=int, default=256, help="images run through the encoder at once")
     add("--num_workers", type=int, help="processes that decode image files")
     add("--backbone", help="the encoder, where no args.json names it")

@@ -1,15 +1,33 @@
 """From what the user wrote to a complete pretraining config, in solo-learn's schema."""
 
+import sys
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.cli.devices import device_count, on_cpu
+from metamask_plugin.cli.rehearsal import rehearse
+from metamask_plugin.cli.schema import REQUIRED, pretraining_schema
+from metamask_plugin.cli.schema_methods import BARE, METHOD_KWARGS, TASK_KWARGS
+from metamask_plugin.cli.validate import blocks_of, plain, validate, without_empty_blocks
+from metamask_plugin.data.augmentations import parse_augmentations
+from metamask_plugin.errors import check, choose
 from metamask_plugin.host.solo_settings import is_solo_task
+from metamask_plugin.methods import METHODS
 from metamask_plugin.tasks import TASKS
+
+__all__ = ["complete", "device_count", "on_cpu", "validate_pretraining", "with_own_task_settings"]
+
+IN_BLOCKS = [
+    *(f"method_kwargs.{key}" for key in BARE),
+    *(f"method_kwargs.task_kwargs.{key}" for key in TASK_KWARGS),
+]
+"""Keys that a slip may put at the top of a config."""
+
+OPEN = ("hydra",)
+"""Top-level keys that are not ours to check."""
 
 DEFAULTS: dict[str, Any] = {
     "name": "run",
@@ -52,7 +70,7 @@ OPTIMIZER_KWARGS = {"sgd": {"momentum": 0.9}, "lars": {"momentum": 0.9}}
 
 
 def complete(cfg: DictConfig) -> DictConfig:
-    """Fills in defaults, counts the views, scales the learning rates. Works in place.
+    """Checks every key, fills in defaults, counts the views, scales the learning rates. Works in place.
 
     The learning rates of a config are those of a batch of 256, as in solo-learn: they are multiplied
     by ``batch_size * devices * nodes / 256``.
@@ -61,23 +79,50 @@ def complete(cfg: DictConfig) -> DictConfig:
         cfg: the composed config.
 
     Raises:
-        UserError: for a missing block or a value that cannot be.
+        UserError: for an unknown or missing key, a value that cannot be, or values that cannot be together.
     """
     OmegaConf.set_struct(cfg, False)
-    for key in ("method", "backbone.name", "data.dataset", "optimizer.name", "optimizer.lr", "augmentations"):
-        check(OmegaConf.select(cfg, key) is not None, key, "set", None, "add it to the config")
+    validate_pretraining(cfg)
     for key, value in DEFAULTS.items():
         if OmegaConf.select(cfg, key) is None:
             OmegaConf.update(cfg, key, value, force_add=True)
     for key, value in OPTIMIZER_KWARGS.get(cfg.optimizer.name, {}).items():
         cfg.optimizer.kwargs.setdefault(key, value)
-    _check_numbers(cfg)
     _count_views(cfg)
+    rehearse(cfg)
 
     scale = cfg.optimizer.batch_size * device_count(cfg) * cfg.num_nodes / 256
     cfg.optimizer.lr *= scale
     cfg.optimizer.classifier_lr *= scale
     return cfg
+
+
+def validate_pretraining(cfg: DictConfig) -> None:
+    """Holds a composed config against the schema; takes out, in place, blocks that are null.
+
+    Raises:
+        UserError: for an unknown or missing key, with the nearest match, or a value that cannot be.
+    """
+    schema = pretraining_schema()
+    without_empty_blocks(cfg, ["method_kwargs", *blocks_of(schema)])
+    node = plain(cfg)
+    validate({key: value for key, value in node.items() if key not in OPEN}, schema, elsewhere=IN_BLOCKS)
+    if node.get("method") is not None:
+        choose("method", node["method"], METHODS)
+    for key in REQUIRED:
+        check(OmegaConf.select(cfg, key) is not None, key, "set", None, "add it to the config")
+    own = METHOD_KWARGS.get(cfg.method)
+    if own is not None:
+        validate(node.get("method_kwargs") or {}, own, "method_kwargs")
+    parse_augmentations(cfg.augmentations)
+    ignored = [key for key, setting in schema.items() if setting.unused and _differs(cfg, key)]
+    if ignored:
+        print(f"note: {', '.join(ignored)}: solo-learn's, without effect here", file=sys.stderr)
+
+
+def _differs(cfg: DictConfig, key: str) -> bool:
+    """Whether the user asks for something with a key; False and null ask for nothing."""
+    return OmegaConf.select(cfg, key) not in (None, False)
 
 
 def with_own_task_settings(cfg: DictConfig) -> DictConfig:
@@ -93,18 +138,6 @@ def with_own_task_settings(cfg: DictConfig) -> DictConfig:
         return cfg  # a method of solo-learn brings its settings itself
     choose("method_kwargs.task", task, TASKS)
     return hydra.compose(hydra_cfg.job.config_name, [*hydra_cfg.overrides.task, f"task={task}"])
-
-
-def _check_numbers(cfg: DictConfig) -> None:
-    positive_integers = ("max_epochs", "optimizer.batch_size", "checkpoint.frequency", "num_nodes")
-    for key in (*positive_integers, "evaluation.knn.every_n_epochs"):
-        value = OmegaConf.select(cfg, key)
-        check(isinstance(value, int) and value >= 1, key, "an integer >= 1", value)
-    for key in ("optimizer.lr", "optimizer.classifier_lr", "optimizer.weight_decay"):
-        value = OmegaConf.select(cfg, key)
-        check(isinstance(value, int | float) and value >= 0, key, "a number >= 0", value)
-    k = cfg.evaluation.knn.k
-    check(OmegaConf.is_list(k) and len(k) > 0 and min(k) >= 1, "evaluation.knn.k", "a list like [5, 20]", k)
 
 
 def _count_views(cfg: DictConfig) -> None:
@@ -125,22 +158,3 @@ def _count_views(cfg: DictConfig) -> None:
             small += pipeline.num_crops
     check(large >= 2, "augmentations", "pipelines that make at least 2 large crops together", large)
     cfg.data.num_large_crops, cfg.data.num_small_crops = large, small
-
-
-def device_count(cfg: DictConfig) -> int:
-    """How many devices ``devices`` asks for: a list, ``"2"``, ``"0,1"``, 2, -1 or ``auto``."""
-    devices = cfg.devices
-    if OmegaConf.is_list(devices):
-        return 1 if on_cpu(cfg) else len(devices)
-    text = str(devices)
-    if text in ("auto", "-1"):
-        return 1 if on_cpu(cfg) else max(1, torch.cuda.device_count())
-    try:
-        return int(text) if "," not in text else len([part for part in text.split(",") if part.strip()])
-    except ValueError:
-        raise UserError(f"devices must be a number, a list or 'auto', got {devices!r}") from None
-
-
-def on_cpu(cfg: DictConfig) -> bool:
-    """Whether this run will use the CPU, asked for or for want of anything else."""
-    return cfg.accelerator == "cpu" or (cfg.accelerator == "auto" and not torch.cuda.is_available())

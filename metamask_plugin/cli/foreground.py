@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from metamask_plugin.cli.errors import one_line_errors
+from metamask_plugin.cli.flags import FlagParser
 from metamask_plugin.data.regions import FORMS, REGIONS
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.checkpoints import find_checkpoint, load_pretrained, read_args
@@ -72,9 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags named as those of ``main_knn.py``; what is left out is taken from each run's args.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = FlagParser(__doc__)
     add = parser.add_argument
     add(
         "--pretrained_checkpoint_dir",

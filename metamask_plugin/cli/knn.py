@@ -13,6 +13,7 @@ from metamask_plugin.cli.checkpoint_inputs import (
     pretrained_encoder,
 )
 from metamask_plugin.cli.errors import one_line_errors
+from metamask_plugin.cli.flags import FlagParser, finite
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.checkpoints import Pretrained
 from metamask_plugin.evaluation.features import Features
@@ -35,13 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """solo-learn's flags of ``main_knn.py``; what is left out is taken from the checkpoint's args.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = FlagParser(__doc__)
     add_input_flags(parser, "images of the memory bank", "images to classify")
     add = parser.add_argument
     add("--k", type=int, nargs="+", default=[5, 20, 200], help="numbers of neighbours")
-    add("--temperature", type=float, nargs="+", default=[0.07], help="of the weights, cosine only")
+    add("--temperature", type=finite, nargs="+", default=[0.07], help="of the weights, cosine only")
     add("--distance_function", nargs="+", default=["cosine"], help="cosine, euclidean")
     add("--feature_type", nargs="+", help="backbone, masked; by default all that there are")
     return parser.parse_args(argv)

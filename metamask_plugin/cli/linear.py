@@ -10,6 +10,10 @@ from tqdm import tqdm
 
 from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.errors import one_line_errors
+from metamask_plugin.cli.free_form import check_data_kwargs
+from metamask_plugin.cli.schema_linear import LINEAR
+from metamask_plugin.cli.validate import blocks_of, plain, validate, without_empty_blocks
+from metamask_plugin.data.augmentations import parse_augmentations
 from metamask_plugin.data.registry import FRACTION_SEED
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.checkpoints import Pretrained, find_checkpoint, load_pretrained, read_args
@@ -168,11 +172,21 @@ def _finetune(cfg: DictConfig) -> FineTuneResult:
 
 
 def _complete(cfg: DictConfig) -> None:
-    """Fills in defaults, in place, and refuses what is not there."""
+    """Checks keys and values, fills in defaults, in place, and refuses what is not there."""
     OmegaConf.set_struct(cfg, False)
+    without_empty_blocks(cfg, blocks_of(LINEAR))
+    node = plain(cfg)
+    if node.get("pretrained_feature_extractor") == "":
+        node["pretrained_feature_extractor"] = None
+    validate(node, LINEAR)
+    view = node.get("data", {}).get("augmentations")
+    if view is not None:
+        parse_augmentations([{**view, "crop_size": 32}])
     for key, value in DEFAULTS.items():
         if OmegaConf.select(cfg, key) is None:
             OmegaConf.update(cfg, key, value, force_add=True)
+    if node.get("data", {}).get("dataset") is not None:
+        check_data_kwargs(node["data"]["dataset"], node["data"].get("kwargs") or {})
     for key in ELSEWHERE:
         if cfg.get(key):
             raise UserError(

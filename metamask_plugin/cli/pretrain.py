@@ -5,9 +5,11 @@ import logging
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -16,18 +18,27 @@ from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.config import complete, device_count, on_cpu, with_own_task_settings
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.data import PretrainDataModule, load_dataset
+from metamask_plugin.data.batches import EpochPosition
+from metamask_plugin.data.worker_failure import worker_failures
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.report import write_summary
 from metamask_plugin.methods import METHODS
+from metamask_plugin.training.checkpoint_io import WholeCheckpointIO
 from metamask_plugin.training.checkpointer import Checkpointer
 from metamask_plugin.training.data_wait import DataWait
+from metamask_plugin.training.epoch_means import EpochMeans
 from metamask_plugin.training.evaluation_data import EvaluationData
 from metamask_plugin.training.final_report import final_report
 from metamask_plugin.training.history import History
+from metamask_plugin.training.nonfinite_report import NonFiniteReport
 from metamask_plugin.training.online_knn import OnlineKNN
+from metamask_plugin.training.preemption import Preempted, Preemption
+from metamask_plugin.training.process_group import with_timeout
 from metamask_plugin.training.progress import Progress
-from metamask_plugin.training.resume import check_resumable
-from metamask_plugin.training.run_folder import RunFolder
+from metamask_plugin.training.rank_failure import watched_ranks
+from metamask_plugin.training.resume import asked_for, resumable
+from metamask_plugin.training.run_folder import RunFolder, experiment_of
+from metamask_plugin.training.torch_flags import torch_flags_kept
 
 TRAINER_KEYS = (
     "accelerator",
@@ -57,7 +68,7 @@ def run(cfg: DictConfig) -> RunFolder:
     Returns:
         The run's folder.
     """
-    with one_line_errors():
+    with one_line_errors(), worker_failures(), torch_flags_kept():
         check(len(cfg) > 0, "--config-name", f"one of {', '.join(shipped_configs())}", None)
         return pretrain(complete(with_own_task_settings(cfg)))
 
@@ -89,7 +100,7 @@ def pretrain(cfg: DictConfig) -> RunFolder:
     pl.seed_everything(cfg.seed, workers=True)
     # the experiment is what the user asked for, before the method fills in its own defaults
     resuming = cfg.auto_resume.enabled or cfg.resume_from_checkpoint is not None
-    folder = RunFolder(cfg, resume=resuming)
+    folder, identity = RunFolder(cfg, resume=resuming), experiment_of(cfg)
     reported = cfg.evaluation.enabled and cfg.evaluation.final_report
     if cfg.auto_resume.enabled and folder.is_complete(reported):
         print(f"This run is complete: {folder.path}")
@@ -100,20 +111,22 @@ def pretrain(cfg: DictConfig) -> RunFolder:
 
     datamodule = PretrainDataModule(dataset, cfg)
     datamodule.setup("fit")  # what cannot be is found before a run folder is made
+    identity["data"]["images_fingerprint"] = datamodule.full.fingerprint()
     model = METHODS[cfg.method](cfg)
     if not model.no_channel_last:  # the images are laid out so, and convolutions want their weights alike
         model = model.to(memory_format=torch.channels_last)
     initial = copy.deepcopy(model)
 
     evaluation = EvaluationData(datamodule)
-    callbacks = _callbacks(cfg, folder, evaluation)
+    callbacks = _callbacks(cfg, folder, evaluation, datamodule.position, identity)
     trainer = _trainer(cfg, folder, callbacks)
-    checkpoint = _resume_from(cfg, folder, model)
-    folder.write_args(cfg)
+    checkpoint = _resume_from(cfg, folder, model, identity)
+    folder.write_args(cfg, datamodule.dataset.skipped)
     _announce(cfg, folder, model, checkpoint)
 
     started = time.monotonic()
-    _fit(trainer, model, datamodule, checkpoint, folder)
+    with watched_ranks(trainer, lambda: _way_on(folder)):
+        _fit(trainer, model, datamodule, checkpoint, folder)
     seconds = time.monotonic() - started
     if trainer.is_global_zero and not folder.finished.exists():
         write_summary(folder.finished, {"epochs": trainer.current_epoch, "seconds": round(seconds, 1)})
@@ -132,23 +145,39 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*`torch.jit.script` is deprecated.*")
 
 
-def _callbacks(cfg: DictConfig, folder: RunFolder, data: EvaluationData) -> dict[str, pl.Callback]:
+def _callbacks(
+    cfg: DictConfig,
+    folder: RunFolder,
+    data: EvaluationData,
+    position: EpochPosition,
+    identity: dict[str, Any],
+) -> dict[str, pl.Callback]:
     """In the order in which they must run: measure, record, show, save."""
-    callbacks: dict[str, pl.Callback] = {"data_wait": DataWait()}
+    callbacks: dict[str, pl.Callback] = {"epoch_means": EpochMeans(), "data_wait": DataWait()}
     if cfg.evaluation.enabled and data.available:
         knn = cfg.evaluation.knn
         callbacks["knn"] = OnlineKNN(data, knn.k, knn.every_n_epochs, knn.temperature)
     callbacks["history"] = History(folder, callbacks.get("knn"))
     callbacks["progress"] = Progress()
+    callbacks["nonfinite"] = NonFiniteReport(folder)
     if cfg.checkpoint.enabled:
+        callbacks["preemption"] = Preemption()
         callbacks["checkpointer"] = Checkpointer(
-            folder, cfg.checkpoint.frequency, f"knn{cfg.evaluation.knn.k[0]}" if "knn" in callbacks else None
+            folder,
+            cfg.checkpoint.frequency,
+            f"knn{cfg.evaluation.knn.k[0]}" if "knn" in callbacks else None,
+            position,
+            callbacks["preemption"],
+            cfg.checkpoint.get("every_n_steps"),
+            identity,
         )
     return callbacks
 
 
 def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: dict[str, pl.Callback]) -> pl.Trainer:
     kwargs = {key: cfg[key] for key in TRAINER_KEYS if cfg.get(key) is not None}
+    if device_count(cfg) * cfg.num_nodes > 1:
+        kwargs["strategy"] = with_timeout(cfg.strategy, OmegaConf.select(cfg, "process_timeout"))
     if OmegaConf.is_list(cfg.devices):
         kwargs["devices"] = list(cfg.devices)
     if on_cpu(cfg):  # configs written for one GPU name it; the CPU only has a count
@@ -157,6 +186,7 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: dict[str, pl.Callbac
         return pl.Trainer(
             **kwargs,
             callbacks=list(callbacks.values()),
+            plugins=[WholeCheckpointIO()],
             profiler=callbacks["data_wait"].clock,
             logger=_loggers(cfg, folder),
             enable_checkpointing=False,
@@ -165,7 +195,7 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: dict[str, pl.Callbac
             num_sanity_val_steps=0,
             log_every_n_steps=1,
         )
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
         raise UserError(
             f"accelerator={cfg.accelerator!r}, devices={cfg.devices!r}, precision={cfg.precision!r}, "
             f"strategy={cfg.strategy!r} cannot be used on this machine: {error}"
@@ -194,16 +224,13 @@ def _loggers(cfg: DictConfig, folder: RunFolder) -> list[Logger]:
     return loggers
 
 
-def _resume_from(cfg: DictConfig, folder: RunFolder, model: nn.Module) -> Path | None:
-    """The checkpoint to go on from, checked against the model before anything starts."""
+def _resume_from(
+    cfg: DictConfig, folder: RunFolder, model: nn.Module, identity: dict[str, Any]
+) -> Path | None:
+    """The checkpoint to go on from, checked before anything starts."""
     if cfg.resume_from_checkpoint is not None:
-        path = Path(cfg.resume_from_checkpoint)
-    elif cfg.auto_resume.enabled and folder.last_checkpoint.exists():
-        path = folder.last_checkpoint
-    else:
-        return None
-    check_resumable(path, model)
-    return path
+        return asked_for(Path(cfg.resume_from_checkpoint), model, identity)
+    return resumable(folder, model, identity) if cfg.auto_resume.enabled else None
 
 
 def _announce(cfg: DictConfig, folder: RunFolder, model: nn.Module, checkpoint: Path | None) -> None:
@@ -228,17 +255,23 @@ def _fit(
     kwargs = {"ckpt_path": None if checkpoint is None else str(checkpoint)}
     try:
         trainer.fit(model, datamodule=data, **kwargs)
+    except Preempted as preempted:
+        where = f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
+        print(f"{preempted.signal.name} in {where}; {_way_on(folder)}")
+        raise SystemExit(128 + preempted.signal) from None
     except KeyboardInterrupt:
         pass
     except SystemExit:
         if not trainer.interrupted:
             raise
     if not trainer.state.finished:
-        saved = folder.last_checkpoint
-        remedy = (
-            f"resume with resume_from_checkpoint={saved}"
-            if saved.exists()
-            else "no epoch was finished, nothing is saved"
-        )
-        print(f"interrupted in epoch {trainer.current_epoch + 1} of {trainer.max_epochs}; {remedy}")
+        print(f"interrupted in epoch {trainer.current_epoch + 1} of {trainer.max_epochs}; {_way_on(folder)}")
         raise SystemExit(130)
+
+
+def _way_on(folder: RunFolder) -> str:
+    """How an interrupted run is gone on with."""
+    saved = folder.last_checkpoint
+    if saved.exists():
+        return f"resume with resume_from_checkpoint={saved}"
+    return "no epoch was finished, nothing is saved"

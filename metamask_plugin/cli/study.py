@@ -16,7 +16,10 @@ from torch import nn
 from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.config import complete
 from metamask_plugin.cli.errors import one_line_errors
+from metamask_plugin.cli.free_form import check_keywords
 from metamask_plugin.cli.pretrain import pretrain
+from metamask_plugin.cli.schema_study import STUDY
+from metamask_plugin.cli.validate import plain, validate
 from metamask_plugin.data import load_dataset
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.methods import METHODS
@@ -80,9 +83,7 @@ def sweep(cfg: DictConfig, launch: Launch) -> Path | None:
     """
     with one_line_errors():
         check(len(cfg) > 1, "--config-name", f"one of {', '.join(shipped_studies())}", None)
-        study = study_of(cfg)
-        for name in study.measures:
-            choose("measures", name, MEASURES)
+        study = _validated(cfg)
         first = 0
         if is_measured(study) and not (study.folder / "calibration.json").exists() and not cfg.report_only:
             print(f"{study.title}: what an epoch of each costs")
@@ -112,8 +113,23 @@ def sweep(cfg: DictConfig, launch: Launch) -> Path | None:
 
 
 def _study(cfg: DictConfig) -> Study:
-    study = study_of(cfg)
+    study = _validated(cfg)
     return calibration(study) if cfg.calibrating else calibrated(study)
+
+
+def _validated(cfg: DictConfig) -> Study:
+    """The study of a config, whose every key is known and whose values fit.
+
+    A key of the study's own, which others refer to (``${small_arms}``), is no mistake.
+    """
+    own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    text = OmegaConf.to_yaml(own, resolve=False)
+    node = {key: value for key, value in plain(own).items() if key in STUDY or f"${{{key}}}" not in text}
+    validate(node, STUDY)
+    study = study_of(cfg)
+    for name, options in study.measures.items():
+        check_keywords(f"measures.{name}", options, MEASURES[choose("measures", name, MEASURES)])
+    return study
 
 
 def _runs(study: Study) -> list[TrialRun]:

@@ -14,6 +14,7 @@ from metamask_plugin.cli.checkpoint_inputs import (
     pretrained_encoder,
 )
 from metamask_plugin.cli.errors import one_line_errors
+from metamask_plugin.cli.flags import FlagParser, finite
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.features import Features
 from metamask_plugin.evaluation.figures import save
@@ -37,14 +38,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """solo-learn's flags of ``main_umap.py``; what is left out is taken from the checkpoint's args.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = FlagParser(__doc__)
     add_input_flags(parser, "images of the first map", "images of the second map")
     add = parser.add_argument
     add("--limit", type=int, default=5000, help="images a map, drawn at random where there are more")
     add("--neighbours", type=int, default=15, help="of an image in UMAP: few show detail, many the whole")
-    add("--min_distance", type=float, default=0.1, help="of two points in UMAP, from 0 to 1")
+    add("--min_distance", type=finite, default=0.1, help="of two points in UMAP, from 0 to 1")
     add("--distance_function", default="cosine", help="between features: cosine, euclidean")
     add("--seed", type=int, default=5, help="of the images that are drawn, and of UMAP")
     add("--output_dir", type=Path, help="folder of the pictures; by default the checkpoint's")

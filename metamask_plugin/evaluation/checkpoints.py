@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.evaluation.checksums import check_records
 from metamask_plugin.modules.encoders import build_encoder
 from metamask_plugin.modules.solo_encoders import RESNETS, Factories, build_solo_encoder
 
@@ -173,7 +174,7 @@ def encoder_of(
     weights: Mapping[str, torch.Tensor],
     solo_factories: Factories | None = None,
 ) -> nn.Module:
-    """Builds the network that a host calls ``name``, without its weights.
+    """Builds the network that a host calls ``name``, without its weights: also where they were once fetched.
 
     Args:
         name: ``backbone.name`` of the training.
@@ -184,7 +185,7 @@ def encoder_of(
         weights: the encoder's state dict; of it only the size of a ResNet's first convolution is used.
         solo_factories: see :func:`~metamask_plugin.modules.solo_encoders.build_solo_encoder`.
     """
-    kwargs = dict(kwargs)
+    kwargs = {key: value for key, value in kwargs.items() if key != "pretrained"}
     if host == "solo":
         return build_solo_encoder(name, method, _has_small_stem(weights), solo_factories, **kwargs)
     # the embedded host takes the size for the encoder from its kwargs first
@@ -210,7 +211,8 @@ def _lookup(tree: Any, *keys: str | int) -> Any:
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
     content = read_checkpoint(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    named = state.items() if isinstance(state, dict) else ()
+    state = {key: value for key, value in named if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if not any(key.startswith("backbone.") for key in state):
         # solo-learn's name for it before 1.0.3
         state = {re.sub(r"^encoder\.", "backbone.", key): value for key, value in state.items()}
@@ -246,6 +248,7 @@ def read_checkpoint(path: Path) -> Any:
     Raises:
         UserError: when the file is damaged, or holds other Python objects.
     """
+    check_records(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -262,8 +265,11 @@ def read_checkpoint(path: Path) -> Any:
     except Exception as error:  # a damaged file fails in many ways: zip, EOF, key, runtime
         raise _unreadable(path, error) from error
     stands_in = {"collections.defaultdict": _plain_dict}
-    with torch.serialization.safe_globals([(stands_in.get(name, _Unread), name) for name in foreign]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals([(stands_in.get(name, _Unread), name) for name in foreign]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # it holds these names, but not as a schedule does
+        raise _unreadable(path, error) from error
 
 
 def _foreign_objects(path: Path) -> list[str]:

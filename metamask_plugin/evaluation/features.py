@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from metamask_plugin.errors import UserError, check
+from metamask_plugin.modules import feature_spread
 
 Progress = Callable[[int, int | None], None]
 
@@ -86,18 +87,8 @@ def raw_pixels(loader: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Features:
 
 
 def feature_std(feats: torch.Tensor) -> float:
-    """How far the features are from collapse: sqrt(D) times the mean standard deviation of a dimension.
-
-    Of features of unit length, as SimSiam [0] measures it: 0 when all images have the same features, 1 when
-    they are spread over the sphere in all directions. Features behind a ReLU are all positive and stay below.
-
-    Args:
-        feats: shape (N, D).
-
-    [0] Chen and He, *Exploring Simple Siamese Representation Learning*, CVPR 2021, Section 4.1.
-    """
-    directions = nn.functional.normalize(feats, dim=1)
-    return (directions.std(dim=0, unbiased=False).mean() * feats.shape[1] ** 0.5).item()
+    """How far features (N, D) are from collapse, see :mod:`~metamask_plugin.modules.feature_spread`."""
+    return feature_spread.feature_std(feats).item()
 
 
 def _refuse_non_finite(bad_images: int, bad_inputs: int, total: int) -> None:

@@ -41,6 +41,8 @@ class SoloTask(Task):
 
     joint_batch = False  # solo-learn's losses gather what they need themselves
 
+    resumes_within_epoch = False  # what solo-learn's methods prepare when an epoch starts is in no buffer
+
     def __init__(self, cfg: DictConfig, features_dim: int, views: tuple[int, int]):
         super().__init__(features_dim)
         name = cfg.method_kwargs.task.removeprefix(PREFIX)

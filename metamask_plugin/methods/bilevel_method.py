@@ -127,6 +127,21 @@ class BilevelMethod(TaskMethod):
         if self.trainer.is_last_batch:  # as the epoch leaves it, not its mean over the epoch
             self.log_dict(self.meta_state(), on_step=False, on_epoch=True)
 
+    def apply_meta_gradient(self, main: torch.optim.Optimizer, outer_loss: torch.Tensor) -> bool:
+        """The meta optimiser's step on the ``.grad`` of the meta parameters, unless something is not finite.
+
+        Args:
+            main: the main optimiser.
+            outer_loss: L_out, a scalar.
+
+        Returns:
+            Whether it was made.
+        """
+        finite = self.guard.before_meta_step(self, outer_loss, self.meta_parameters())
+        if finite:
+            self.meta.step(main)
+        return finite
+
     def _meta_batch(self, batch: list) -> tuple[list, list[torch.Tensor] | None]:
         """The part of a batch that ``meta.batch_share`` asks for; its target features if they are there."""
         share = self.meta.cfg.batch_share

@@ -213,8 +213,8 @@ class ICLMSR(BilevelMethod):
         gradients = processes.sum(dict(zip(leaves, pulled)))
         for name, parameter in self.regularizer.named_parameters():
             parameter.grad = gradients[name]
-        self.meta.step(main)
-        self._log_meta_step(weights, meta_gradient)
+        if self.apply_meta_gradient(main, meta_gradient.outer_loss):
+            self._log_meta_step(weights, meta_gradient)
 
     def _log_meta_step(self, weights: torch.Tensor, meta_gradient: MetaGradient) -> None:
         """Both terms of Eq. (8), and how hard each pulls at A."""

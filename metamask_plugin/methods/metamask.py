@@ -202,7 +202,9 @@ class MetaMask(BilevelMethod):
         )
         # processes agree on the joint batch's gradient up to rounding; averaged, their masks stay equal
         self.mask.accumulate(self.trainer.strategy.reduce(meta_gradient.weights[0], reduce_op="mean"))
-        self.meta.step(main)
+        if not self.apply_meta_gradient(main, meta_gradient.outer_loss):
+            return
+        self.mask.confine()
         self.log(
             "train_outer_loss",
             meta_gradient.outer_loss,

@@ -15,7 +15,10 @@ from metamask_plugin.host import BaseMethod
 from metamask_plugin.host.optimizers import build_warmup_step
 from metamask_plugin.host.solo_settings import is_solo_task, own_settings
 from metamask_plugin.host.solo_task import SoloTask
+from metamask_plugin.methods.numeric_guard import DEFAULTS as NUMBERS
+from metamask_plugin.methods.numeric_guard import NumericGuard
 from metamask_plugin.modules.compiled import MODES, CompiledForward
+from metamask_plugin.modules.feature_spread import feature_std
 from metamask_plugin.tasks import Projections, Task, build_task
 
 MATMUL_PRECISIONS = ("highest", "high", "medium")
@@ -45,6 +48,7 @@ class TaskMethod(BaseMethod):
         self.task.start_target(self.backbone)
         self.task.large_views = self.num_large_crops
         self.compiled: CompiledForward | None = None
+        self.guard = NumericGuard(self.cfg)
 
     def _build_task(self) -> Task:
         kwargs = self.cfg.method_kwargs
@@ -64,6 +68,11 @@ class TaskMethod(BaseMethod):
         if is_solo_task(cfg.method_kwargs.get("task")):
             cfg.method_kwargs.task_kwargs = own_settings(cfg)
         return cfg
+
+    @property
+    def resumes_within_epoch(self) -> bool:
+        """Whether a checkpoint from the middle of an epoch holds all that the rest of it depends on."""
+        return self.task.resumes_within_epoch
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
@@ -104,17 +113,21 @@ class TaskMethod(BaseMethod):
         """The regular loss, plus the online classifier's."""
         indexes, views, targets = batch
         views, original = self.separate(views)
+        self.guard.start_batch(self, indexes, views)
         self.task.observe(indexes, targets, batch_idx)
         out = self.host_step([indexes, views, targets], batch_idx)
         self._target_feats = self.target_features(views)
         self.before_regular_loss(batch, out, self._target_feats, batch_idx)
         self.task.start_regular_loss()
-        for key in {"feats", "maps"} & out.keys():
-            out[key] = self.joint_batch(out[key])
+        for key in ("feats", "maps"):  # no set: all processes must gather in one order
+            if key in out:
+                out[key] = self.joint_batch(out[key])
         loss, metrics, (projections, task_targets) = self.regular_loss(out, self._target_feats, original)
         self._branches = _detached(projections), None if task_targets is None else _detached(task_targets)
         metrics["train_loss"] = loss
-        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(indexes))
+        self.guard.observe({**metrics, "train_class_loss": out["loss"]})
+        metrics["feature_std"] = feature_std(torch.cat(list(out["feats"][: self.num_large_crops])).detach())
+        self._metrics = metrics, len(indexes)
         return loss + out["loss"]
 
     def host_step(self, batch: list, batch_idx: int) -> dict[str, Any]:
@@ -169,7 +182,10 @@ class TaskMethod(BaseMethod):
         trunk = self.task.target.trunk
         encode = (lambda x: Functional(trunk)({}, x)) if keep_statistics else trunk
         with torch.no_grad():
-            return self.joint_batch([encode(self._layout(x)) for x in views[: self.num_large_crops]])
+            # in the images' precision, whatever autocast makes of it: the meta step has none
+            return self.joint_batch(
+                [encode(self._layout(x)).to(x.dtype) for x in views[: self.num_large_crops]]
+            )
 
     def _layout(self, images: torch.Tensor) -> torch.Tensor:
         return images if self.no_channel_last else images.to(memory_format=torch.channels_last)
@@ -226,14 +242,37 @@ class TaskMethod(BaseMethod):
         super().on_after_backward()
         self.task.after_backward()
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        self.guard.before_step(self, optimizer)
+
+    def on_train_epoch_end(self) -> None:
+        """Warns of a collapse: an encoder that gives all images the same features."""
+        super().on_train_epoch_end()
+        spread = self.trainer.callback_metrics.get("feature_std")
+        below = {**NUMBERS, **(OmegaConf.select(self.cfg, "numbers") or {})}["collapse_below"]
+        if below is not None and spread is not None and spread < below and self.trainer.is_global_zero:
+            print(
+                f"warning: the features have collapsed in epoch {self.trainer.current_epoch + 1}: their "
+                f"standard deviation is {float(spread):.2g} of what it can be (numbers.collapse_below="
+                f"{below}); lower optimizer.lr, or look at the loss and its augmentations",
+                flush=True,
+            )
+
     def on_train_batch_end(self, outputs: Any, batch: list, batch_idx: int) -> None:
         """What comes once an iteration, in the order of the class's docstring."""
         super().on_train_batch_end(outputs, batch, batch_idx)
         step, stepped = self.trainer.global_step, self.trainer.global_step > self._last_step
         self._last_step = step
-        self.meta_stage(batch, stepped)
+        # gradient accumulation may skip the optimiser's step, and so may what overflowed or is no number
+        passed_over = stepped and self.guard.passed_over
+        self.meta_stage(batch, stepped and not passed_over)
+        if passed_over:
+            return
+        metrics, samples = self._metrics
+        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=samples)
         self.task.after_batch(*self._branches)
-        if stepped:  # gradient accumulation may skip it
+        if stepped:
             self.task.after_step(self.backbone, min(1.0, step / self.trainer.estimated_stepping_batches))
 
     def meta_stage(self, batch: list, stepped: bool) -> None:
@@ -246,6 +285,7 @@ class TaskMethod(BaseMethod):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        checkpoint["numbers"] = self.guard.state_dict()
         checkpoint["method_kwargs"] = OmegaConf.to_container(self.cfg.method_kwargs, resolve=True)
         for schedule in checkpoint.get("lr_schedulers", []):
             # solo-learn's way to a constant rate is a function in the schedule: it would be pickled, and is
@@ -255,6 +295,8 @@ class TaskMethod(BaseMethod):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses another experiment's: solo-learn's auto-resume does not compare ``method_kwargs``."""
         super().on_load_checkpoint(checkpoint)
+        if "numbers" in checkpoint:
+            self.guard.load_state_dict(checkpoint["numbers"])
         mine = OmegaConf.to_container(self.cfg.method_kwargs, resolve=True)
         found = checkpoint.get("method_kwargs")
         by_itself = "resume_from_checkpoint" in self.cfg and self.cfg.resume_from_checkpoint is None

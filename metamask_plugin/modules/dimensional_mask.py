@@ -7,6 +7,9 @@ from metamask_plugin.errors import choose
 
 PARAMETERISATIONS = ("free", "sigmoid")
 
+LARGEST_LOGIT = 16.0
+"""Its sigmoid is 1 - 1.2e-7 in float32; that of 17 is 1, with a derivative of 0."""
+
 
 class DimensionalMask(nn.Module):
     """Weighs the dimensions of a representation, h~ = h * M. Eq. (4) of [0].
@@ -48,6 +51,15 @@ class DimensionalMask(nn.Module):
         else:
             m = self.values()
             self.logit.grad = gradient * m * (1 - m)
+
+    @torch.no_grad()
+    def confine(self) -> None:
+        """Keeps a sigmoid's weights inside (0, 1), where rounding would make them 0 or 1 for good.
+
+        A free mask may have any finite weight.
+        """
+        if self.parameterisation == "sigmoid":
+            self.logit.clamp_(-LARGEST_LOGIT, LARGEST_LOGIT)
 
     @torch.no_grad()
     def statistics(self) -> dict[str, torch.Tensor]:

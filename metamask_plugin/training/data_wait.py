@@ -24,6 +24,8 @@ class DataWait(pl.Callback):
     process (all threads, no workers) over the same spans: what an epoch costs on a machine that does other
     things, too.
 
+    An epoch that is resumed in its middle has the shares and times of its rest.
+
     Must stand before whatever reads the epoch's metrics.
 
     Attributes:
@@ -32,6 +34,9 @@ class DataWait(pl.Callback):
 
     def __init__(self) -> None:
         self.clock = LoopClock()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.clock.restart(trainer.strategy.root_device)  # an epoch that is resumed in its middle has no start
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.clock.restart(trainer.strategy.root_device)

@@ -30,9 +30,10 @@ class History(pl.Callback):
         self.folder, self.knn = folder, knn
         self.rows: list[dict[str, Any]] = []
         self.masks: list[torch.Tensor] = []
+        self._initial_mask: torch.Tensor | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if hasattr(pl_module, "mask"):
+        if hasattr(pl_module, "mask") and self._initial_mask is None:  # a resumed run has brought it along
             self._initial_mask = pl_module.mask.values().cpu().clone()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -74,8 +75,13 @@ class History(pl.Callback):
         return sum(values) / len(values) if values else None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "masks": torch.stack(self.masks) if self.masks else None}
+        return {
+            "rows": self.rows,
+            "masks": torch.stack(self.masks) if self.masks else None,
+            "initial_mask": self._initial_mask,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows = list(state["rows"])
         self.masks = [] if state["masks"] is None else list(state["masks"])
+        self._initial_mask = state.get("initial_mask")

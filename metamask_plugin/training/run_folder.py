@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,12 +21,16 @@ NOT_THE_EXPERIMENT = (
 """Top-level config keys that do not change what is trained, and so not which run it is."""
 
 
+def experiment_of(cfg: DictConfig) -> dict[str, Any]:
+    """What of a config decides what is trained, as plain values."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    return {key: value for key, value in container.items() if key not in NOT_THE_EXPERIMENT}
+
+
 def experiment_digest(cfg: DictConfig) -> str:
     """Eight hex digits that differ whenever two configs would train something else."""
-    container = OmegaConf.to_container(cfg, resolve=True)
-    for key in NOT_THE_EXPERIMENT:
-        container.pop(key, None)
-    return hashlib.sha256(json.dumps(container, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    text = json.dumps(experiment_of(cfg), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 class RunFolder:
@@ -51,6 +57,11 @@ class RunFolder:
         return self.path / "last.ckpt"
 
     @property
+    def previous_checkpoint(self) -> Path:
+        """The one before the last."""
+        return self.path / "previous.ckpt"
+
+    @property
     def best_checkpoint(self) -> Path:
         return self.path / "best" / "best.ckpt"
 
@@ -71,8 +82,15 @@ class RunFolder:
         """
         return self.summary.exists() or (self.finished.exists() and not reported)
 
-    def write_args(self, cfg: DictConfig) -> None:
-        """Writes ``args.json``, the resolved config, for the evaluators."""
+    def write_args(self, cfg: DictConfig, skipped: Sequence[object] = ()) -> None:
+        """Writes ``args.json``, the resolved config, for the evaluators.
+
+        Args:
+            cfg: the complete config.
+            skipped: images that were left out, a line each, for ``skipped_images.txt``.
+        """
         for folder in (self.path, self.best_checkpoint.parent):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / "args.json", json.dumps(OmegaConf.to_container(cfg, resolve=True), indent=2))
+        if skipped:
+            write_whole(self.path / "skipped_images.txt", "".join(f"{image}\n" for image in skipped))

@@ -1,0 +1,42 @@
+"""Flags of the scripts that take no config: errors of the command line in one line, too."""
+
+import argparse
+import math
+import re
+from typing import NoReturn
+
+from metamask_plugin.cli.errors import fail
+from metamask_plugin.errors import nearest
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An ArgumentParser that ends with one ``error:`` line and exit code 2, and names the nearest flag.
+
+    Args:
+        description: of the script.
+    """
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse found, without its usage: ``--help`` has that."""
+        unknown = re.match(r"unrecognized arguments: (.*)", message, re.DOTALL)
+        if unknown:
+            word = next((word for word in unknown.group(1).split() if word.startswith("-")), None)
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            hint = None if word is None else nearest(word.partition("=")[0], flags)
+            message = f"{message}; did you mean {hint!r}?" if hint else f"{message}; --help shows the flags"
+        fail(message)
+
+
+def finite(text: str) -> float:
+    """A number of the command line; NaN and infinity are none."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    return value

@@ -1,0 +1,170 @@
+"""Blocks whose keys belong to the object they are passed to, held against that object before any work."""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torchvision
+
+from metamask_plugin import host
+from metamask_plugin.cli.schema_methods import DATA_KWARGS, TASK_KWARGS
+from metamask_plugin.cli.settings import MOST_NUMBER, Setting, check_value
+from metamask_plugin.cli.validate import unknown_key
+from metamask_plugin.data.coco import coco_splits
+from metamask_plugin.data.confounded_digits import confounded_digits
+from metamask_plugin.data.digits import digits
+from metamask_plugin.errors import UserError, check, choose, shown
+from metamask_plugin.host.optimizers import build_optimizer
+from metamask_plugin.host.solo_settings import is_solo_task
+from metamask_plugin.modules.encoders import ENCODERS, build_encoder
+from metamask_plugin.tasks import TASKS
+
+GENERATED = {"digits": digits, "confounded_digits": confounded_digits, "coco": coco_splits}
+KINDS = {int: "whole", float: "number", bool: "flag", str: "text"}
+
+
+def check_keywords(
+    name: str,
+    given: Mapping[str, Any],
+    function: Callable,
+    table: Mapping[str, Setting] | None = None,
+    aside: Iterable[str] = (),
+) -> None:
+    """Holds a block against a signature.
+
+    Args:
+        name: the block as the user writes it.
+        given: the block.
+        function: what it will be passed to.
+        table: what is known of its arguments besides their type.
+        aside: arguments that are not the user's.
+
+    Raises:
+        UserError: for an unknown argument, with the nearest one, or a value that does not fit.
+    """
+    parameters = {
+        key: parameter
+        for key, parameter in inspect.signature(function).parameters.items()
+        if key not in aside and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }
+    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    for key, value in given.items():
+        if key not in parameters:
+            raise unknown_key(name, key, parameters)
+        kinds = _kinds(hints.get(key, Any))
+        setting = (table or {}).get(key) or Setting("", next((KINDS[k] for k in kinds if k in KINDS), "any"))
+        setting = replace(setting, null=type(None) in kinds)
+        if setting.kind in ("whole", "number") and setting.most is None:
+            setting = replace(setting, most=MOST_NUMBER)
+        check_value(f"{name}.{key}", value, setting)
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    unions = (typing.Union, types.UnionType)
+    return typing.get_args(hint) if typing.get_origin(hint) in unions else (hint,)
+
+
+def check_task_kwargs(task: str, given: Mapping[str, Any]) -> None:
+    """``method_kwargs.task_kwargs``; solo-learn's methods check theirs themselves."""
+    if not is_solo_task(task):
+        choose("method_kwargs.task", task, TASKS)
+        check_keywords("method_kwargs.task_kwargs", given, TASKS[task], TASK_KWARGS, ("self", "features_dim"))
+
+
+def check_data_kwargs(dataset: str, given: Mapping[str, Any]) -> None:
+    """``data.kwargs``; data sets that take none leave them aside, so that ``data.dataset`` can be changed."""
+    if dataset in GENERATED:
+        check_keywords("data.kwargs", given, GENERATED[dataset], DATA_KWARGS, ("train_path", "val_path"))
+
+
+def check_optimizer_kwargs(name: str, kwargs: Mapping[str, Any], block: str) -> None:
+    """Builds the optimiser for two small parameters, and steps it.
+
+    Args:
+        name: the optimiser's.
+        kwargs: as in the config.
+        block: ``optimizer``, or another's name.
+    """
+    groups = [{"params": [torch.nn.Parameter(torch.ones(size)) for size in ((3, 2), (2,))]}]
+    try:
+        optimizer = build_optimizer(name, groups, 1e-3, 1e-4, dict(kwargs))
+        for _ in range(2):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    except Exception as error:  # whatever torch says of the user's values
+        raise _do_not_fit(block, name, kwargs, error) from None
+
+
+def check_encoder(block: str, name: str, kwargs: Mapping[str, Any], sizes: Iterable[int]) -> None:
+    """Builds the encoder without memory, and runs images of every size through it.
+
+    Args:
+        block: ``backbone``, or another's name.
+        name: the encoder's.
+        kwargs: as in the config.
+        sizes: sides of the images, pixels; the first is what it is built for.
+
+    Raises:
+        UserError: for an encoder that cannot be built, cannot take an image, or gives no vector of features.
+    """
+    sizes = list(dict.fromkeys(sizes))
+    if host.name == "solo" and name not in ENCODERS and block == "backbone":
+        return  # solo-learn's own factories
+    kwargs = dict(kwargs)
+    size = kwargs.pop("image_size", sizes[0])
+    check_value(f"{block}.kwargs.image_size", size, Setting("", "whole", least=1, most=8192))
+    if name in ENCODERS:
+        known = _encoder_arguments(name)
+        for key in kwargs:
+            if key not in known:
+                raise unknown_key(f"{block}.kwargs", key, known)
+    offline = {**kwargs, "pretrained": False} if kwargs.get("pretrained") else kwargs
+    try:
+        shape, features = _output(name, size, sizes, block, offline, "meta")
+    except UserError:
+        raise
+    except Exception:  # some encoders cannot be built without memory: once more, with it
+        try:
+            shape, features = _output(name, size, sizes, block, offline, "cpu")
+        except UserError:
+            raise
+        except Exception as error:
+            raise _do_not_fit(block, name, kwargs, error, f" and images of {sizes} pixels") from None
+    fits = tuple(shape) == (2, features)
+    check(fits, f"{block}.kwargs", f"those of an encoder with a vector of {features} features", tuple(shape))
+
+
+def _output(
+    name: str, size: int, sizes: list[int], block: str, kwargs: Mapping[str, Any], device: str
+) -> tuple[torch.Size, int]:
+    with torch.device(device), torch.no_grad():
+        encoder = build_encoder(name, size, setting=block, **kwargs)
+        for side in sizes:
+            output = encoder(torch.zeros(2, 3, side, side))
+    return output.shape, encoder.num_features
+
+
+def _encoder_arguments(name: str) -> set[str]:
+    builder = ENCODERS[name]
+    known = set(inspect.signature(builder).parameters) - {"kwargs"}
+    if name.startswith("resnet"):  # the rest goes to torchvision's
+        known |= set(inspect.signature(torchvision.models.ResNet.__init__).parameters)
+        known -= {"self", "block", "layers", "num_classes"}
+    return known
+
+
+def _do_not_fit(
+    block: str, name: str, kwargs: Mapping[str, Any], error: Exception, also: str = ""
+) -> UserError:
+    if isinstance(error, UserError):
+        return UserError(
+            str(error).replace("optimizer.", f"{block}.") if block != "optimizer" else str(error)
+        )
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return UserError(f"{block}.kwargs {shown(dict(kwargs))}{also} do not fit {block}.name={name!r}: {reason}")

@@ -1,0 +1,192 @@
+"""Every key of a pretraining config: what it means, and which values it takes. One entry a key.
+
+``method_kwargs`` is in :mod:`~metamask_plugin.cli.schema_methods`, the checks of single values in
+:mod:`~metamask_plugin.cli.settings`, what several keys cannot be together in
+:mod:`~metamask_plugin.cli.contradictions`.
+"""
+
+import inspect
+from collections.abc import Mapping
+
+from lightning.pytorch import Trainer
+
+from metamask_plugin.cli.settings import (
+    MOST_WHOLE,
+    Setting,
+    block,
+    flag,
+    number,
+    path,
+    sequence,
+    text,
+    whole,
+    word,
+)
+from metamask_plugin.data.datamodule import FORMATS, PIPELINES
+from metamask_plugin.data.regions import FORMS, REGIONS
+from metamask_plugin.data.registry import DATASETS
+from metamask_plugin.evaluation.linear import PROTOCOLS
+from metamask_plugin.host.contract import OPTIMIZERS, SCHEDULERS
+from metamask_plugin.methods import METHODS
+from metamask_plugin.methods.task_method import MATMUL_PRECISIONS
+from metamask_plugin.modules.compiled import MODES
+
+LARGEST_SEED = 2**32 - 1
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+COMPILE = tuple(mode for mode in MODES if mode not in ("True", "False"))
+
+FOLDER_NAME = Setting("name of the run's folder, without its digest", "folder name", null=True)
+SEED = whole("of weights, order of the images, views; 5 by default", 0, LARGEST_SEED, null=True)
+
+RUN: dict[str, Setting] = {
+    "name": FOLDER_NAME,
+    "method": word("what is trained: metamask, icl_msr, bare", lambda: METHODS),
+    "seed": SEED,
+    "max_epochs": whole("passes over the training images", 1, null=True),
+    "max_steps": whole("optimiser steps after which training ends", 1, also=(-1,), null=True),
+    "resume_from_checkpoint": path("a last.ckpt to go on from", null=True),
+    "accelerator": word("auto takes a GPU if there is one", ACCELERATORS, null=True),
+    "devices": Setting('a number ("1"), a list ([0, 1]) or auto'),
+    "num_nodes": whole("machines", 1, 10_000, null=True),
+    "strategy": text("Lightning's: auto, ddp ...", null=True),
+    "precision": Setting("Lightning's: 32-true, 16-mixed, bf16-mixed ... The meta step does not follow it"),
+    "accumulate_grad_batches": whole("batches before an optimiser step", 1, null=True),
+    "gradient_clip_val": number("largest norm, or value, of the gradient", 0, null=True),
+    "gradient_clip_algorithm": word("what gradient_clip_val limits", ("norm", "value"), null=True),
+    "limit_train_batches": Setting("batches of an epoch (an integer), or a share of them (a float)"),
+    "process_timeout": number("seconds that processes wait for one another", above=0, null=True),
+    "sync_batchnorm": flag("BatchNorm over all processes; without a meta step alone", null=True),
+    "benchmark": flag("cuDNN's search for the fastest convolution", null=True),
+    "deterministic": flag(
+        "deterministic algorithms alone; warn where there is none", also=("warn",), null=True
+    ),
+    "augmentations": Setting("solo-learn's list: how the views are made"),
+    "host": word("written by a run: which host trained it", ("solo", "embedded"), null=True),
+    "debug_augmentations": flag("solo-learn's: shows the views", null=True, unused=True),
+}
+
+BLOCKS: dict[str, Setting] = {
+    "backbone.name": text("conv4, conv, fc, resnet18, resnet50, or any model of timm's"),
+    "backbone.kwargs": block("of the encoder's constructor", null=True),
+    "data.dataset": word("see main_pretrain.py --list", lambda: DATASETS),
+    "data.train_path": path("folder of the training images", null=True),
+    "data.val_path": path("folder of the test images", null=True),
+    "data.format": word("image_folder, or dali: NVIDIA DALI reads the files", FORMATS, null=True),
+    "data.pipeline": word("where the views are made", PIPELINES, null=True),
+    "data.on_device": flag("images on the GPU; null: where they fit", null=True),
+    "data.num_workers": whole("processes that read images", 0, 1024, null=True),
+    "data.fraction": number(
+        "share of the training images, -1 for all",
+        above=0,
+        below=1,
+        also=(-1, -1.0),
+        null=True,
+        expected="between 0 and 1 (or -1 for all images)",
+    ),
+    "data.no_labels": flag("train without labels", null=True),
+    "data.download": flag("torchvision's data sets are fetched", null=True),
+    "data.region": word("what of the images is seen; needs boxes", REGIONS, null=True),
+    "data.region_form": word("a foreground in its place, or enlarged", FORMS, null=True),
+    "data.verify": word("what is looked at in every file", ("none", "header", "decode"), null=True),
+    "data.invalid_images": word("what a file that cannot be read does", ("stop", "skip"), null=True),
+    "data.kwargs": block("options of the generated data sets; COCO's annotations", null=True),
+    "data.num_classes": whole("written by a run", 1, null=True),
+    "data.num_large_crops": whole("written by a run", 0, null=True),
+    "data.num_small_crops": whole("written by a run", 0, null=True),
+    "dali.device": word("where DALI works", ("cpu", "gpu"), null=True),
+    "dali.encode_indexes_into_labels": flag("solo-learn's", null=True, unused=True),
+    "optimizer.name": word("of encoder and heads", OPTIMIZERS),
+    "optimizer.batch_size": whole("images a step and process", 1, 10**7),
+    "optimizer.lr": number("learning rate of a batch of 256", 0, 1e6),
+    "optimizer.classifier_lr": number("of the online classifier, likewise", 0, 1e6, null=True),
+    "optimizer.weight_decay": number("of all parameters of encoder and heads", 0, 1e6, null=True),
+    "optimizer.exclude_bias_n_norm_wd": flag("no weight decay on biases and norms", null=True),
+    "optimizer.kwargs": block("of the optimiser's constructor", null=True),
+    "optimizer.layer_decay": number("solo-learn's, of MAE", 0, null=True, unused=True),
+    "scheduler.name": word("how the learning rate changes", (*SCHEDULERS, "warmup_step")),
+    "scheduler.warmup_epochs": number("of warmup_cosine; 10 by default", 0, null=True),
+    "scheduler.warmup_start_lr": number("learning rate at step 0", 0, 1e6, null=True),
+    "scheduler.min_lr": number("learning rate at the end of the cosine", 0, 1e6, null=True),
+    "scheduler.interval": word("when warmup_cosine is stepped", ("step", "epoch"), null=True),
+    "scheduler.lr_decay_steps": sequence(
+        "epochs of step and warmup_step; of the latter negative ones count from the end",
+        whole("an epoch", -MOST_WHOLE),
+        null=True,
+    ),
+    "scheduler.warmup_steps": whole("of warmup_step, optimiser steps", 0, null=True),
+    "scheduler.decay_factor": number("of warmup_step", above=0, most=1, null=True),
+    "checkpoint.enabled": flag("whether last.ckpt and best.ckpt are written", null=True),
+    "checkpoint.dir": path("folder of all runs", null=True),
+    "checkpoint.frequency": whole("epochs between checkpoints", 1, null=True),
+    "checkpoint.every_n_steps": whole("steps between checkpoints within an epoch", 1, null=True),
+    "checkpoint.keep_prev": flag("solo-learn's", null=True, unused=True),
+    "auto_resume.enabled": flag("the same command goes on with its run", null=True),
+    "auto_resume.max_hours": number("solo-learn's", 0, null=True, unused=True),
+    "numbers.nonfinite": word("what a loss or gradient that is not finite does", ("stop", "skip"), null=True),
+    "numbers.max_skipped": whole("steps in a row that may be skipped", 0, null=True),
+    "numbers.collapse_below": number("spread of the features below which a warning is due", 0, null=True),
+    "evaluation.enabled": flag("kNN while training, and the report", null=True),
+    "evaluation.final_report": flag("tables and pictures at the end", null=True),
+    "evaluation.knn.k": sequence(
+        "numbers of neighbours", whole("neighbours", 1), null=True, expected="a list like [5, 20]"
+    ),
+    "evaluation.knn.temperature": number("of the neighbours' weights", above=0, null=True),
+    "evaluation.knn.every_n_epochs": whole("epochs between evaluations", 1, null=True),
+    "evaluation.linear.protocol": word("of the linear probe", lambda: PROTOCOLS, null=True),
+    "knn_eval.enabled": flag("solo-learn's kNN while training", null=True),
+    "knn_eval.k": whole("number of its neighbours", 1, null=True),
+    "knn_eval.distance_func": word("between features", ("euclidean", "cosine"), null=True),
+    "performance.compile": flag("torch.compile of the encoder", also=COMPILE, null=True),
+    "performance.matmul_precision": word("high allows TF32", MATMUL_PRECISIONS, null=True),
+    "performance.disable_channel_last": flag("the memory layout of images", null=True),
+    "wandb.enabled": flag("log to Weights & Biases", null=True),
+    "wandb.project": text("where the run is listed", null=True),
+    "wandb.entity": text("user or team", null=True),
+    "wandb.offline": flag("log to files alone", null=True),
+    "auto_umap.enabled": flag("solo-learn's", null=True, unused=True),
+    "auto_umap.dir": text("solo-learn's", null=True, unused=True),
+    "auto_umap.frequency": whole("solo-learn's", 1, null=True, unused=True),
+    "momentum.base_tau": number("solo-learn's methods alone", 0, 1, null=True, unused=True),
+    "momentum.final_tau": number("solo-learn's methods alone", 0, 1, null=True, unused=True),
+    "momentum.classifier": flag("solo-learn's methods alone", null=True, unused=True),
+}
+
+REQUIRED = (
+    "method",
+    "backbone.name",
+    "data.dataset",
+    "optimizer.name",
+    "optimizer.batch_size",
+    "optimizer.lr",
+    "scheduler.name",
+    "augmentations",
+)
+"""What has no default."""
+
+
+def trainer_settings() -> dict[str, Setting]:
+    """Lightning's other keys: solo-learn hands them all to its Trainer, we those of :data:`RUN`."""
+    keys = [key for key in inspect.signature(Trainer.__init__).parameters if key != "self"]
+    return {key: Setting("Lightning's, through solo-learn", unused=True) for key in keys if key not in RUN}
+
+
+def pretraining_schema() -> Mapping[str, Setting]:
+    """All keys of a pretraining config but ``method_kwargs``."""
+    return {**RUN, **BLOCKS, **trainer_settings(), "method_kwargs": block("of the method", null=True)}
+
+
+def as_markdown(table: Mapping[str, Setting]) -> str:
+    """A table for the documentation: key, values, meaning."""
+    lines = ["| key | values | |", "|---|---|---|"]
+    for key, setting in table.items():
+        if not setting.unused:
+            lines.append(f"| `{key}` | {_values(setting)} | {setting.meaning} |")
+    return "\n".join(lines)
+
+
+def _values(setting: Setting) -> str:
+    kinds = {"word": ", ".join(f"`{option}`" for option in setting.options), "any": "", "flag": "True, False"}
+    limits = setting.range()
+    parts = [kinds.get(setting.kind, f"{setting.kind} {limits}".strip())]
+    parts += [f"`{other}`" for other in setting.also] + (["null"] if setting.null else [])
+    return ", ".join(part for part in parts if part)

@@ -1,0 +1,35 @@
+"""Every key of a study's config. One entry a key; factors, tables and figures have a grammar of their own."""
+
+from metamask_plugin.cli.settings import Setting, block, flag, number, path, sequence, text, whole
+
+STUDY: dict[str, Setting] = {
+    "name": Setting("of its folder", "folder name"),
+    "title": text("of the report"),
+    "source": text("paper, and table or figure", null=True),
+    "claim": text("what the paper says it shows", null=True),
+    "size": text("paper, digits or smoke"),
+    "seeds": sequence("of every combination", whole("a seed", 0, 2**32 - 1), null=True),
+    "paper_seeds": sequence("where seeds is null", whole("a seed", 0, 2**32 - 1), null=True),
+    "dir": path("trials, results and report go to <dir>/<name>"),
+    "runs_dir": path("the pretraining runs, shared by all studies"),
+    "overrides": sequence("of the pretraining config, behind --", text("key=value"), null=True),
+    "checkpoint": Setting("encoders that are there already: a path, or a list"),
+    "data": block("for checkpoints: over what the encoder was trained on", null=True),
+    "report_only": flag("writes the report over what is finished"),
+    "minutes": number("no new trial is begun after so many", 0, null=True),
+    "quiet": flag("trials print to files"),
+    "trial": whole("set by the sweeper", 0, null=True),
+    "calibrating": flag("set by the sweeper"),
+    "config": text("the pretraining config"),
+    "settings": sequence("overrides of every trial", text("key=value"), null=True),
+    "factors": block("levels by factor"),
+    "measures": block("options by measure"),
+    "baseline": block("the level that others are compared with", null=True),
+    "tables": sequence("of the report", block("a table"), null=True),
+    "figures": sequence("of the report", block("a figure"), null=True),
+    "paper": sequence("the paper's numbers", block("a number"), null=True),
+    "equal_time": block("as long a training for all", null=True),
+    "sizes": block("what a size changes"),
+    "small_arms": Setting("levels that other keys refer to"),
+    "smoke_arms": Setting("levels that other keys refer to"),
+}

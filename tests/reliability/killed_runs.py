@@ -1,0 +1,111 @@
+"""Tiny trainings that end by a fault, in processes of their own, and what they leave compared bit by bit."""
+
+import csv
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from metamask_plugin.cli import pretrain
+from metamask_plugin.cli.config import complete
+from metamask_plugin.training.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+CLOCKS = ("data_wait_share", "train_seconds", "train_cpu_seconds")
+"""Metrics that a clock measured: no two runs have the same."""
+
+
+def config(runs, *overrides, name="metamask_barlow"):
+    """Three epochs of four batches, without evaluation."""
+    small = [
+        "++backbone.kwargs.width=4",
+        "++data.fraction=0.1",
+        "++data.kwargs.copies=1",
+        "optimizer.batch_size=32",
+        "max_epochs=3",
+        "accelerator=cpu",
+        f"checkpoint.dir={runs}",
+        "++evaluation.enabled=False",
+    ]
+    if name.startswith("icl_msr"):
+        small.append("method_kwargs.regularizer.kwargs.width=8")
+    with initialize_config_dir(str(ROOT / "scripts" / "pretrain"), version_base="1.2"):
+        return compose(name, overrides=[*small, *overrides])
+
+
+def run_apart(cfg, fault=None, log=None):
+    """Trains in a process of its own.
+
+    Args:
+        cfg: the composed config.
+        fault: called in that process before it trains; patches in what is to go wrong.
+        log: file for what it prints.
+
+    Returns:
+        Its exit code; that of a signal is negative.
+    """
+
+    def main():
+        if log is not None:
+            sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115 (as long as the process)
+        if fault is not None:
+            fault()
+        pretrain.run(cfg)
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    process.join(timeout=300)
+    assert process.exitcode is not None, "the training hangs"
+    return process.exitcode
+
+
+def folder_of(cfg, resume=True):
+    """Where the run of this config is, or would be."""
+    cfg = complete(cfg.copy())
+    cfg.data.num_classes = 10  # as the data set says
+    return RunFolder(cfg, resume).path
+
+
+def signal_myself(number):
+    os.kill(os.getpid(), number)
+
+
+def kill_myself(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_folder(runs):
+    (folder,) = [path.parent for path in Path(runs).glob("*/*/args.json")]
+    return folder
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(found, expected, where="checkpoint"):
+    """Two checkpoints, or parts of them, are equal to the last bit."""
+    assert type(found) is type(expected), where
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype and torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            if key not in CLOCKS:
+                assert_same(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for index, (ours, theirs) in enumerate(zip(found, expected)):
+            assert_same(ours, theirs, f"{where}[{index}]")
+    else:
+        assert found == expected, where
+
+
+def rows(folder):
+    """The rows of metrics.csv, without what a clock measured."""
+    with (folder / "metrics.csv").open() as file:
+        return [{key: row[key] for key in row if key not in CLOCKS} for row in csv.DictReader(file)]

@@ -1,0 +1,128 @@
+"""The same command finds its own run, and no other's."""
+
+import json
+
+import pytest
+from hydra import compose, initialize_config_dir
+from killed_runs import ROOT, config, folder_of, read, run_folder
+from omegaconf import OmegaConf
+
+from metamask_plugin.cli import pretrain
+from metamask_plugin.cli.config import complete
+from metamask_plugin.training.run_folder import NOT_THE_EXPERIMENT, RunFolder
+
+CONFIGS = [
+    "metamask_barlow",
+    "icl_msr_simclr",
+    "cifar/metamask_barlow",
+    "cifar/icl_msr_simclr",
+    "stl10/metamask_barlow",
+]
+
+
+def leaves(node, path=()):
+    if isinstance(node, dict):
+        return [leaf for key, value in node.items() for leaf in leaves(value, (*path, key))]
+    if isinstance(node, list) and node:
+        return [leaf for key, value in enumerate(node) for leaf in leaves(value, (*path, key))]
+    return [(path, node)]
+
+
+def other_than(value):
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return f"{value}x"
+
+
+def composed(name):
+    with initialize_config_dir(str(ROOT / "scripts" / "pretrain"), version_base="1.2"):
+        return complete(compose(name, overrides=["accelerator=cpu"]))
+
+
+@pytest.mark.fault("auto-resume")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_whatever_defines_the_run_is_another_run(name, record_property):
+    """Every single key of the config, changed alone."""
+    cfg = composed(name)
+    container = OmegaConf.to_container(cfg, resolve=True)
+    mine, tried = RunFolder(cfg, resume=True).path, 0
+    for path, value in leaves(container):
+        changed = json.loads(json.dumps(container))
+        node = changed
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = other_than(value)
+        if path[0] == "checkpoint" and path[-1] == "dir" or path[0] in ("name", "method"):
+            continue  # another folder by its very name
+        theirs = RunFolder(OmegaConf.create(changed), resume=True).path
+        assert (theirs == mine) == (path[0] in NOT_THE_EXPERIMENT), path
+        tried += 1
+    assert tried > 60
+    record_property("inputs", tried)
+    record_property("tracebacks", 0)
+
+
+OTHERS = [
+    "method_kwargs.alpha=50",
+    "++method_kwargs.redundancy.lamb=0.01",
+    "method_kwargs.meta.estimator=first_order",
+    "task=byol",
+    "seed=6",
+    "max_epochs=4",
+    "scheduler.warmup_epochs=1",
+    "scheduler.name=none",
+    "augmentations.0.horizontal_flip.prob=0.5",
+    "optimizer.weight_decay=0",
+    "++data.fraction=0.2",
+    "backbone.kwargs.width=8",
+    "++precision=64-true",
+    "++accumulate_grad_batches=2",
+]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A run with a checkpoint, unfinished."""
+    runs = tmp_path_factory.mktemp("runs")
+    folder = pretrain.run(config(runs)).path
+    (folder / "finished.json").unlink()
+    return runs, folder
+
+
+@pytest.mark.fault("auto-resume")
+@pytest.mark.parametrize("override", OTHERS)
+def test_a_neighbour_is_not_gone_on_with(interrupted, override, tmp_path):
+    runs, folder = interrupted
+    theirs = folder_of(config(runs, override))
+    assert theirs != folder and not theirs.exists()
+
+
+@pytest.mark.fault("auto-resume")
+def test_what_only_looks_at_the_run_leaves_it_the_same(interrupted):
+    runs, folder = interrupted
+    same = config(runs, "++evaluation.knn.k=[1]", "checkpoint.frequency=3", "++checkpoint.every_n_steps=7")
+    assert folder_of(same) == folder
+
+
+@pytest.mark.fault("auto-resume")
+def test_files_of_another_run_in_the_folder_are_not_gone_on_with(interrupted, tmp_path, capsys):
+    """As after a copy by hand: the folder is right, its checkpoint another seed's."""
+    other = pretrain.run(config(tmp_path / "other", "seed=6")).path
+    cfg = config(tmp_path / "mine")
+    mine = folder_of(cfg)
+    mine.mkdir(parents=True)
+    (mine / "last.ckpt").write_bytes((other / "last.ckpt").read_bytes())
+    with pytest.raises(SystemExit) as stop:
+        pretrain.run(cfg.copy())
+    assert stop.value.code == 2 and "seed 6 there, 5 here" in capsys.readouterr().err
+    assert read(mine / "last.ckpt")["global_step"] == 12
+
+
+@pytest.mark.fault("auto-resume")
+def test_a_fresh_start_takes_nobodys_folder(interrupted):
+    runs, folder = interrupted
+    fresh = folder_of(config(runs), resume=False)
+    assert fresh == folder.with_name(f"{folder.name}-2")
+    assert run_folder(runs) == folder
