@@ -19,9 +19,6 @@ REMEDIES = {
 }
 """Faults of the machine that the user can mend, and how."""
 
-TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed", "inline_container.cc")
-"""What torch.save says, in a RuntimeError, where the system would have said that the disk is full."""
-
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
@@ -38,10 +35,6 @@ def one_line_errors() -> Iterator[None]:
         if error.errno not in REMEDIES:
             raise
         fail(_about_file(error))
-    except RuntimeError as error:
-        if not any(phrase in str(error) for phrase in TORCH_CANNOT_WRITE):
-            raise
-        fail(f"a checkpoint cannot be written ({error}); free space, and {RESUMES}")
 
 
 def fail(message: str) -> None:

@@ -122,7 +122,8 @@ def pretrain(cfg: DictConfig) -> RunFolder:
     trainer = _trainer(cfg, folder, callbacks)
     checkpoint = _resume_from(cfg, folder, model, identity)
     folder.write_args(cfg, datamodule.dataset.skipped)
-    _announce(cfg, folder, model, checkpoint)
+    if trainer.is_global_zero:
+        _announce(cfg, folder, model, checkpoint)
 
     started = time.monotonic()
     with watched_ranks(trainer, lambda: _way_on(folder)):

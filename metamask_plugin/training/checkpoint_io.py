@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -30,11 +30,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
         partial = path.with_name(path.name + ".part")
         try:
             with open(partial, "wb") as file:
-                torch.save(checkpoint, file)
+                _save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:
+        except BaseException as error:
             partial.unlink(missing_ok=True)  # a full disk is not to be filled by a file of no use
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, str(path)) from error
             raise
         if path.name in self.KEPT and path.exists():
             os.replace(path, path.with_name(self.KEPT[path.name]))
@@ -46,6 +48,33 @@ class WholeCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         check_records(Path(path))
         return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class _Watched:
+    """A file that remembers why it could not be written: ``torch.save`` raises something else then."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save(content: dict[str, Any], file: BinaryIO) -> None:
+    watched = _Watched(file)
+    try:
+        torch.save(content, watched)
+    except Exception:
+        if watched.error is not None:
+            raise watched.error from None
+        raise
 
 
 def _flush_folder(path: Path) -> None:

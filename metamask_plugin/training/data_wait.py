@@ -36,7 +36,8 @@ class DataWait(pl.Callback):
         self.clock = LoopClock()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.clock.restart(trainer.strategy.root_device)  # an epoch that is resumed in its middle has no start
+        # an epoch that is resumed in its middle has no start
+        self.clock.restart(trainer.strategy.root_device)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.clock.restart(trainer.strategy.root_device)

@@ -19,7 +19,7 @@ def with_timeout(strategy: str, seconds: Any) -> Strategy | str:
 
     Args:
         strategy: its name; ``auto`` is ``ddp``, which it means for several processes.
-        seconds: the timeout; None for torch's, half an hour (NCCL: 10 minutes).
+        seconds: the timeout; None for Lightning's, half an hour.
 
     Raises:
         UserError: not a positive number, or a strategy without process groups.
@@ -27,7 +27,7 @@ def with_timeout(strategy: str, seconds: Any) -> Strategy | str:
     if seconds is None:
         return strategy
     number = isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds > 0
-    check(number, NAME, "a number of seconds > 0, or null for torch's default", seconds)
+    check(number, NAME, "a number of seconds > 0, or null for Lightning's default", seconds)
     name = "ddp" if strategy == "auto" else strategy
     known = name in StrategyRegistry and _has_timeout(StrategyRegistry[name]["strategy"])
     check(known, NAME, f"null with strategy={strategy!r}, which has no such setting", seconds)

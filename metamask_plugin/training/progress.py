@@ -30,8 +30,9 @@ class Progress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             total = trainer.max_epochs * trainer.num_training_batches
-            begun = trainer.fit_loop.epoch_loop.batch_progress.current.completed % trainer.num_training_batches
-            done = trainer.current_epoch * trainer.num_training_batches + begun
+            resumed_at = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+            done = trainer.current_epoch * trainer.num_training_batches
+            done += resumed_at % trainer.num_training_batches
             self.bar = tqdm(
                 total=total,
                 initial=done,

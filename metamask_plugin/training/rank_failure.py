@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +31,8 @@ PATIENCE_SECONDS = 10.0
 YIELD_SECONDS = 1.0
 """That a launched rank keeps its own message back, as rank 0 may be about to say the same."""
 
-NETWORK_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "tcpstore")
-"""By one of them, in lower case, the errors of collectives are known; most are plain RuntimeErrors."""
+NETWORK_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "pair closure", "tcpstore")
+"""By one of them, in lower case, errors of collectives are known that come from C++; plain RuntimeErrors."""
 
 
 class RankFailure(UserError):
@@ -167,7 +168,8 @@ class _LaunchingRank(_Rank):
     def explain(self, error: Exception) -> None:
         foreign = lost_contact(error)
         if foreign:  # the connection breaks a moment before the process is gone
-            self.failed.wait(PATIENCE_SECONDS if "timed out" not in str(error).lower() else POLL_SECONDS)
+            silence = re.search("timed out|timeout", str(error).lower())
+            self.failed.wait(POLL_SECONDS if silence else PATIENCE_SECONDS)
         stopped = [self._called(number) for number, rank in enumerate(self.others) if is_stopped(rank.pid)]
         self._end_others()
         if self.failed.is_set():
@@ -242,10 +244,18 @@ class _LaunchedRank(_Rank):
 
 
 def lost_contact(error: Exception) -> bool:
-    """Whether a collective says that it cannot reach the other processes."""
+    """Whether a collective says that it cannot reach the other processes.
+
+    By where it was raised, as gloo has many phrases; what DistributedDataParallel sends from within backward
+    is known by its words alone.
+    """
     if isinstance(error, torch.distributed.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in NETWORK_WORDS)
+    if not isinstance(error, RuntimeError):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    collective = frames and Path(frames[-1].filename).match("torch/distributed/*.py")
+    return bool(collective) or any(word in str(error).lower() for word in NETWORK_WORDS)
 
 
 def reason(error: Exception) -> str:

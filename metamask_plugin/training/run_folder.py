@@ -15,6 +15,7 @@ NOT_THE_EXPERIMENT = (
     "checkpoint",
     "evaluation",
     "name",
+    "process_timeout",
     "resume_from_checkpoint",
     "wandb",
 )

@@ -24,7 +24,6 @@ from metamask_plugin.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
-pytestmark = pytest.mark.fault("config")
 
 
 class Started(BaseException):
@@ -139,21 +138,25 @@ TOGETHER = {
 
 
 @pytest.mark.parametrize("overrides", SLIPS)
+@pytest.mark.fault("config")
 def test_a_slip(refused, overrides):
     assert SLIPS[overrides] in refused(config(*overrides.split(" ")))
 
 
 @pytest.mark.parametrize("overrides", TOGETHER)
+@pytest.mark.fault("config")
 def test_what_cannot_be_together(refused, overrides):
     assert TOGETHER[overrides] in refused(config(*overrides.split(" ")))
 
 
 @pytest.mark.skipif(__import__("torch").cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.fault("config")
 def test_a_gpu_that_is_not_there(refused):
     assert "accelerator must be auto or cpu where no GPU is found" in refused(config("accelerator=gpu"))
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "\ud800", "a\nb", "back\\slash", "."])
+@pytest.mark.fault("config")
 def test_names_that_are_no_folder(refused, name):
     cfg = config()
     cfg.name = name
@@ -163,6 +166,7 @@ def test_names_that_are_no_folder(refused, name):
 @pytest.mark.parametrize(
     "value", ["$(touch shell)", "`touch shell`", "; touch shell", "| touch shell", "&& x"]
 )
+@pytest.mark.fault("security")
 def test_no_value_is_executed(monkeypatch, tmp_path, value):
     def start(*args, **kwargs):
         raise Started
@@ -192,6 +196,7 @@ LINEAR_SLIPS = {
 
 
 @pytest.mark.parametrize("slip", LINEAR_SLIPS)
+@pytest.mark.fault("config")
 def test_main_linear(refused, slip):
     override, message = LINEAR_SLIPS[slip]
     assert message in refused(config(override, kind="linear", name="confounded_digits"), linear.run)
@@ -209,6 +214,7 @@ STUDY_SLIPS = {
 
 
 @pytest.mark.parametrize("slip", STUDY_SLIPS)
+@pytest.mark.fault("config")
 def test_main_study(refused, slip):
     override, message = STUDY_SLIPS[slip]
     cfg = config(override, kind="study", name="metamask_fig6")
@@ -224,6 +230,7 @@ def test_main_study(refused, slip):
         ([], "--pretrained_checkpoint_dir"),
     ],
 )
+@pytest.mark.fault("config")
 def test_flags(capsys, flags, message):
     with pytest.raises(SystemExit) as end:
         knn.main(flags)
@@ -243,6 +250,7 @@ HYDRA_SLIPS = {
 
 
 @pytest.mark.parametrize("slip", HYDRA_SLIPS)
+@pytest.mark.fault("config")
 def test_hydras_own_errors_in_one_line(slip):
     override, *messages = HYDRA_SLIPS[slip]
     with pytest.raises(HydraException) as caught:
@@ -264,6 +272,7 @@ def script(folder, *words):
     )
 
 
+@pytest.mark.fault("config")
 def test_the_scripts_end_with_exit_code_2(tmp_path):
     for kind, name, near in (
         ("pretrain", "metamask_barlo", "metamask_barlow"),
@@ -289,6 +298,7 @@ def test_a_disk_at_fault_is_one_line(capsys, code):
     assert error.count("\n") == 1
 
 
+@pytest.mark.fault("config")
 def test_a_really_full_disk_is_one_line(capsys):
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full here")

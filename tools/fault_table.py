@@ -1,0 +1,62 @@
+"""The table of docs/reliability.md from a JUnit file of the tests marked ``fault`` and ``load``.
+
+    python -m pytest -m "fault or load" --junitxml faults.xml
+    python tools/fault_table.py faults.xml
+
+A test, or each of its cases, injects one fault; it is survived where the test passes, lost where it does not.
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+COUNTED = ("inputs", "tracebacks")
+"""What tests that try many inputs count by themselves."""
+
+
+def tests_of(junit: Path) -> list[tuple[dict[str, str], str]]:
+    """Of each test that was marked what it recorded, and ``passed``, ``failed`` or ``skipped``."""
+    found = []
+    for case in ElementTree.parse(junit).iter("testcase"):
+        recorded = {entry.get("name"): entry.get("value") for entry in case.iter("property")}
+        bad = case.find("failure") is not None or case.find("error") is not None
+        skipped = case.find("skipped") is not None
+        found.append((recorded, "failed" if bad else "skipped" if skipped else "passed"))
+    return [(recorded, state) for recorded, state in found if {"fault", "load"} & recorded.keys()]
+
+
+def table(tests: list[tuple[dict[str, str], str]]) -> str:
+    """Faults by area, inputs tried, and loads held; as Markdown."""
+    counts, inputs = Counter(), Counter()
+    for recorded, state in tests:
+        area = recorded.get("fault")
+        if area is not None:
+            counts[area, state] += 1
+            for name in COUNTED:
+                inputs[area, name] += int(recorded.get(name, 0))
+    areas = list(dict.fromkeys(area for area, _ in counts))
+    lines = [
+        "| area | faults injected | survived | lost | not injected here | inputs tried besides | tracebacks |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for area in [*areas, "all"]:
+        chosen = areas if area == "all" else [area]
+        passed, failed, skipped = (
+            sum(counts[name, state] for name in chosen) for state in ("passed", "failed", "skipped")
+        )
+        tried, shown = (sum(inputs[name, kind] for name in chosen) for kind in COUNTED)
+        lines.append(
+            f"| {area} | {passed + failed} | {passed} | {failed} | {skipped} | {tried:,} | {shown} |"
+        )
+    loads = {recorded["load"]: state for recorded, state in tests if "load" in recorded}
+    lines += ["", "| load | outcome |", "|---|---|", *(f"| {what} | {state} |" for what, state in loads.items())]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("error: the JUnit file must be given, see --help of pytest's --junitxml")
+    marked = tests_of(Path(sys.argv[1]))
+    print(table(marked))
+    raise SystemExit(any(state == "failed" for _, state in marked))
