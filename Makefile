@@ -1,9 +1,9 @@
-# make quickstart | test | slow | check | format | bench | upstream | clean
+# make quickstart | test | slow | faults | check | audit | matrix | format | bench | upstream | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart setup test slow check format bench upstream clean
+.PHONY: quickstart setup test slow faults check audit matrix format bench upstream clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python main_pretrain.py --config-name metamask_barlow
@@ -16,9 +16,23 @@ test: $(VENV)/installed-test
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow
 
+# injects every fault, the long ones too, and prints the table of docs/reliability.md
+faults: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m "fault or load" --junitxml=build/faults.xml; \
+	$(BIN)/python tools/fault_table.py build/faults.xml
+
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/audit.py
+
+# as check does, and fails where the advisories cannot be asked for
+audit: $(VENV)/installed-dev
+	$(BIN)/python tools/audit.py --strict
+
+# tests on Python 3.10 to 3.13 with the lowest and the newest dependencies: what was run, and what was not
+matrix: $(VENV)/installed-dev
+	$(BIN)/python tools/matrix.py
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

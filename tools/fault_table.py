@@ -37,7 +37,7 @@ def table(tests: list[tuple[dict[str, str], str]]) -> str:
                 inputs[area, name] += int(recorded.get(name, 0))
     areas = list(dict.fromkeys(area for area, _ in counts))
     lines = [
-        "| area | faults injected | survived | lost | not injected here | inputs tried besides | tracebacks |",
+        "| area | faults injected | survived | lost | not injected here | inputs tried | tracebacks |",
         "|---|---|---|---|---|---|---|",
     ]
     for area in [*areas, "all"]:
@@ -50,7 +50,8 @@ def table(tests: list[tuple[dict[str, str], str]]) -> str:
             f"| {area} | {passed + failed} | {passed} | {failed} | {skipped} | {tried:,} | {shown} |"
         )
     loads = {recorded["load"]: state for recorded, state in tests if "load" in recorded}
-    lines += ["", "| load | outcome |", "|---|---|", *(f"| {what} | {state} |" for what, state in loads.items())]
+    lines += ["", "| load | outcome |", "|---|---|"]
+    lines += [f"| {what} | {state} |" for what, state in loads.items()]
     return "\n".join(lines)
 
 

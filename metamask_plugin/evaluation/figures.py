@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -35,6 +36,9 @@ ACCURACIES = {
     "knn200": ("k = 200", GREEN, "-"),
     "knn20_masked": ("k = 20, masked", ORANGE, "--"),
 }
+
+OF_AN_AXIS = r"\mathdefault"
+"""In the numbers that matplotlib writes beside a logarithmic axis; these are formulas."""
 
 MAX_TRAJECTORIES = 64
 MAX_DRAWN_DIMS = 96
@@ -191,6 +195,7 @@ def save(figure: Figure, path: str | Path, dpi: int = 150) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _take_names_as_they_are(figure)
     if path.suffix != ".png":
         figure.savefig(path, dpi=dpi, facecolor="white")
         return
@@ -201,6 +206,13 @@ def save(figure: Figure, path: str | Path, dpi: int = 150) -> None:
     if not any(picture.get_array().ndim == 3 for axes in figure.axes for picture in axes.images):
         image = image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
     image.save(path, optimize=True, dpi=(dpi, dpi))
+
+
+def _take_names_as_they_are(figure: Figure) -> None:
+    """A class or a run may have dollars in its name, and is not a formula."""
+    for text in figure.findobj(Text):
+        if "$" in text.get_text() and OF_AN_AXIS not in text.get_text():
+            text.set_parse_math(False)
 
 
 def _two_panels() -> tuple[Figure, Sequence[Axes]]:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import timm
@@ -13,6 +12,7 @@ from torch import nn
 
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.checkpoints import load_pretrained, read_checkpoint
+from metamask_plugin.modules.timm_networks import timm_network
 
 PREFIX = "timm:"
 SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -78,10 +78,10 @@ def load_frozen(
     path = Path(file) if file else None
     if path is not None:
         # the part behind a dot names the weights that are not fetched here
-        backbone = _create(name.split(".")[0], image_size, pretrained=False)
+        backbone = timm_network(name.split(".")[0], image_size)
         _fill(backbone, _read(path), path, name)
     else:
-        backbone = _fetched(name, image_size)
+        backbone = timm_network(name, image_size, spec, pretrained=True)
     cfg = backbone.pretrained_cfg
     return FrozenEncoder(
         backbone=backbone.eval(),
@@ -113,27 +113,6 @@ def _of_checkpoint(spec: str, title: str | None, image_size: int | None, **optio
     )
 
 
-def _create(name: str, image_size: int | None, pretrained: bool) -> nn.Module:
-    kwargs = {"pretrained": pretrained, "num_classes": 0}
-    if image_size is not None:
-        try:  # transformers fix their input size at construction, convolutional networks refuse the key
-            return timm.create_model(name, img_size=image_size, **kwargs)
-        except TypeError:
-            pass
-    return timm.create_model(name, **kwargs)
-
-
-def _fetched(name: str, image_size: int | None) -> nn.Module:
-    try:
-        return _create(name, image_size, pretrained=True)
-    except Exception as error:  # without a network it fails in as many ways as there are libraries between
-        reason = shorten(str(error), 160, placeholder=" ...") or "no reason given"
-        raise UserError(
-            f"timm:{name} must have weights that can be fetched from here, got {type(error).__name__} "
-            f"({reason}); give them as a file: timm:{name.split('.')[0]}=<file>"
-        ) from error
-
-
 def _read(path: Path) -> dict[str, torch.Tensor]:
     name = "timm weights"
     check(path.is_file(), name, "an existing file", str(path), "check the path")
@@ -154,7 +133,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(node), Mapping):
             content = content[node]
     tensors = content.items() if isinstance(content, Mapping) else ()
-    weights = {WRAPPERS.sub("", key): value for key, value in tensors if isinstance(value, torch.Tensor)}
+    named = {key: value for key, value in tensors if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    weights = {WRAPPERS.sub("", key): value for key, value in named.items()}
     check(len(weights) > 0, name, "a state dict of tensors", str(path), "save model.state_dict()")
     return weights
 

@@ -128,7 +128,8 @@ def build_head(head: str, dim: int, num_classes: int) -> nn.Sequential:
     for width_in, width_out in zip(widths, widths[1:]):
         # skip_init: nn.Linear's own initialisation would draw from the global generator
         layers += [nn.utils.skip_init(nn.Linear, width_in, width_out), nn.ReLU()]
-    standardise = nn.BatchNorm1d(dim, eps=0.0, affine=False)
+    # torch 2.9 to 2.14 refuse an eps of 0; this one changes no variance above 1e-31
+    standardise = nn.BatchNorm1d(dim, eps=torch.finfo(torch.float32).tiny, affine=False)
     return nn.Sequential(OrderedDict(standardise=standardise, classifier=nn.Sequential(*layers[:-1])))
 
 

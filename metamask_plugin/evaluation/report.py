@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from metamask_plugin.errors import printable
 from metamask_plugin.evaluation.features import Features, extract_features, raw_pixels
 from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.knn import knn_table, masked_features
@@ -117,7 +118,7 @@ def format_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{value:.2f}" if isinstance(value, float) else printable(str(value))
 
 
 def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:

@@ -127,7 +127,7 @@ class TaskMethod(BaseMethod):
         metrics["train_loss"] = loss
         self.guard.observe({**metrics, "train_class_loss": out["loss"]})
         metrics["feature_std"] = feature_std(torch.cat(list(out["feats"][: self.num_large_crops])).detach())
-        self._metrics = metrics, len(indexes)
+        self.batch_metrics, self._samples = metrics, len(indexes)  # logged once the step has been made
         return loss + out["loss"]
 
     def host_step(self, batch: list, batch_idx: int) -> dict[str, Any]:
@@ -269,8 +269,8 @@ class TaskMethod(BaseMethod):
         self.meta_stage(batch, stepped and not passed_over)
         if passed_over:
             return
-        metrics, samples = self._metrics
-        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=samples)
+        logged = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": self._samples}
+        self.log_dict(self.batch_metrics, **logged)
         self.task.after_batch(*self._branches)
         if stepped:
             self.task.after_step(self.backbone, min(1.0, step / self.trainer.estimated_stepping_batches))

@@ -14,6 +14,7 @@ import torchvision
 from torch import nn
 
 from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.modules.timm_networks import timm_network
 
 STEMS = ("auto", "cifar", "small", "imagenet", "solo_cifar")
 NORMS = {"batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(8, channels)}
@@ -182,23 +183,15 @@ def build_encoder(name: str, image_size: int, setting: str = "backbone", **kwarg
         A module from (N, 3, image_size, image_size) to (N, ``num_features``).
 
     Raises:
-        UserError: for an unknown name, or arguments that the constructor refuses.
+        UserError: for an unknown name, and for arguments that the constructor refuses or that name files.
     """
     check(image_size >= 16, f"{setting}'s crop_size", ">= 16 pixels", image_size)
     try:
         if name in ENCODERS:
             return ENCODERS[name](image_size=image_size, **kwargs)
         if timm.is_model(name):
-            return _build_timm(name, image_size, **kwargs)
+            return timm_network(name, image_size, setting, **kwargs)
     except TypeError as error:
         raise UserError(f"{setting}.kwargs do not fit {setting}.name={name!r}: {error}") from error
     choose(f"{setting}.name", name, [*ENCODERS, *timm.list_models(f"{name[:4]}*")[:12], "any timm model"])
     raise AssertionError("unreachable")
-
-
-def _build_timm(name: str, image_size: int, **kwargs) -> nn.Module:
-    kwargs = {"pretrained": False, "num_classes": 0, **kwargs}
-    try:  # transformers fix their input size at construction, convolutional networks refuse the key
-        return timm.create_model(name, img_size=image_size, **kwargs)
-    except TypeError:
-        return timm.create_model(name, **kwargs)

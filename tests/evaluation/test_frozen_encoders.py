@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.frozen_encoders import load_frozen
+from metamask_plugin.modules import timm_networks
 
 MODEL = "test_efficientnet"
 
@@ -82,6 +83,7 @@ def test_fetched_weights_are_asked_for_and_images_may_have_another_size(monkeypa
         return create(name, pretrained=False, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", fetched)
+    monkeypatch.setattr(timm_networks, "_check_fetchable", lambda name, setting: None)
     encoder = load_frozen("timm:test_vit.r160_in1k", image_size=64)
     assert asked == {"name": "test_vit.r160_in1k", "pretrained": True, "num_classes": 0, "img_size": 64}
     assert encoder.image_size == 64
@@ -94,6 +96,7 @@ def test_without_a_network_one_line_says_to_give_a_file(monkeypatch):
         raise OSError("cannot reach the hub\nRetrying in 1 s")
 
     monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(timm_networks, "_check_fetchable", lambda name, setting: None)
     with pytest.raises(UserError, match=f"give them as a file: timm:{MODEL}=<file>") as caught:
         load_frozen(f"timm:{MODEL}.r160_in1k")
     assert "cannot reach the hub" in str(caught.value)

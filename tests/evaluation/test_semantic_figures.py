@@ -35,7 +35,7 @@ def test_region_bars_are_grouped_in_the_papers_order_with_their_values_above():
         "foreground →\nforeground (3)",
         "foreground →\nfull (4)",
     ]
-    first, second = (bars for bars in knn.containers if bars.get_label() in "ab")
+    first, second = (bars for bars in knn.containers if str(bars.get_label()) in "ab")
     assert [bar.get_height() for bar in first] == [24, 10, 31, 17]
     assert [bar.get_height() for bar in second] == [24, 31, 17], "without the missing one"
     assert {text.get_text() for text in knn.texts} == {"24.0", "10.0", "31.0", "17.0"}

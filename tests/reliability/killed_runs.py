@@ -49,16 +49,23 @@ def run_apart(cfg, fault=None, log=None):
         Its exit code; that of a signal is negative.
     """
 
+    reading, writing = os.pipe()  # not a file: a fault may be that none can be written
+
     def main():
         if log is not None:
-            sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115 (as long as the process)
+            sys.stdout = sys.stderr = os.fdopen(writing, "w", buffering=1)
         if fault is not None:
             fault()
         pretrain.run(cfg)
 
     process = multiprocessing.get_context("fork").Process(target=main)
     process.start()
+    os.close(writing)
+    with os.fdopen(reading, errors="replace") as said:
+        text = said.read()
     process.join(timeout=300)
+    if log is not None:
+        log.write_text(text)
     assert process.exitcode is not None, "the training hangs"
     return process.exitcode
 

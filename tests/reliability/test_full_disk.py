@@ -1,4 +1,4 @@
-"""A disk that fills up while a run writes: one line, the last checkpoint stands, and the run goes on from it."""
+"""A disk that fills up while a run writes: one line, and the run goes on from its last checkpoint."""
 
 import contextlib
 import resource
@@ -12,7 +12,7 @@ from test_resume_exactly import in_step, when_saving
 
 
 def limited_to(size):
-    """From now on this process can write no file beyond ``size`` bytes: a real failure of the system's write."""
+    """From now on this process can write no file beyond ``size`` bytes: the system's write fails."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
