@@ -1,7 +1,7 @@
-"""The table of docs/reliability.md from a JUnit file of the tests marked ``fault`` and ``load``.
+"""The table of docs/reliability.md from JUnit files of the tests marked ``fault`` and ``load``.
 
     python -m pytest -m "fault or load" --junitxml faults.xml
-    python tools/fault_table.py faults.xml
+    python tools/fault_table.py faults.xml [more.xml ...]
 
 A test, or each of its cases, injects one fault; it is survived where the test passes, lost where it does not.
 """
@@ -56,8 +56,8 @@ def table(tests: list[tuple[dict[str, str], str]]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("error: the JUnit file must be given, see --help of pytest's --junitxml")
-    marked = tests_of(Path(sys.argv[1]))
+    if len(sys.argv) < 2:
+        raise SystemExit("error: a JUnit file must be given: python -m pytest --junitxml FILE")
+    marked = [test for path in sys.argv[1:] for test in tests_of(Path(path))]
     print(table(marked))
     raise SystemExit(any(state == "failed" for _, state in marked))

@@ -48,6 +48,7 @@ class SoloTask(Task):
         name = cfg.method_kwargs.task.removeprefix(PREFIX)
         method = _build(name, cfg, views)
         self.name = name
+        self.defined = name != "deepclusterv2"  # in its first epoch all images are of no cluster
         self.source = f"solo-learn's {type(method).__name__}"
         self.negatives = "solo-learn's own"
         self.projection_dim = cfg.method_kwargs.task_kwargs.proj_output_dim

@@ -86,7 +86,7 @@ class NumericGuard:
             for name, parameter in method.named_parameters()
             if parameter.grad is not None and parameter.requires_grad
         ]
-        bad_losses, bad_gradients = _nonfinite(self._losses, gradients)
+        bad_losses, bad_gradients = _nonfinite(self._losses if method.task.defined else [], gradients)
         scaler = getattr(method.trainer.precision_plugin, "scaler", None)
         overflow = scaler is not None and bool(bad_gradients) and not bad_losses
         failed = bool(bad_losses) or (bool(bad_gradients) and not overflow)

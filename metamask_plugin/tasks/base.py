@@ -34,6 +34,8 @@ class Task(nn.Module, ABC):
         large_views: how many of the views, the first ones, are large crops; None: all.
         joint_batch: whether the loss is to be given the joint batch of all processes; a task that exchanges
             what it needs by itself gets its own part.
+        defined: whether the loss always is a number; else it may be NaN where it has nothing to compare,
+            with a gradient of zero.
         resumes_within_epoch: whether parameters and buffers are all that an epoch's next batch depends on.
     """
 
@@ -44,6 +46,7 @@ class Task(nn.Module, ABC):
     target: TargetNetwork | None
     large_views: int | None = None
     joint_batch: bool = True
+    defined: bool = True
     resumes_within_epoch: bool = True
 
     def __init__(self, features_dim: int):

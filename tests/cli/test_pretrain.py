@@ -282,7 +282,9 @@ def test_the_list_names_everything_that_is_registered(tmp_path):
     assert set(ABOUT) == set(DATASETS)
 
 
-@pytest.mark.parametrize("override", ["task=byol", "method_kwargs.task=byol"])
+@pytest.mark.parametrize(
+    "override", [pytest.param("task=byol", marks=pytest.mark.slow), "method_kwargs.task=byol"]
+)
 def test_either_way_to_name_a_task_brings_its_settings(tmp_path, override):
     command = [sys.executable, str(ROOT / "main_pretrain.py"), "--config-name", "metamask_barlow", override]
     small = ["max_epochs=1", "++limit_train_batches=2", "++evaluation.enabled=False", "accelerator=cpu"]

@@ -159,7 +159,9 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # kB 
 """
 
 
-@pytest.mark.parametrize(("folder", "size"), [("cifar", 32), ("tiny-imagenet", 64)])
+@pytest.mark.parametrize(
+    ("folder", "size"), [("cifar", 32), pytest.param("tiny-imagenet", 64, marks=pytest.mark.slow)]
+)
 def test_table_1_of_metamask_steps_within_4_gb(folder, size):
     done = subprocess.run(
         [sys.executable, "-c", TABLE_1, folder, str(size), str(ROOT)], capture_output=True, text=True

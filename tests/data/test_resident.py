@@ -140,6 +140,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_processes_take_their_shares_each(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(SCRIPT)

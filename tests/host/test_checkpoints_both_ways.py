@@ -198,6 +198,7 @@ def test_without_solo_learn_the_features_are_the_same_bits(runs, name):
     assert torch.equal(feats, expected)
 
 
+@pytest.mark.slow
 def test_with_solo_learn_all_of_them_are(runs):
     folders = [str(run["folder"]) for run in runs.values()]
     assert results(under_solo("-c", LOAD, *folders, METAMASK_HOST="embedded")) == ["True"] * len(RUNS)

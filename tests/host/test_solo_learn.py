@@ -9,14 +9,16 @@ TESTS = REPOSITORY / "tests"
 pytestmark = needs_solo_learn
 
 
-# the host changes nothing in the gradients: the tasks that differ most are enough there
+# the host changes nothing in the gradients: the tasks that differ most, with their exact ones, are enough
 @pytest.mark.parametrize(
     ("tests", "chosen"),
     [
         ("host/test_contract.py", ""),
         ("methods/test_metamask.py", "not timm"),
-        ("methods/test_icl_msr.py", "not timm"),
-        ("methods/test_every_task.py", "simclr or byol or swav or cmc"),  # exact gradients among them
+        pytest.param("methods/test_icl_msr.py", "not timm", marks=pytest.mark.slow),
+        pytest.param(
+            "methods/test_every_task.py", "simclr or byol or swav or cmc", marks=pytest.mark.slow
+        ),  # exact gradients among them
     ],
 )
 def test_our_tests_pass_on_solo_learns_base_method(tests, chosen):
@@ -82,7 +84,12 @@ print("host", next(c.__module__ for c in type(model).__mro__ if c.__name__ == "B
     [
         ("stl10", ("1.crop_size=48",), [64, 64, 48]),
         pytest.param("imagenet-100", ("1.crop_size=112",), [64, 64, 112], marks=pytest.mark.slow),
-        ("imagenet-100", ("1.crop_size=48", "task=swav"), [64, 64, *[48] * 6, 112]),
+        pytest.param(
+            "imagenet-100",
+            ("1.crop_size=48", "task=swav"),
+            [64, 64, *[48] * 6, 112],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_icl_msr_gets_its_unaugmented_view_from_solo_learns_own_loader(tmp_path, config, overrides, views):

@@ -53,7 +53,7 @@ def build(msr=False, backbone="conv4", size=32, **overrides):
         ("conv4", 32, True),
         ("conv", 32, False),
         ("conv", 32, True),
-        ("resnet18", 32, False),
+        pytest.param("resnet18", 32, False, marks=pytest.mark.slow),
         pytest.param("resnet18", 32, True, marks=pytest.mark.slow),
     ],
 )

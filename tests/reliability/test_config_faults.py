@@ -272,6 +272,7 @@ def script(folder, *words):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.fault("config")
 def test_the_scripts_end_with_exit_code_2(tmp_path):
     for kind, name, near in (

@@ -77,6 +77,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.fault("determinism")
 def test_another_process_with_another_hash_seed_is_bit_identical(tmp_path, first_pass):
     script = tmp_path / "another.py"

@@ -53,7 +53,9 @@ def meta_step(model, views, original):
 def live_tensors():
     """Number of tensors that Python knows, and bytes of their storages."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    things = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+    # those of a lazy module that another test has left have no storage yet
+    tensors = [thing for thing in things if not torch.nn.parameter.is_lazy(thing)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return len(tensors), sum(storages.values())
 
@@ -251,10 +253,9 @@ def test_nothing_is_held_for_longer_over_epochs(tmp_path, monkeypatch, epochs):
     assert len(seen) == epochs
     assert max(counts["zombies"] for counts in seen) == 0, seen
     for kind in seen[0]:
-        # a worker that is about to end may be there still when an epoch's end is counted, not in all of them
-        least = [min(counts[kind] for counts in part) for part in (seen[settled:-3], seen[-3:])]
-        most = [max(counts[kind] for counts in part) for part in (seen[settled:-3], seen[-3:])]
-        assert least[1] <= least[0] + 1 and most[1] <= most[0] + 2, (kind, [counts[kind] for counts in seen])
+        # the most of some: a worker that is about to end may be there still when an epoch's end is counted
+        first, last = (max(counts[kind] for counts in part) for part in (seen[:settled], seen[-settled:]))
+        assert last <= first + 2, (kind, [counts[kind] for counts in seen])
     gc.collect()
     assert multiprocessing.active_children() == []
     after = held()

@@ -223,7 +223,7 @@ class Overflowing(torch.amp.GradScaler):
 @pytest.mark.fault("numbers")
 @pytest.mark.parametrize("build", [method_config, icl_msr_config])
 def test_an_overflow_under_the_gradient_scaler_skips_the_meta_step_too(build):
-    cfg = build(**task_settings("moco"))
+    cfg = build(**task_settings("moco"), backbone__kwargs={"width": 8})
     model, seen = METHODS[cfg.method](cfg), Snapshots()
     scaler = Overflowing("cpu", init_scale=2.0)
     precision = MixedPrecision("16-mixed", "cpu", scaler)

@@ -210,7 +210,11 @@ def kill_a_worker(monkeypatch, number, step):
 
 
 @pytest.mark.fault("processes")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, pytest.param(signal.SIGBUS, marks=pytest.mark.slow)],
+    ids=lambda number: number.name,
+)
 def test_a_killed_worker_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, capfd, number):
     cfg = config(tmp_path, *WORKERS, "auto_resume.enabled=True", "max_epochs=3")
     step = 11  # in the second epoch
