@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from kornia import __version__ as kornia_version
 from kornia import augmentation as kornia
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from metamask_plugin.data.augmentations import Augmentation, parse_augmentations
 from metamask_plugin.data.batched_crop import BatchedResizedCrop
 from metamask_plugin.data.splits import centre_square
 
+KORNIA = tuple(int(part) for part in kornia_version.split(".")[:2])
 # Standard deviation in pixels, drawn uniformly: SimCLR's, and the only one solo-learn knows.
 BLUR_SIGMA = (0.1, 2.0)
 
@@ -170,6 +172,13 @@ def _pil_pipeline(entry: Augmentation, mean: Sequence[float], std: Sequence[floa
 _BICUBIC = InterpolationMode.BICUBIC
 
 
+class _Contiguous(nn.Module):
+    """Before kornia 0.9 (the newest for Python 3.10 is older) its blur fails on images laid out otherwise."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.contiguous()
+
+
 class _SquareBatch(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -195,6 +204,8 @@ def _batch_pipeline(entry: Augmentation) -> nn.Sequential:
     if entry.grayscale:
         steps.append(kornia.RandomGrayscale(p=entry.grayscale))
     if entry.gaussian_blur:
+        if KORNIA < (0, 9):
+            steps.append(_Contiguous())
         steps.append(
             kornia.RandomGaussianBlur(
                 (taps, taps), BLUR_SIGMA, border_type="replicate", p=entry.gaussian_blur
