@@ -4,6 +4,7 @@
     python tools/fault_table.py faults.xml [more.xml ...]
 
 A test, or each of its cases, injects one fault; it is survived where the test passes, lost where it does not.
+Of a test that stands in several files the last one counts.
 """
 
 import sys
@@ -15,15 +16,17 @@ COUNTED = ("inputs", "tracebacks")
 """What tests that try many inputs count by themselves."""
 
 
-def tests_of(junit: Path) -> list[tuple[dict[str, str], str]]:
+def tests_of(junit: Path) -> dict[tuple[str, str], tuple[dict[str, str], str]]:
     """Of each test that was marked what it recorded, and ``passed``, ``failed`` or ``skipped``."""
-    found = []
+    found = {}
     for case in ElementTree.parse(junit).iter("testcase"):
         recorded = {entry.get("name"): entry.get("value") for entry in case.iter("property")}
         bad = case.find("failure") is not None or case.find("error") is not None
         skipped = case.find("skipped") is not None
-        found.append((recorded, "failed" if bad else "skipped" if skipped else "passed"))
-    return [(recorded, state) for recorded, state in found if {"fault", "load"} & recorded.keys()]
+        if {"fault", "load"} & recorded.keys():
+            state = "failed" if bad else "skipped" if skipped else "passed"
+            found[case.get("classname"), case.get("name")] = recorded, state
+    return found
 
 
 def table(tests: list[tuple[dict[str, str], str]]) -> str:
@@ -58,6 +61,9 @@ def table(tests: list[tuple[dict[str, str], str]]) -> str:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit("error: a JUnit file must be given: python -m pytest --junitxml FILE")
-    marked = [test for path in sys.argv[1:] for test in tests_of(Path(path))]
+    by_name = {}
+    for path in sys.argv[1:]:
+        by_name |= tests_of(Path(path))
+    marked = list(by_name.values())
     print(table(marked))
     raise SystemExit(any(state == "failed" for _, state in marked))

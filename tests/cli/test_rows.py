@@ -159,6 +159,7 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # kB 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "size"), [("cifar", 32), pytest.param("tiny-imagenet", 64, marks=pytest.mark.slow)]
 )

@@ -168,6 +168,7 @@ def test_masked_without_a_mask_is_refused(run_folder, capsys):
     )
 
 
+@pytest.mark.slow
 def test_the_script_finds_its_configs_from_anywhere(run_folder):
     command = [
         sys.executable,

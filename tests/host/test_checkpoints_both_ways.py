@@ -260,6 +260,7 @@ def test_main_foreground_reads_a_run_of_solo_learns(runs, tmp_path):
     assert summary["runs"][0]["name"] == "run"
 
 
+@pytest.mark.slow
 def test_every_name_in_the_table_is_the_same_network_there():
     script = """
 import torch

@@ -115,6 +115,7 @@ def test_a_probe_on_the_checkpoint(folder, pretrained):
     assert args["name"] == "metamask_barlow-cifar10-linear"
 
 
+@pytest.mark.slow
 def test_solo_learns_own_method_as_the_task_with_its_own_settings(folder):
     done = script(
         folder,
@@ -135,6 +136,7 @@ def test_solo_learns_own_method_as_the_task_with_its_own_settings(folder):
     assert len({*rates}) == 2 and min(rates) == 0
 
 
+@pytest.mark.slow
 def test_icl_msr_trains(folder):
     done = script(folder, "main_pretrain.py", "--config-name", "icl_msr_simclr", "max_epochs=1")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -179,6 +181,7 @@ for name in names:
 """
 
 
+@pytest.mark.slow
 def test_every_config_composes_there(folder):
     scripts = REPOSITORY / "scripts" / "pretrain"
     names = sorted(

@@ -40,11 +40,13 @@ def test_the_variable_overrides(tmp_path):
     assert decide(tmp_path, CURRENT, "embedded").stdout.strip() == "embedded"
 
 
+@pytest.mark.slow
 def test_an_old_solo_learn_is_passed_over_with_a_reason(tmp_path):
     done = decide(tmp_path, OLD)
     assert done.stdout.strip() == "embedded" and "takes no cfg" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_broken_solo_learn_is_passed_over_with_a_reason(tmp_path):
     done = decide(tmp_path, "import pkg_resources_that_is_gone\n")
     assert done.stdout.strip() == "embedded" and "its import fails" in done.stderr

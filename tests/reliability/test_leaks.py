@@ -190,12 +190,11 @@ def test_a_graph_that_is_kept_is_seen():
     with saved_for_backward() as alive:
         kept.append(model(views[0])["feats"].sum())
         gc.collect()
-        assert len(alive) > 0
+        first = len(alive)
+        kept.append(model(views[1])["feats"].sum())
+        gc.collect()
+        assert len(alive) > first > 0
     assert live_tensors() != tensors
-    resident = resident_bytes()
-    for _ in range(STEPS - SETTLED):
-        kept.append(model(views[0])["feats"].sum())
-    assert resident_bytes() - resident > 2 * RESIDENT_BOUND
 
 
 def held():

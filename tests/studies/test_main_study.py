@@ -116,6 +116,7 @@ def test_no_trial_begins_after_the_time_is_over(fresh_studies, capsys):
     assert "1 trials are left, the same command goes on" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_equal_time_gives_each_arm_the_epochs_that_the_reference_takes(fresh_studies):
     report = fresh_studies.sweep(
         "metamask_table4",

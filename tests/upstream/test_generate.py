@@ -163,6 +163,7 @@ for first in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_imports_have_no_cycle_whichever_comes_first(inside):
     names = [f"solo.{name}" for name in ("methods.task_method", "methods.solo_task", "bilevel.tasks")]
     done = inside("-c", FIRST, *names, "solo.backbones.conv", "solo.bilevel.meta_update")
