@@ -126,19 +126,20 @@ def _property(folder, examples, record_property):
     record_property("inputs", sum(counts.values()))
     record_property("tracebacks", 0)
     record_property("refused", counts.get("refused", 0))
-    assert counts["refused"] > examples / 3
-    assert counts.get("started", 0) > 0
+    return counts
 
 
 @pytest.mark.fault("config")
 def test_damaged_configs_end_in_one_line(no_training, record_property):
-    _property(no_training, 300, record_property)
+    counts = _property(no_training, 300, record_property)
+    assert counts["refused"] > 100 and counts["started"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.fault("config")
 def test_many_damaged_configs_end_in_one_line(no_training, record_property):
-    _property(no_training, 3000, record_property)
+    counts = _property(no_training, 3000, record_property)
+    assert counts["refused"] > 1000 and counts["started"] > 0
 
 
 def test_the_bases_themselves_start(no_training):

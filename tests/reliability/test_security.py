@@ -168,6 +168,7 @@ def test_a_payload_beside_good_weights_is_not_resumed_from(run_folder, tmp_path,
     torch.save({**state, key: Payload(canary)}, path)
     root = tmp_path / "runs"
     refused(lambda: pretrain.run(tiny(root, f"++resume_from_checkpoint={path}")), capsys)
+    assert not canary.exists() and not root.exists()
 
 
 FROM_ELSEWHERE = {
@@ -214,6 +215,7 @@ def test_a_data_set_in_pickles_is_read_only_if_it_is_the_published_one(tmp_path,
         (folder / name).write_bytes(RUNNING["plain pickle"](canary) if name == file else b"")
     overrides = ["data.dataset=cifar10", f"++data.train_path={tmp_path / 'data'}"]
     refused(lambda: pretrain.run(tiny(tmp_path / "runs", *overrides)), capsys)
+    assert not canary.exists() and not (tmp_path / "runs").exists()
 
 
 @security
