@@ -24,14 +24,13 @@ class Views(Dataset):
 def train(model, steps=3, callbacks=(), original=False, checkpoint=None, **kwargs):
     """Trains for one epoch of ``steps`` batches of 8, or goes on from a checkpoint; returns the trainer."""
     trainer = pl.Trainer(
-        accelerator="cpu",
         limit_train_batches=steps,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
-        **{"max_epochs": 1, **kwargs},
+        **{"accelerator": "cpu", "max_epochs": 1, **kwargs},
     )
     trainer.fit(model, DataLoader(Views(original=original), batch_size=8), ckpt_path=checkpoint)
     return trainer

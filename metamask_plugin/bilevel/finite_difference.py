@@ -39,9 +39,8 @@ class FiniteDifference(Estimator):
         u_theta, u_phi = outer.encoder_direction, outer.head_direction
 
         norm = torch.sqrt(sum(u.pow(2).sum() for u in [*u_theta.values(), *u_phi.values()]))
-        if norm == 0:  # a trial step of length 0, or a flat outer loss: there is nothing to correct
-            return MetaGradient(outer.direct, inner.loss, outer.loss)
-        e = self.r / norm
+        # of a trial step of length 0, or a flat outer loss, any e gives the correction 0
+        e = torch.where(norm > 0, self.r / norm, 1.0)
         plus = self._weight_gradient(problem, u_theta, u_phi, e)
         minus = self._weight_gradient(problem, u_theta, u_phi, -e)
         total = tuple(d - (p - m) / (2 * e) for d, p, m in zip(outer.direct, plus, minus))

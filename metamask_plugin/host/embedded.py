@@ -132,8 +132,9 @@ class BaseMethod(pl.LightningModule):
     def _classify(self, X: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
         out = self(X)
         logits = out["logits"]
-        labelled = (targets != -1).any()  # cross-entropy over no label at all would be 0 / 0
-        out["loss"] = F.cross_entropy(logits, targets, ignore_index=-1) if labelled else 0.0 * logits.sum()
+        # a mean over the labelled images, 0 where there are none, and no question to the device
+        labelled = (targets != -1).sum().clamp(min=1)
+        out["loss"] = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / labelled
         out["acc1"], out["acc5"] = topk_accuracy(logits, targets, 1), topk_accuracy(logits, targets, 5)
         return out
 

@@ -58,9 +58,8 @@ def contrastive_loss(
         )
     if not temperature > 0:
         raise ValueError(f"contrastive_loss: temperature must be > 0, got {temperature}")
-    # to ask a GPU would make every step wait for it; same_image has caught one image without a bank
-    asked = excluded is not None and excluded.device.type == "cpu"
-    if len(negatives) == 0 or asked and excluded.all(dim=1).any():
+    # on a GPU, same_image has caught what would be found
+    if len(negatives) == 0 or can_be_asked(excluded) and excluded.all(dim=1).any():
         raise ValueError(
             "contrastive_loss: every anchor needs a negative, got one without: a batch of one image?"
         )
@@ -74,6 +73,11 @@ def contrastive_loss(
     # log e+ / (e+ + mass); unlike logaddexp's, softplus's second derivative stays finite at small tau
     log_p = -F.softplus(mass - positive_logits, threshold=40)
     return (math.log(log_p.shape[1]) - log_p.logsumexp(dim=1)).mean()
+
+
+def can_be_asked(answer: torch.Tensor | None) -> bool:
+    """Whether a look at a tensor's values is free; on a GPU it would make every step wait."""
+    return answer is not None and answer.device.type == "cpu"
 
 
 def same_image(images: int, views: int, bank: int = 0, device: torch.device | None = None) -> torch.Tensor:

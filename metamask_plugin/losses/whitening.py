@@ -6,6 +6,8 @@ from itertools import combinations
 import torch
 import torch.nn.functional as F
 
+from metamask_plugin.losses.contrastive import can_be_asked
+
 
 def whiten(z: torch.Tensor, eps: float = 1e-3) -> torch.Tensor:
     """Projections with mean 0 and, for eps = 0, covariance I over the batch. Section 3 of [0].
@@ -28,7 +30,7 @@ def whiten(z: torch.Tensor, eps: float = 1e-3) -> torch.Tensor:
 
     Raises:
         ValueError: for another shape, fewer than two images, eps out of range, or a covariance that cannot be
-            decomposed.
+            decomposed (on a GPU the result is NaN then, and nothing is raised).
 
     [0] Ermolov et al., *Whitening for Self-Supervised Representation Learning*, ICML 2021.
     """
@@ -39,13 +41,14 @@ def whiten(z: torch.Tensor, eps: float = 1e-3) -> torch.Tensor:
     centred = z.double() - z.double().mean(dim=0)
     identity = torch.eye(z.shape[1], dtype=centred.dtype, device=z.device)
     covariance = (1 - eps) * (centred.T @ centred) / (len(z) - 1) + eps * identity
-    try:
-        factor = torch.linalg.cholesky(covariance)
-    except torch.linalg.LinAlgError as error:
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if not can_be_asked(failed):
+        factor = factor.masked_fill(failed > 0, float("nan"))
+    elif failed:
         raise ValueError(
             f"whiten: the covariance must be positive definite, that of {len(z)} images in {z.shape[1]} "
             f"dimensions with eps {eps} is not; raise eps or the batch size, or lower the dimension"
-        ) from error
+        )
     whitened = torch.linalg.solve_triangular(factor, centred.T, upper=False).T
     return whitened.to(torch.promote_types(z.dtype, torch.float32))
 

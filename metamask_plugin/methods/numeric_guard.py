@@ -1,4 +1,4 @@
-"""Numbers that are none: where they are noticed, and what is done about them."""
+"""Detects NaN and infinite losses, gradients and meta parameters, and stops or skips the step."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,16 +20,17 @@ DEFAULTS = {"nonfinite": "stop", "max_skipped": 10, "collapse_below": 0.01}
 
 
 class NumericGuard:
-    """Looks at losses, gradients and meta parameters before anything is changed by them.
+    """Looks at losses, gradients and meta parameters: one look a step, before the optimiser's, and one a meta step.
 
-    One look a step, before the optimiser's, and one a meta step: on a GPU each is one wait for the device.
-    What is found ends the run at that step, or leaves the step out:
+    What is found ends the run, or leaves the step out:
 
-    - ``numbers.nonfinite: stop``: a :class:`~metamask_plugin.errors.NonFiniteError` with what was seen. By
-      then nothing has been changed but the running statistics of BatchNorm.
+    - ``numbers.nonfinite: stop``: a :class:`~metamask_plugin.errors.NonFiniteError` with what was seen. On the
+      CPU nothing has been changed by then but the running statistics of BatchNorm. On a GPU the answer is
+      read one look later, so that no step waits for the device: one step has been made with these numbers.
+      No checkpoint is saved before the answer is known.
     - ``skip``: no parameter moves, BatchNorm's statistics go back to what they were, and there is no meta
       step and no update of queues and target networks. After more than ``numbers.max_skipped`` of them in a
-      run it stops.
+      run it stops. Each look waits for the device.
 
     Gradients that overflow in float16 are no error: the gradient scaler skips that step and scales less. The
     meta step and what follows an optimiser's step are left out then, too.
@@ -48,10 +49,11 @@ class NumericGuard:
         self.max_skipped: int = settings["max_skipped"]
         self.skipped = 0
         self.passed_over = False
-        self._losses: list[tuple[str, torch.Tensor]] = []
+        self._losses: dict[str, torch.Tensor] = {}
         self._batches: list[torch.Tensor] = []
         self._views: list[torch.Tensor] = []
         self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._unread: Look | None = None
 
     def start_batch(self, method: nn.Module, indexes: torch.Tensor, views: list[torch.Tensor]) -> None:
         """Before a batch's forward passes.
@@ -73,7 +75,8 @@ class NumericGuard:
 
     def observe(self, losses: Mapping[str, torch.Tensor]) -> None:
         """The batch's losses, each a scalar by its name."""
-        self._losses += [(name, loss.detach()) for name, loss in losses.items()]
+        for name, loss in losses.items():  # of accumulated batches the sum: it is finite if all are
+            self._losses[name] = loss.detach() + self._losses.get(name, 0.0)
 
     def before_step(self, method: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Between the backward pass and the optimiser's step.
@@ -81,25 +84,25 @@ class NumericGuard:
         Raises:
             NonFiniteError: as the class says.
         """
-        gradients = [
-            (name, torch.linalg.vector_norm(parameter.grad))
+        trained = {
+            name: parameter.grad
             for name, parameter in method.named_parameters()
             if parameter.grad is not None and parameter.requires_grad
-        ]
-        bad_losses, bad_gradients = _nonfinite(self._losses if method.task.defined else [], gradients)
-        scaler = getattr(method.trainer.precision_plugin, "scaler", None)
-        overflow = scaler is not None and bool(bad_gradients) and not bad_losses
-        failed = bool(bad_losses) or (bool(bad_gradients) and not overflow)
-        if method.trainer.world_size > 1:  # all stop, or leave out, together
-            failed = method.trainer.strategy.reduce_boolean_decision(failed, all=False)
-        self.passed_over = overflow or failed
-        if failed:
-            seen = self._seen(method, optimizer, bad_losses, bad_gradients)
-            self._refuse(seen)
-            optimizer.zero_grad(set_to_none=True)  # to every optimiser a parameter without gradient is none
-            for buffer, before in self._statistics:
-                buffer.copy_(before)
-        self._losses, self._batches, self._views, self._statistics = [], [], [], []
+        }
+        look = Look(method, optimizer, self._losses if method.task.defined else {}, trained)
+        look.indexes, look.views = self._batches, self._views
+        scaled = getattr(method.trainer.precision_plugin, "scaler", None) is not None
+        self.passed_over = False
+        if self._deferred(method) and not scaled:
+            self._read_later(look)
+        elif look.failed:
+            self.passed_over = True
+            if not (scaled and look.only_gradients):
+                self._refuse(look)
+                optimizer.zero_grad(set_to_none=True)  # to every optimiser a parameter without gradient is none
+                for buffer, before in self._statistics:
+                    buffer.copy_(before)
+        self._losses, self._batches, self._views, self._statistics = {}, [], [], []
 
     def before_meta_step(
         self, method: pl.LightningModule, outer_loss: torch.Tensor, parameters: Iterable[nn.Parameter]
@@ -118,24 +121,38 @@ class NumericGuard:
             NonFiniteError: as the class says.
         """
         parameters = list(parameters)
-        values = [(f"meta parameter {i}", torch.linalg.vector_norm(p)) for i, p in enumerate(parameters)]
-        gradients = [
-            (f"meta parameter {i}", torch.linalg.vector_norm(p.grad)) for i, p in enumerate(parameters)
-        ]
-        bad_values, bad_gradients = _nonfinite(
-            [("train_outer_loss", outer_loss.detach()), *values], gradients
-        )
-        failed = bool(bad_values or bad_gradients)
-        if method.trainer.world_size > 1:
-            failed = method.trainer.strategy.reduce_boolean_decision(failed, all=False)
-        if failed:
-            self._refuse(self._seen(method, None, bad_values, bad_gradients))
+        numbered = {f"meta parameter {i}": parameter for i, parameter in enumerate(parameters)}
+        values = {"train_outer_loss": outer_loss.detach(), **_norms(numbered)}
+        look = Look(method, None, values, {name: parameter.grad for name, parameter in numbered.items()})
+        if self._deferred(method):
+            self._read_later(look)
+            return True
+        if look.failed:
+            self._refuse(look)
             for parameter in parameters:
                 parameter.grad = None
-        return not failed
+        return not look.failed
 
-    def _refuse(self, seen: dict[str, Any]) -> None:
+    def read(self) -> None:
+        """Reads the answer of the latest look, where that is still to be read.
+
+        Raises:
+            NonFiniteError: as the class says.
+        """
+        look, self._unread = self._unread, None
+        if look is not None and look.failed:
+            self._refuse(look)
+
+    def _deferred(self, method: pl.LightningModule) -> bool:
+        return method.device.type == "cuda" and not self.skips
+
+    def _read_later(self, look: "Look") -> None:
+        self.read()
+        self._unread = look
+
+    def _refuse(self, look: "Look") -> None:
         """Counts a failure; raises where it is one too many."""
+        seen = look.seen()
         if self.skips and self.skipped < self.max_skipped:
             self.skipped += 1
             print(
@@ -149,26 +166,6 @@ class NumericGuard:
         limit = f"; {self.skipped} steps were left out before" if self.skipped else ""
         raise NonFiniteError(f"numbers must be finite, got {_told(seen)}{limit}; {remedy}", seen)
 
-    def _seen(
-        self,
-        method: pl.LightningModule,
-        optimizer: torch.optim.Optimizer | None,
-        values: dict[str, float],
-        gradients: dict[str, float],
-    ) -> dict[str, Any]:
-        trainer = method.trainer
-        return {
-            "epoch": trainer.current_epoch,
-            "step": trainer.global_step,
-            "rank": trainer.global_rank,
-            "nonfinite": values,
-            "nonfinite_gradients": gradients,
-            "losses": {name: float(loss) for name, loss in self._losses},
-            "nonfinite_views": [i for i, x in enumerate(self._views) if not bool(x.isfinite().all())],
-            "learning_rates": [] if optimizer is None else [group["lr"] for group in optimizer.param_groups],
-            "indexes": [index for batch in self._batches for index in batch.tolist()],
-        }
-
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped}
 
@@ -176,12 +173,83 @@ class NumericGuard:
         self.skipped = state["skipped"]
 
 
-def _nonfinite(*groups: list[tuple[str, torch.Tensor]]) -> list[dict[str, float]]:
-    """Of each group of named scalars those that are not finite; with one wait for the device if all are."""
-    scalars = [value.float() for group in groups for _, value in group]
-    if not scalars or bool(torch.stack(scalars).isfinite().all()):
-        return [{} for _ in groups]
-    return [{name: float(x) for name, x in group if not bool(x.isfinite())} for group in groups]
+class Look:
+    """The numbers of one step, and whether all of them are finite, on every process.
+
+    From a GPU the answer travels to the host while both go on; :attr:`failed` waits until it has arrived.
+
+    Args:
+        method: what is trained.
+        optimizer: whose step it is; None for the meta step.
+        values: scalars by name.
+        gradients: by name.
+
+    Attributes:
+        indexes: of the images in the data set, (N,) a batch.
+        views: images of each view of the latest batch, (N, 3, H, W) each.
+    """
+
+    def __init__(
+        self,
+        method: pl.LightningModule,
+        optimizer: torch.optim.Optimizer | None,
+        values: dict[str, torch.Tensor],
+        gradients: dict[str, torch.Tensor],
+    ):
+        trainer = method.trainer
+        self.indexes: list[torch.Tensor] = []
+        self.views: list[torch.Tensor] = []
+        self._where = {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "rank": trainer.global_rank,
+            "learning_rates": [] if optimizer is None else [group["lr"] for group in optimizer.param_groups],
+        }
+        self._values = values
+        self._gradients = _norms(gradients)
+        bad = torch.stack([_any_nonfinite(values), _any_nonfinite(self._gradients)])
+        if trainer.world_size > 1:  # all stop, or leave out, together
+            bad = trainer.strategy.reduce(bad, reduce_op="sum")
+        self._arrived = torch.cuda.Event() if bad.is_cuda else None
+        self._bad = bad.to("cpu", non_blocking=bad.is_cuda)
+        if self._arrived is not None:
+            self._arrived.record()
+
+    @property
+    def failed(self) -> bool:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._bad.any())
+
+    @property
+    def only_gradients(self) -> bool:
+        """Whether all values are finite; to be asked after :attr:`failed`."""
+        return not bool(self._bad[0])
+
+    def seen(self) -> dict[str, Any]:
+        """What a report of a failure says."""
+        return {
+            **self._where,
+            "nonfinite": _nonfinite(self._values),
+            "nonfinite_gradients": _nonfinite(self._gradients),
+            "losses": {name: float(value) for name, value in self._values.items()},
+            "nonfinite_views": [i for i, x in enumerate(self.views) if not bool(x.isfinite().all())],
+            "indexes": [index for batch in self.indexes for index in batch.tolist()],
+        }
+
+
+def _norms(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(zip(tensors, torch._foreach_norm([tensor.detach() for tensor in tensors.values()])))
+
+
+def _any_nonfinite(scalars: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """1 or 0, a scalar."""
+    stacked = torch.stack([x.float() for x in scalars.values()]) if scalars else torch.zeros(1)
+    return (~stacked.isfinite()).any().float()
+
+
+def _nonfinite(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    return {name: float(x) for name, x in scalars.items() if not bool(x.isfinite())}
 
 
 def _told(seen: dict[str, Any]) -> str:

@@ -274,6 +274,8 @@ class TaskMethod(BaseMethod):
         self.task.after_batch(*self._branches)
         if stepped:
             self.task.after_step(self.backbone, min(1.0, step / self.trainer.estimated_stepping_batches))
+        if self.trainer.is_last_batch:
+            self.guard.read()
 
     def meta_stage(self, batch: list, stepped: bool) -> None:
         """What a bi-level method does between the optimiser's step and the task's updates.
@@ -285,6 +287,7 @@ class TaskMethod(BaseMethod):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        self.guard.read()
         checkpoint["numbers"] = self.guard.state_dict()
         checkpoint["method_kwargs"] = OmegaConf.to_container(self.cfg.method_kwargs, resolve=True)
         for schedule in checkpoint.get("lr_schedulers", []):

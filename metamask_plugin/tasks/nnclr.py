@@ -84,4 +84,6 @@ class NNCLR(Task):
         self.support.push(projections[0])
         if len(self.bank) > 0:
             with statistics_kept(self.predictor):  # the loss has counted the batch
-                self.bank.push(torch.cat([self.predictor(z) for z in projections]))
+                # the step's autocast is over: in the precision of the weights
+                dtype = self.bank.entries.dtype
+                self.bank.push(torch.cat([self.predictor(z.to(dtype)) for z in projections]))

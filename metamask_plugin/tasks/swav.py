@@ -67,6 +67,7 @@ class SwAV(Task):
 
     source = "Caron et al., NeurIPS 2020"
     negatives = "none (equal use of the prototypes)"
+    capturable = False  # prototypes are frozen, and queues used, from some step on
 
     def __init__(
         self,
@@ -103,6 +104,8 @@ class SwAV(Task):
         )
         self.register_buffer("queued", torch.zeros((), dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self._counts: dict[str, int] | None = None
+        self.register_load_state_dict_post_hook(_forget_counts)
 
     def project(self, feats: torch.Tensor) -> torch.Tensor:
         return self.projector(feats)
@@ -118,27 +121,42 @@ class SwAV(Task):
         return multi_crop_loss(codes, self._scores(weighted), self.temperature)
 
     def _scores(self, projections: Projections) -> list[torch.Tensor]:
-        frozen = bool(self.steps < self.freeze_prototypes_steps)
+        frozen = self._counted()["steps"] < self.freeze_prototypes_steps
         return [self.prototypes(z, frozen) for z in projections]
 
     @torch.no_grad()
     def _codes(self, scores: list[torch.Tensor]) -> list[torch.Tensor]:
         """Codes of the large crops, (N, K) each."""
         past: list[torch.Tensor | None] = [None, None]
-        if 0 < self.queue_size <= self.queued and self.steps >= self.queue_start:
+        counts = self._counted()
+        if 0 < self.queue_size <= counts["queued"] and counts["steps"] >= self.queue_start:
             past = self._scores([queue.entries for queue in self.queues])
         return [
             sinkhorn_codes(view, self.epsilon, self.sinkhorn_iterations, past[crop % 2])
             for crop, view in enumerate(scores[: self.large_views])
         ]
 
+    def _counted(self) -> dict[str, int]:
+        """``queued`` and ``steps`` on the host, so that no step waits for the device to tell them."""
+        if self._counts is None:
+            self._counts = {"queued": int(self.queued), "steps": int(self.steps)}
+        return self._counts
+
     @torch.no_grad()
     def after_batch(self, projections: Projections, targets: Projections | None) -> None:
         for queue, view in zip(self.queues, projections[: self.large_views]):
             queue.push(view)
-        self.queued.add_(len(projections[0])).clamp_(max=self.queue_size)
+        counts, count = self._counted(), len(projections[0])
+        counts["queued"] = min(counts["queued"] + count, self.queue_size)
+        self.queued.fill_(counts["queued"])
 
     @torch.no_grad()
     def after_step(self, backbone: nn.Module, progress: float) -> None:
         self.prototypes.normalise()
-        self.steps.add_(1)
+        counts = self._counted()
+        counts["steps"] += 1
+        self.steps.fill_(counts["steps"])
+
+
+def _forget_counts(task: SwAV, incompatible_keys) -> None:
+    task._counts = None

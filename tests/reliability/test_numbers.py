@@ -16,6 +16,7 @@ from metamask_plugin.data import PretrainDataModule
 from metamask_plugin.errors import NonFiniteError
 from metamask_plugin.methods import METHODS
 from metamask_plugin.methods.meta_update import MetaUpdate
+from metamask_plugin.methods.numeric_guard import NumericGuard
 from metamask_plugin.methods.task_method import TaskMethod
 from metamask_plugin.modules.dimensional_mask import DimensionalMask
 from metamask_plugin.tasks import SimCLR
@@ -131,6 +132,27 @@ def test_the_run_stops_at_that_step_and_goes_on_from_before(tmp_path, whole, mon
     resumed = pretrain.run(cfg.copy()).path  # the fault is gone: as if it had never been
     assert_same(read(resumed / "last.ckpt")["state_dict"], read(whole / "last.ckpt")["state_dict"])
     assert rows(resumed) == rows(whole)
+
+
+@pytest.mark.fault("numbers")
+@pytest.mark.parametrize("fault", ["NaN loss", "infinite gradient", "NaN meta-gradient"])
+def test_where_answers_are_read_a_look_later_no_checkpoint_has_the_step(
+    tmp_path, whole, monkeypatch, capsys, fault
+):
+    inject, message = FAULTS[fault]
+    cfg = config(tmp_path, EACH_STEP, "++checkpoint.every_n_steps=1")
+    with monkeypatch.context() as patch:
+        inject(patch)
+        patch.setattr(NumericGuard, "_deferred", lambda self, method: True)  # as on a GPU
+        with pytest.raises(SystemExit):
+            pretrain.run(cfg.copy())
+    out = capsys.readouterr()
+    (line,) = [line for line in out.err.splitlines() if line.startswith("error:")]
+    assert message in line and "in epoch 2, step" in line
+    seen = json.loads((run_folder(tmp_path) / "nonfinite.json").read_text())
+    assert seen["epoch"] == 1 and (len(set(seen["indexes"])) == 32 or "meta" in fault)
+    resumed = pretrain.run(cfg.copy()).path
+    assert_same(read(resumed / "last.ckpt")["state_dict"], read(whole / "last.ckpt")["state_dict"])
 
 
 class Snapshots(pl.Callback):
