@@ -35,6 +35,9 @@ class Functional:
 
     def __call__(self, params: Params, *args, **kwargs):
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            # a captured call draws nothing, see CudaGraph, and the generator must not be asked
+            return torch.func.functional_call(self.module, {**params, **buffers}, args, kwargs)
         cuda = {tensor.device for tensor in params.values() if tensor.is_cuda}
         with torch.random.fork_rng(devices=list(cuda)):
             return torch.func.functional_call(self.module, {**params, **buffers}, args, kwargs)

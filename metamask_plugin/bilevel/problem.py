@@ -1,6 +1,7 @@
 """What a bi-level problem is: an encoder, two losses behind it, and the weights to be learned."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -60,7 +61,7 @@ class BilevelProblem:
         weights: w.
         encode_once: ``encode`` up to rounding, for passes that are differentiated once and in reverse mode:
             it may be compiled, or compute in a lower precision. ``encode`` if None.
-        recordable: whether a :class:`Tape` may watch ``encode_once``; a compiled one it may not.
+        eager: within it ``encode_once`` is not compiled, so that a :class:`Tape` can watch it.
         encoded: the pass at theta, where one has been made already, as by the regular step.
         processes: who shares the batch.
     """
@@ -72,7 +73,7 @@ class BilevelProblem:
     head_params: Params
     weights: Weights
     encode_once: Callable[[Params], torch.Tensor] | None = None
-    recordable: bool = True
+    eager: Callable[[], AbstractContextManager] = nullcontext
     encoded: EncoderPass | None = None
     processes: Processes = field(default_factory=OneProcess)
 
@@ -86,13 +87,13 @@ class BilevelProblem:
 
         Args:
             params: theta, or trial weights.
-            tape: record the pass, if that may be.
+            tape: record the pass.
         """
         theta = leaves(params)
-        if not (tape and self.recordable):
+        if not tape:
             return EncoderPass(self.first_order_encode(theta), theta)
         recorder = Tape()
-        with recorder.recording():
+        with self.eager(), recorder.recording():
             return EncoderPass(self.first_order_encode(theta), theta, recorder)
 
     def frozen_encoder(self) -> "BilevelProblem":

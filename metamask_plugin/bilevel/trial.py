@@ -1,6 +1,9 @@
 """The trial step: from weights and the inner gradient to trial weights."""
 
+import copy
 from typing import NamedTuple, Protocol
+
+import torch
 
 from metamask_plugin.bilevel.params import Params
 
@@ -19,13 +22,13 @@ class PlainStep:
     """A plain gradient step, theta' = theta - l * g. MetaMask Eq. (7) [0].
 
     Args:
-        lr: l >= 0.
+        lr: l >= 0; a scalar tensor may change between two replays of a :class:`CudaGraph`.
 
     [0] Li et al., *MetaMask*, NeurIPS 2022.
     """
 
-    def __init__(self, lr: float):
-        if lr < 0:
+    def __init__(self, lr: float | torch.Tensor):
+        if not isinstance(lr, torch.Tensor) and lr < 0:
             raise ValueError(f"PlainStep: lr must be >= 0, got {lr}")
         self.lr = lr
 
@@ -34,6 +37,12 @@ class PlainStep:
 
     def pull_back(self, cotangent: Params) -> Params:
         return {name: self.lr * v for name, v in cotangent.items()}
+
+    def of_length(self, lr: float | torch.Tensor) -> "PlainStep":
+        """The same step with another l."""
+        step = copy.copy(self)
+        step.lr = lr
+        return step
 
 
 class MomentumStep(PlainStep):

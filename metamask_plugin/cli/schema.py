@@ -137,6 +137,7 @@ BLOCKS: dict[str, Setting] = {
     "knn_eval.k": whole("number of its neighbours", 1, null=True),
     "knn_eval.distance_func": word("between features", ("euclidean", "cosine"), null=True),
     "performance.compile": flag("torch.compile of the encoder", also=COMPILE, null=True),
+    "performance.cuda_graph": flag("replay the meta step as one CUDA graph", null=True),
     "performance.matmul_precision": word("high allows TF32", MATMUL_PRECISIONS, null=True),
     "performance.disable_channel_last": flag("the memory layout of images", null=True),
     "wandb.enabled": flag("log to Weights & Biases", null=True),

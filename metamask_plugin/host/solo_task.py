@@ -40,6 +40,7 @@ class SoloTask(Task):
     """
 
     joint_batch = False  # solo-learn's losses gather what they need themselves
+    capturable = False  # they may change from epoch to epoch
 
     resumes_within_epoch = False  # what solo-learn's methods prepare when an epoch starts is in no buffer
 

@@ -2,15 +2,27 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
-from metamask_plugin.bilevel import DistributedBatch, EncoderPass, Functional, Tape, Unrolled
+from metamask_plugin.bilevel import (
+    BilevelProblem,
+    CudaGraph,
+    DistributedBatch,
+    EncoderPass,
+    Functional,
+    MetaGradient,
+    OneProcess,
+    Tape,
+    Trial,
+    Unrolled,
+)
 from metamask_plugin.errors import check
 from metamask_plugin.methods.meta_update import MetaUpdate
 from metamask_plugin.methods.recorded import recorded
@@ -67,8 +79,10 @@ class BilevelMethod(TaskMethod):
         if self.meta is None:
             return
         self.check_processes(self.trainer.world_size)
-        self.meta.check(str(self.trainer.precision), compiled=self.compiled is not None)
+        self.meta.check(str(self.trainer.precision))
         self.meta.start(self.meta_parameters(), self.optimizers(use_pl_optimizer=False))
+        self._graph: CudaGraph | None = None
+        self._captures = self._can_capture()
 
     def check_processes(self, processes: int) -> None:
         """Raises a UserError for what several processes cannot do together."""
@@ -88,13 +102,63 @@ class BilevelMethod(TaskMethod):
             "SyncBatchNorm has no second derivative; the heads see the joint batch without it",
         )
 
+    def on_fit_end(self) -> None:
+        super().on_fit_end()
+        self._graph = None  # with the memory that it holds
+
+    def meta_gradient(
+        self,
+        problem: Callable[..., BilevelProblem],
+        trial: Trial,
+        views: list[torch.Tensor],
+        target_feats: list[torch.Tensor] | None,
+        *more: torch.Tensor,
+    ) -> MetaGradient:
+        """The meta-gradient of a batch; a replayed CUDA graph where ``performance.cuda_graph`` asks for one.
+
+        Args:
+            problem: from views, target features and ``more`` to the batch's problem.
+            trial: the trial steps.
+            views: images of each view, (N, 3, H, W) each.
+            target_feats: of each large crop, (N, D) each; None without a target network.
+            more: further tensors.
+        """
+        if not self._captures:
+            return self.meta.gradient(problem(views, target_feats, *more), trial)
+        momentum = target_feats is not None
+        counts = [len(views), len(target_feats or [])]
+        lengths = [torch.full((), step.lr, device=views[0].device) for step in trial]
+
+        def gradient(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            encoder_lr, head_lr, *rest = inputs
+            views, rest = rest[: counts[0]], rest[counts[0] :]
+            targets, more = rest[: counts[1]], rest[counts[1] :]
+            steps = Trial(trial.encoder.of_length(encoder_lr), trial.head.of_length(head_lr))
+            with self.uncompiled():  # compiled code may replay graphs of its own
+                found = self.meta.gradient(problem(views, targets if momentum else None, *more), steps)
+            return *found.weights, found.inner_loss, found.outer_loss
+
+        if self._graph is None:
+            self._graph = CudaGraph(gradient)
+        *weights, inner_loss, outer_loss = self._graph(*lengths, *views, *(target_feats or []), *more)
+        return MetaGradient(tuple(weights), inner_loss, outer_loss)
+
+    def _can_capture(self) -> bool:
+        """Whether meta steps are to be replayed as a CUDA graph, and can be."""
+        asked = OmegaConf.select(self.cfg, "performance.cuda_graph", default=False)
+        alone = isinstance(self.processes(DistributedBatch()), OneProcess)
+        return bool(asked) and self.device.type == "cuda" and alone and self.task.capturable
+
     def host_step(self, batch: list, batch_idx: int) -> dict[str, Any]:
-        """Records the encoder where the meta step is to share the pass."""
+        """Records the encoder where the meta step is to share the pass.
+
+        That pass is not compiled: torch.compile gets a second differentiation wrong.
+        """
         self._tape = None
         if not self._due_before(batch_idx):
             return super().host_step(batch, batch_idx)
         self._tape = Tape()
-        with recorded(self.backbone, self._tape):
+        with self.uncompiled(), recorded(self.backbone, self._tape):
             return super().host_step(batch, batch_idx)
 
     def before_regular_loss(
@@ -184,7 +248,7 @@ class BilevelMethod(TaskMethod):
         return {
             "encode": encode,
             "encode_once": encode_once,
-            "recordable": not self.compiled,
+            "eager": self.uncompiled,
             "encoder_params": encoder.params,
             "encoded": encoded,
             "processes": self.processes(DistributedBatch(dim=1)),

@@ -203,8 +203,17 @@ class ICLMSR(BilevelMethod):
         own = torch.func.functional_call(self.regularizer, leaves, (original,))
         weights = self._strata_of_all(own)
         trial = self.meta.trial(main, self._encoder(), self._interventional_task())
-        problem = self.meta_problem(views, weights, target_feats, encoded)
-        meta_gradient = self.meta.gradient(problem, trial)
+        if encoded is None:
+            meta_gradient = self.meta_gradient(
+                lambda views, targets, weights: self.meta_problem(views, weights, targets),
+                trial,
+                views,
+                target_feats,
+                weights,
+            )
+        else:  # its graph goes on into the regular step
+            problem = self.meta_problem(views, weights, target_feats, encoded)
+            meta_gradient = self.meta.gradient(problem, trial)
 
         processes = self.processes(DistributedBatch())
         pulled = torch.autograd.grad(

@@ -114,12 +114,11 @@ class MetaUpdate:
         self.optimizer: torch.optim.Optimizer | None = None
         self._state: dict | None = None
 
-    def check(self, precision: str, compiled: bool) -> None:
+    def check(self, precision: str) -> None:
         """What shows only once the trainer is there.
 
         Args:
             precision: of the trainer, as Lightning names it.
-            compiled: whether the encoder is.
 
         Raises:
             UserError: for settings that cannot be.
@@ -130,13 +129,6 @@ class MetaUpdate:
             "iteration or epoch with precision=16-mixed, whose scaled gradients it would have to share",
             self.cfg.schedule,
             "take precision=bf16-mixed",
-        )
-        check(
-            not (self.shared and compiled),
-            "performance.compile",
-            "False with meta.schedule=shared, which differentiates the encoder's pass two times",
-            True,
-            "torch.compile gets the second time wrong",
         )
 
     def autocast(self, device: str) -> AbstractContextManager:

@@ -197,9 +197,11 @@ class MetaMask(BilevelMethod):
         """Eqs. (6) and (7): the mask goes down the gradient of the trial weights' loss."""
         views, _ = self.separate(batch[1])
         main = self.optimizers(use_pl_optimizer=False)
-        meta_gradient = self.meta.gradient(
-            self.meta_problem(views, target_feats, encoded), self.meta.trial(main, self.backbone, self.task)
-        )
+        trial = self.meta.trial(main, self.backbone, self.task)
+        if encoded is None:
+            meta_gradient = self.meta_gradient(self.meta_problem, trial, views, target_feats)
+        else:  # its graph goes on into the regular step
+            meta_gradient = self.meta.gradient(self.meta_problem(views, target_feats, encoded), trial)
         # processes agree on the joint batch's gradient up to rounding; averaged, their masks stay equal
         self.mask.accumulate(self.trainer.strategy.reduce(meta_gradient.weights[0], reduce_op="mean"))
         if not self.apply_meta_gradient(main, meta_gradient.outer_loss):

@@ -143,3 +143,13 @@ def test_the_matmul_precision_is_that_of_the_training_alone(precision, convoluti
     seen, before = [], now()
     train(build(performance__matmul_precision=precision), steps=1, callbacks=[Look()])
     assert seen == [(precision, convolutions)] and now() == before
+
+
+def test_a_shared_pass_is_not_compiled_and_the_others_are(traced):
+    meta = {"method_kwargs__meta": {"schedule": "shared", "every_n_steps": 2}}
+    plain, compiled = build(**meta), build(**meta, performance__compile=True)
+    for model in (plain, compiled):
+        train(model, steps=3)
+    assert counters["stats"]["unique_graphs"] == 2  # the plain regular step's, and the outer loss's
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)

@@ -191,5 +191,3 @@ def test_what_cannot_be_shared():
         UserError, match="meta.schedule must be iteration or epoch with an encoder that draws"
     ):
         train(model, steps=1)
-    with pytest.raises(UserError, match="performance.compile must be False with meta.schedule=shared"):
-        train(build({"schedule": "shared"}, performance__compile=True), steps=1)

@@ -1,0 +1,133 @@
+"""The meta-gradient in a GPU's arithmetic."""
+
+import copy
+import math
+
+import pytest
+import torch
+from method_config import TASK_KWARGS, bare_config, icl_msr_config, method_config, task_settings
+from method_training import train
+
+from metamask_plugin.bilevel import Exact, PlainStep, Trial, Unrolled
+from metamask_plugin.errors import NonFiniteError
+from metamask_plugin.methods import METHODS
+from metamask_plugin.methods.task_method import TaskMethod
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+TRIAL = Trial(PlainStep(0.1), PlainStep(0.1))
+
+
+def problem(config, backbone="conv4", batch=8, dtype=torch.float64, **settings):
+    """On the GPU; of the same weights and images in every precision."""
+    torch.manual_seed(0)
+    cfg = config(backbone, **settings)
+    model = METHODS[cfg.method](cfg).to("cuda", dtype, memory_format=torch.channels_last)
+    views = [model._layout(torch.randn(batch, 3, 32, 32).to("cuda", dtype)) for _ in range(2)]
+    if config is method_config:
+        return model.meta_problem(views)
+    with torch.no_grad():
+        return model.meta_problem(views, model.regularizer(torch.randn(batch, 3, 36, 36).to("cuda", dtype)))
+
+
+def error(one, other):
+    one, other = one.weights[0].double(), other.weights[0].double()
+    return ((one - other).norm() / other.norm()).item()
+
+
+@pytest.fixture
+def tf32(request):
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if request.param else "highest")
+    torch.backends.cudnn.allow_tf32 = request.param
+    yield request.param
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.parametrize("config", [method_config, icl_msr_config])
+@pytest.mark.parametrize("task", TASK_KWARGS)
+def test_exact_is_unrolled(config, task):
+    torch.set_default_dtype(torch.float64)  # some tasks make tensors of their own
+    try:
+        one = problem(config, **task_settings(task))
+        assert error(Exact().gradient(one, TRIAL), Unrolled().gradient(one, TRIAL)) < 1e-9
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "test_convnext", "test_vit"])
+def test_exact_is_unrolled_through(backbone):
+    one = problem(method_config, backbone)
+    assert error(Exact().gradient(one, TRIAL), Unrolled().gradient(one, TRIAL)) < 1e-9
+
+
+@pytest.mark.parametrize("tf32", [False, True], indirect=True)
+@pytest.mark.parametrize("config", [method_config, icl_msr_config])
+def test_float32_is_near(config, tf32):
+    truth = Exact().gradient(problem(config), TRIAL)
+    found = error(Exact().gradient(problem(config, dtype=torch.float32), TRIAL), truth)
+    assert found < (0.3 if tf32 else 1e-3)  # TF32 on an H200: 0.12 for ICL-MSR
+    print(f"{config.__name__}, TF32 {'on' if tf32 else 'off'}: relative error {found:.1e}")
+
+
+@pytest.mark.parametrize("precision", ["full", "bf16"])
+def test_the_gpus_gradient_is_the_cpus(precision):
+    torch.manual_seed(0)
+    cfg = method_config(method_kwargs__meta={"precision": precision})
+    model = METHODS["metamask"](cfg)
+    views = [torch.randn(32, 3, 32, 32) for _ in range(2)]
+    trial = Trial(PlainStep(1e-3), PlainStep(1e-3))
+    here = model.meta.gradient(model.meta_problem(views), trial)
+    there = copy.deepcopy(model).cuda()
+    found = there.meta.gradient(there.meta_problem([x.cuda() for x in views]), trial)
+    assert found.weights[0].is_cuda and found.weights[0].dtype == torch.float32
+    cosine = torch.cosine_similarity(found.weights[0].cpu(), here.weights[0], dim=0).item()
+    assert cosine > (0.9999 if precision == "full" else 0.95)
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_a_look_later(monkeypatch):
+    plain = TaskMethod.on_after_backward
+
+    def on_after_backward(self):
+        plain(self)
+        if self.trainer.global_step == 1:
+            self.classifier.weight.grad[0, 0] = math.nan
+
+    monkeypatch.setattr(TaskMethod, "on_after_backward", on_after_backward)
+    model = METHODS["bare"](bare_config())
+    with pytest.raises(NonFiniteError, match=r"the gradient of classifier.weight in epoch 1, step 1"):
+        train(model, 3, accelerator="gpu")
+    assert not bool(model.classifier.weight.isfinite().all())  # one step was made with it
+
+
+CAPTURED = [task for task in TASK_KWARGS if task not in ("swav", "wmse")]
+
+
+@pytest.mark.parametrize("config", [method_config, icl_msr_config])
+@pytest.mark.parametrize("task", CAPTURED)
+def test_a_replayed_meta_step_is_the_meta_step(config, task):
+    """Over several steps, in which weights, queues, targets and the trial step's length change."""
+
+    def trained(captured):
+        torch.manual_seed(0)
+        cfg = config(
+            **task_settings(task), performance={"cuda_graph": captured}, scheduler__name="warmup_cosine"
+        )
+        model, graphs = METHODS[cfg.method](cfg), []
+        end = model.on_train_batch_end
+
+        def on_train_batch_end(*args):
+            end(*args)
+            graphs.append(model._graph is not None and model._graph.graph is not None)
+
+        model.on_train_batch_end = on_train_batch_end
+        train(model, 3, original=config is icl_msr_config, accelerator="gpu", max_epochs=3)
+        assert any(graphs) == captured
+        return {name: value.double() for name, value in model.state_dict().items()}
+
+    eager, replayed = trained(False), trained(True)
+    for name, value in eager.items():
+        torch.testing.assert_close(replayed[name], value, rtol=5e-2, atol=5e-3, msg=name)
