@@ -59,8 +59,10 @@ def overrides_of(name: str, args: argparse.Namespace) -> list[str]:
         f"seed={args.seed}",
         "++benchmark=True",
     ]
-    if compiles(name, args):
+    if args.compile:
         found.append(f"++performance.compile={args.compile}")
+    if args.cuda_graph:
+        found.append("++performance.cuda_graph=True")
     if args.precision == "tf32":
         found.append("++performance.matmul_precision=high")
     if settings is None:
@@ -69,11 +71,6 @@ def overrides_of(name: str, args: argparse.Namespace) -> list[str]:
         settings = {**settings, **own_precision(args.precision)}
         found += [f"++method_kwargs.meta.{key}={value}" for key, value in settings.items()]
     return [*found, *args.overrides]
-
-
-def compiles(name: str, args: argparse.Namespace) -> bool:
-    """A pass that two steps share is differentiated twice, and compiled code only once: it stays as it is."""
-    return args.compile is not False and (CANDIDATES[name] or {}).get("schedule") != "shared"
 
 
 def measure_epochs(args: argparse.Namespace, until: float | None) -> tuple[Rounds, dict[str, TimedRun]]:
@@ -120,9 +117,10 @@ def measure_work(args: argparse.Namespace) -> dict[str, Any]:
             plain = Loop(build_model(args.backbone, 32, **overrides), views, args.precision)
             found[name] = {"flops": count_flops(plain.step)}
             del plain
-            performance = {"performance__compile": args.compile} if args.compile else {}
+            performance = {"performance__compile": args.compile, "performance__cuda_graph": args.cuda_graph}
             loop = Loop(build_model(args.backbone, 32, **overrides, **performance), views, args.precision)
-            loop.step()
+            for _ in range(5 if args.cuda_graph else 1):
+                loop.step()
             found[name]["time"] = time_by_kind(loop.step)
             del loop
         found["matrix_peak"] = matrix_peak(DTYPES[args.precision])
@@ -143,7 +141,8 @@ def summary(
             "hours_of_800_epochs": spread.median * PROJECTED / 3600,
             "images_a_second": run.images / spread.median,
             "data_wait_share": run.data_wait_share,
-            "compiled": compiles(name, args),
+            "compiled": bool(args.compile),
+            "cuda_graph": args.cuda_graph,
         }
         settings = CANDIDATES[name]
         # the counter has seen the plain schedule; a shared forward pass saves one of the encoder
@@ -210,6 +209,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     add("--rounds", type=int, default=1 if cuda else 2, help="runs of every candidate")
     add("--precision", default="bf16" if cuda else "float32", choices=tuple(LIGHTNING), help="of the runs")
     add("--compile", default=False, help="performance.compile: False, True, reduce-overhead")
+    add("--cuda-graph", action="store_true", help="performance.cuda_graph")
     add("--candidates", nargs="+", default=list(SHORT), choices=list(SHORT), help="beside the unit")
     add("--no-work", action="store_true", help="neither floating-point work nor profile")
     add("--minutes", type=float, help="begin no further run after so long")

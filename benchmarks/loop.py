@@ -33,7 +33,7 @@ class _Trainer:
     sanity_checking = False
     estimated_stepping_batches = num_training_batches = 1_000_000
     accumulate_grad_batches = 1
-    current_epoch = 0
+    current_epoch = global_rank = 0
     precision_plugin = None
 
     def __init__(self, precision: str, device: torch.device):

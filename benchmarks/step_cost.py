@@ -111,7 +111,10 @@ def measure_full(
         def call():
             if not loops:
                 torch.manual_seed(args.seed)
-                performance = {"performance__compile": args.compile and not release}
+                performance = {
+                    "performance__compile": args.compile and not release,
+                    "performance__cuda_graph": args.cuda_graph and not release,
+                }
                 model = build_model(backbone, args.size, **overrides, **performance)
                 estimator = Release(model.redundancy_head) if release else None
                 loops.append(Loop(model, views, computing, estimator))
@@ -132,7 +135,8 @@ def measure_full(
         candidates[name] = lazily(name, meta_settings(settings))
     candidates = _wanted(candidates, args.only)
     processor = args.processor_time
-    return paired_rounds(candidates, args.rounds, args.repeats, args.warmup, steps, until, processor)
+    warmup = max(args.warmup, 5 if args.cuda_graph else 1)  # the fourth meta step is captured
+    return paired_rounds(candidates, args.rounds, args.repeats, warmup, steps, until, processor)
 
 
 def count_work(backbone: str, batch: int, precision: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -281,7 +285,8 @@ def measure_cell(cell: dict[str, Any], args: argparse.Namespace, until: float | 
 
 
 def _title(cell: dict[str, Any], args: argparse.Namespace) -> str:
-    compiled = ", compiled" if args.compile else ""
+    compiled = f", compile={args.compile}" if args.compile else ""
+    compiled += ", meta step as a CUDA graph" if args.cuda_graph else ""
     where = f"{cell['backbone']}, {args.size} px, batch {cell['batch']}, {cell['precision']}"
     return f"{where}{compiled}, {hardware_line()}"
 
@@ -316,6 +321,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=False,
         help="performance.compile of whole iterations: False, True, reduce-overhead",
     )
+    add("--cuda-graph", action="store_true", help="performance.cuda_graph of whole iterations")
     add(
         "--checkpoint",
         type=Path,
