@@ -25,7 +25,6 @@ from metamask_plugin.data.dali_batches import DaliBatches, require_dali
 from metamask_plugin.data.regions import region_of
 from metamask_plugin.data.registry import Dataset
 from metamask_plugin.data.resident import IndexBatch, IndexBatches, ResidentImages, fits
-from metamask_plugin.data.side_stream import SideStream
 from metamask_plugin.data.splits import ImageSplit, MemoryImages
 from metamask_plugin.data.verify import Verification, decoded, verified
 from metamask_plugin.data.views import EvaluationView, KorniaViews, TorchvisionViews
@@ -119,7 +118,6 @@ class PretrainDataModule(LightningDataModule):
         self.position = EpochPosition()
         self._entries = entries
         self._resident: ResidentImages | None = None
-        self._side = SideStream()
         self._wanted = {key: OmegaConf.select(cfg, key) for key in ("data.pipeline", "dali.device")}
 
     def setup(self, stage: str | None = None) -> None:
@@ -155,19 +153,13 @@ class PretrainDataModule(LightningDataModule):
         """The test split in fixed order; an empty list, Lightning's "no validation", where there is none."""
         return [] if self.dataset.test is None else self.evaluation_loader(self.dataset.test, self.batch_size)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Moves a batch beside the training step before it."""
-        with self._side.on(device):
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Makes a training batch's views where the batch lies now, beside the training step before it."""
-        if isinstance(batch, IndexBatch | RawBatch):
-            with self._side.on(batch.indexes.device):
-                if isinstance(batch, IndexBatch):
-                    batch = self._resident.batch(batch.indexes)
-                batch = [batch.indexes, self.views(batch.images), batch.targets]
-        return self._side.join(batch)
+        """Makes a training batch's views where the batch lies now."""
+        if isinstance(batch, IndexBatch):
+            batch = self._resident.batch(batch.indexes)
+        if not isinstance(batch, RawBatch):
+            return batch
+        return [batch.indexes, self.views(batch.images), batch.targets]
 
     def teardown(self, stage: str | None = None) -> None:
         """After a training: the evaluation may need the device's memory."""
