@@ -2,8 +2,9 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -106,42 +107,49 @@ class BilevelMethod(TaskMethod):
         super().on_fit_end()
         self._graph = None  # with the memory that it holds
 
-    def meta_gradient(
+    @abstractmethod
+    def meta_problem(
         self,
-        problem: Callable[..., BilevelProblem],
-        trial: Trial,
         views: list[torch.Tensor],
-        target_feats: list[torch.Tensor] | None,
         *more: torch.Tensor,
-    ) -> MetaGradient:
-        """The meta-gradient of a batch; a replayed CUDA graph where ``performance.cuda_graph`` asks for one.
+        target_feats: list[torch.Tensor] | None = None,
+        encoded: EncoderPass | None = None,
+    ) -> BilevelProblem:
+        """One batch's bi-level problem.
 
         Args:
-            problem: from views, target features and ``more`` to the batch's problem.
-            trial: the trial steps.
-            views: images of each view, (N, 3, H, W) each.
-            target_feats: of each large crop, (N, D) each; None without a target network.
-            more: further tensors.
+            views: augmented images of each view, (N, 3, H, W) each.
+            more: what else the method needs.
+            target_feats: see :meth:`meta_step`; computed here if None.
+            encoded: see :meth:`meta_step`.
         """
-        if not self._captures:
-            return self.meta.gradient(problem(views, target_feats, *more), trial)
-        momentum = target_feats is not None
-        counts = [len(views), len(target_feats or [])]
+
+    def meta_gradient(
+        self,
+        trial: Trial,
+        views: list[torch.Tensor],
+        *more: torch.Tensor,
+        target_feats: list[torch.Tensor] | None = None,
+        encoded: EncoderPass | None = None,
+    ) -> MetaGradient:
+        """The meta-gradient of one batch; the arguments are :meth:`meta_problem`'s.
+
+        With ``performance.cuda_graph`` it is a replayed CUDA graph, unless a pass is shared with the regular
+        step, which goes on with it.
+        """
+        if encoded is not None or not self._captures:
+            problem = self.meta_problem(views, *more, target_feats=target_feats, encoded=encoded)
+            return self.meta.gradient(problem, trial)
         lengths = [torch.full((), step.lr, device=views[0].device) for step in trial]
-
-        def gradient(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            encoder_lr, head_lr, *rest = inputs
-            views, rest = rest[: counts[0]], rest[counts[0] :]
-            targets, more = rest[: counts[1]], rest[counts[1] :]
-            steps = Trial(trial.encoder.of_length(encoder_lr), trial.head.of_length(head_lr))
-            with self.uncompiled():  # compiled code may replay graphs of its own
-                found = self.meta.gradient(problem(views, targets if momentum else None, *more), steps)
-            return *found.weights, found.inner_loss, found.outer_loss
-
         if self._graph is None:
-            self._graph = CudaGraph(gradient)
-        *weights, inner_loss, outer_loss = self._graph(*lengths, *views, *(target_feats or []), *more)
-        return MetaGradient(tuple(weights), inner_loss, outer_loss)
+            self._graph = CudaGraph(partial(self._meta_gradient, trial))
+        return self._graph(lengths, views, more, target_feats)
+
+    def _meta_gradient(self, trial: Trial, lengths, views, more, target_feats) -> MetaGradient:
+        """The same as a function of all tensors that change their place from step to step."""
+        trial = Trial(*(step.of_length(length) for step, length in zip(trial, lengths)))
+        with self.uncompiled():  # compiled code may replay graphs of its own
+            return self.meta.gradient(self.meta_problem(views, *more, target_feats=target_feats), trial)
 
     def _can_capture(self) -> bool:
         """Whether meta steps are to be replayed as a CUDA graph, and can be."""

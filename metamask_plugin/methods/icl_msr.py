@@ -203,17 +203,9 @@ class ICLMSR(BilevelMethod):
         own = torch.func.functional_call(self.regularizer, leaves, (original,))
         weights = self._strata_of_all(own)
         trial = self.meta.trial(main, self._encoder(), self._interventional_task())
-        if encoded is None:
-            meta_gradient = self.meta_gradient(
-                lambda views, targets, weights: self.meta_problem(views, weights, targets),
-                trial,
-                views,
-                target_feats,
-                weights,
-            )
-        else:  # its graph goes on into the regular step
-            problem = self.meta_problem(views, weights, target_feats, encoded)
-            meta_gradient = self.meta.gradient(problem, trial)
+        meta_gradient = self.meta_gradient(
+            trial, views, weights, target_feats=target_feats, encoded=encoded
+        )
 
         processes = self.processes(DistributedBatch())
         pulled = torch.autograd.grad(
@@ -257,7 +249,7 @@ class ICLMSR(BilevelMethod):
             views: augmented images of each view, (N, 3, H, W) each.
             weights: A of the joint batch, shape (N, n, C), detached.
             target_feats: see :meth:`meta_step`; computed here if None.
-            encoded: see :meth:`meta_step`.
+            encoded: likewise.
         """
         views = [self._layout(x) for x in views]
         if target_feats is None:

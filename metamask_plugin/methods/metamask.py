@@ -198,10 +198,7 @@ class MetaMask(BilevelMethod):
         views, _ = self.separate(batch[1])
         main = self.optimizers(use_pl_optimizer=False)
         trial = self.meta.trial(main, self.backbone, self.task)
-        if encoded is None:
-            meta_gradient = self.meta_gradient(self.meta_problem, trial, views, target_feats)
-        else:  # its graph goes on into the regular step
-            meta_gradient = self.meta.gradient(self.meta_problem(views, target_feats, encoded), trial)
+        meta_gradient = self.meta_gradient(trial, views, target_feats=target_feats, encoded=encoded)
         # processes agree on the joint batch's gradient up to rounding; averaged, their masks stay equal
         self.mask.accumulate(self.trainer.strategy.reduce(meta_gradient.weights[0], reduce_op="mean"))
         if not self.apply_meta_gradient(main, meta_gradient.outer_loss):
@@ -222,13 +219,7 @@ class MetaMask(BilevelMethod):
         target_feats: list[torch.Tensor] | None = None,
         encoded: EncoderPass | None = None,
     ) -> BilevelProblem:
-        """Eqs. (6) and (7) for one batch: both losses are L_task, w is the mask.
-
-        Args:
-            views: images of each view, (N, 3, H, W) each.
-            target_feats: see :meth:`meta_step`; computed here if None.
-            encoded: see :meth:`meta_step`.
-        """
+        """Eqs. (6) and (7) for one batch: both losses are L_task, w is the mask."""
         views = [self._layout(x) for x in views]
         task, mask_now = Functional(self.task), self.mask.values().detach()
         if target_feats is None:

@@ -10,7 +10,11 @@ from method_training import train
 from torch import nn
 
 from metamask_plugin.errors import UserError
+from metamask_plugin.host.solo_task import SoloTask
 from metamask_plugin.methods import ICLMSR, MetaMask
+from metamask_plugin.methods.bilevel_method import BilevelMethod
+from metamask_plugin.tasks import SimCLR
+from metamask_plugin.tasks.swav import SwAV
 
 
 def build(meta=None, task="simclr", msr=False, **overrides):
@@ -191,3 +195,29 @@ def test_what_cannot_be_shared():
         UserError, match="meta.schedule must be iteration or epoch with an encoder that draws"
     ):
         train(model, steps=1)
+
+
+@pytest.mark.parametrize("trial", ["plain", "momentum"])
+@pytest.mark.parametrize("msr", [False, True])
+@pytest.mark.parametrize("task", ["simclr", "moco", "byol"])
+def test_a_captured_meta_step_reads_all_that_changes(monkeypatch, graph_stand_in, task, msr, trial):
+    """Weights, queues, targets, momentum and the trial step's length, through the same places each time."""
+
+    def trained(captured):
+        monkeypatch.setattr(BilevelMethod, "_can_capture", lambda self: captured)
+        model = build({"trial": trial}, task, msr, scheduler__name="warmup_cosine", max_epochs=3)
+        train(model, 3, original=msr, max_epochs=3)
+        return model.state_dict()
+
+    plain = trained(False)
+    for name, value in trained(True).items():
+        assert torch.equal(value, plain[name]), name
+
+
+def test_who_captures():
+    def captures(task, asked):
+        model = build(None, task, performance={"cuda_graph": asked})
+        return model._can_capture()
+
+    assert not captures("simclr", True)  # on the CPU
+    assert not SwAV.capturable and not SoloTask.capturable and SimCLR.capturable
