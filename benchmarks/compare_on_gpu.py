@@ -2,14 +2,14 @@
 
     python benchmarks/compare_on_gpu.py DATA --out FOLDER [--epochs 10] [--seeds 5 6] [--minutes 9]
 
-DATA has ``train/`` and ``test/``, one folder a class. Runs share the GPU, ``--parallel`` at a time: their seconds
-mean nothing, their accuracies are those of runs alone. After ``--minutes`` no new run begins, and what is
-unfinished is stopped; the same call goes on. Writes a JSON file a run and ``comparison.json``.
+DATA has ``train/`` and ``test/``, one folder a class. Runs share the GPU, ``--parallel`` at a time: their
+seconds mean nothing, their accuracies are those of runs alone. After ``--minutes`` no new run begins, and what
+is unfinished is stopped; the same call goes on. Writes a JSON file a run and ``comparison.json``.
 
-Every arm but the release's trains with AdamW at 3e-3 and tau 0.2, as ``comparison_gpu``; the release's has its
-own settings, and a control of its own. Accuracies are those of the last epoch: kNN by the release's protocol
-(k = 5, votes exp(cosine), of masked and of unmasked features) and with temperature 0.07; and a linear probe
-(SGD, 100 epochs).
+Every arm but the release's trains with AdamW at 3e-3 and tau 0.2, as ``comparison_gpu``; the release's has
+its own settings, and a control of its own. Accuracies are those of the last epoch: kNN by the release's
+protocol (k = 5, votes exp(cosine), of masked and of unmasked features) and with temperature 0.07; and a
+linear probe (SGD, 100 epochs).
 """
 
 import argparse
@@ -61,8 +61,12 @@ def config(arm: str, seed: int, args: argparse.Namespace):
     """An arm's composed config."""
     name, overrides = ARMS[arm]
     own = [f"max_epochs={args.epochs}", f"seed={seed}", f"checkpoint.dir={args.out / 'runs'}"]
-    own += [f"data.{split}_path={args.data / folder}" for split, folder in (("train", "train"), ("val", "test"))]
-    own = [word if word.startswith("~") else f"++{word}" for word in [*COMMON, *overrides, *own, *args.overrides]]
+    own += [
+        f"data.{split}_path={args.data / folder}" for split, folder in (("train", "train"), ("val", "test"))
+    ]
+    own = [
+        word if word.startswith("~") else f"++{word}" for word in [*COMMON, *overrides, *own, *args.overrides]
+    ]
     groups = ("++ablation=", "++method=bare")
     own = [word.removeprefix("++") if word.startswith(groups) else word for word in own]
     with initialize_config_dir(str(SCRIPTS / "pretrain"), version_base="1.2"):

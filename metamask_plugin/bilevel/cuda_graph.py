@@ -13,13 +13,13 @@ class CudaGraph:
 
     A meta step is some thousands of small kernels, and the host takes longer to launch them than the device
     to run them. The first calls run as they are. Then one is captured, and from there on replayed: its
-    inputs are copied to where the captured call had them, and everything else (parameters, buffers, optimiser
-    state) is read where it lies. So the function must do the same each time: branch on no value that
-    changes, keep no count, neither wait for the device nor communicate with other processes.
+    inputs are copied to where the captured call had them, and everything else (parameters, buffers,
+    optimiser state) is read where it lies. So the function must do the same each time: branch on no value
+    that changes, keep no count, neither wait for the device nor communicate with other processes.
 
-    A function that draws random numbers is never captured: a replay would not repeat its draws within one meta
-    step, as :class:`~metamask_plugin.bilevel.Functional` does. Nor is a call whose tensors differ in shape
-    from the captured ones. Both run as they are, and so does everything on a CPU.
+    A function that draws random numbers is never captured: a replay would not repeat its draws within one
+    meta step, as :class:`~metamask_plugin.bilevel.Functional` does. A call whose tensors differ in shape
+    from the captured ones is not replayed. Both run as they are, and so does everything on a CPU.
 
     Args:
         function: takes and returns tensors, or lists, tuples and dicts of them; the first tensor's device

@@ -203,9 +203,7 @@ class ICLMSR(BilevelMethod):
         own = torch.func.functional_call(self.regularizer, leaves, (original,))
         weights = self._strata_of_all(own)
         trial = self.meta.trial(main, self._encoder(), self._interventional_task())
-        meta_gradient = self.meta_gradient(
-            trial, views, weights, target_feats=target_feats, encoded=encoded
-        )
+        meta_gradient = self.meta_gradient(trial, views, weights, target_feats=target_feats, encoded=encoded)
 
         processes = self.processes(DistributedBatch())
         pulled = torch.autograd.grad(

@@ -20,14 +20,14 @@ DEFAULTS = {"nonfinite": "stop", "max_skipped": 10, "collapse_below": 0.01}
 
 
 class NumericGuard:
-    """Looks at losses, gradients and meta parameters: one look a step, before the optimiser's, and one a meta step.
+    """Looks at losses, gradients and meta parameters once a step, and once a meta step, before they are used.
 
     What is found ends the run, or leaves the step out:
 
-    - ``numbers.nonfinite: stop``: a :class:`~metamask_plugin.errors.NonFiniteError` with what was seen. On the
-      CPU nothing has been changed by then but the running statistics of BatchNorm. On a GPU the answer is
-      read one look later, so that no step waits for the device: one step has been made with these numbers.
-      No checkpoint is saved before the answer is known.
+    - ``numbers.nonfinite: stop``: a :class:`~metamask_plugin.errors.NonFiniteError` with what was seen. On
+      the CPU nothing has been changed by then but the running statistics of BatchNorm. On a GPU the answer
+      is read one look later, so that no step waits for the device, and one step has been made with these
+      numbers. No checkpoint is saved before the answer is known.
     - ``skip``: no parameter moves, BatchNorm's statistics go back to what they were, and there is no meta
       step and no update of queues and target networks. After more than ``numbers.max_skipped`` of them in a
       run it stops. Each look waits for the device.
@@ -99,7 +99,8 @@ class NumericGuard:
             self.passed_over = True
             if not (scaled and look.only_gradients):
                 self._refuse(look)
-                optimizer.zero_grad(set_to_none=True)  # to every optimiser a parameter without gradient is none
+                # to every optimiser a parameter without gradient is none
+                optimizer.zero_grad(set_to_none=True)
                 for buffer, before in self._statistics:
                     buffer.copy_(before)
         self._losses, self._batches, self._views, self._statistics = {}, [], [], []

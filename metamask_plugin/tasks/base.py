@@ -36,7 +36,7 @@ class Task(nn.Module, ABC):
             what it needs by itself gets its own part.
         defined: whether the loss always is a number; else it may be NaN where it has nothing to compare,
             with a gradient of zero.
-        capturable: whether every iteration evaluates the same operations, so that a CUDA graph can replay them.
+        capturable: whether every iteration evaluates the same operations, and a CUDA graph can replay them.
         resumes_within_epoch: whether parameters and buffers are all that an epoch's next batch depends on.
     """
 
