@@ -3,8 +3,8 @@
     python benchmarks/compare_on_gpu.py DATA --out FOLDER [--epochs 10] [--seeds 5 6] [--minutes 9]
 
 DATA has ``train/`` and ``test/``, one folder a class. Runs share the GPU, ``--parallel`` at a time: their
-seconds mean nothing, their accuracies are those of runs alone. After ``--minutes`` no new run begins, and what
-is unfinished is stopped; the same call goes on. Writes a JSON file a run and ``comparison.json``.
+seconds mean nothing, their accuracies are those of runs alone. After ``--minutes`` no new run begins, and
+what is unfinished is stopped; the same call goes on. Writes JSON, a file a run and ``comparison.json``.
 
 Every arm but the release's trains with AdamW at 3e-3 and tau 0.2, as ``comparison_gpu``; the release's has
 its own settings, and a control of its own. Accuracies are those of the last epoch: kNN by the release's

@@ -52,15 +52,16 @@ def jobs(kind: str) -> list[Job]:
         steps = "step_cost.py --backbone resnet18 --batch 512 --repeats 3 --rounds 3"
         epochs = "epoch_time.py --backbone resnet18 --batch 512 --precision bf16 --epochs 2"
         found = [
-            _job("step_cost", f"{steps} --precision bf16 --parts meta full", 1.7),
-            _job("epoch_time", epochs, 2),
+            _job("step_cost", f"{steps} --precision bf16 --parts full --cuda-graph --only {MAIN_ROWS}", 1),
+            _job("epoch_time", f"{epochs} --cuda-graph", 2),
+            _job("step_cost_launched", f"{steps} --precision bf16 --parts meta full", 1.7),
             _job(
                 "step_cost_compiled",
-                f"{steps} --precision bf16 --parts full --compile True --warmup 2 --only {MAIN_ROWS}",
+                f"{steps} --precision bf16 --parts full --cuda-graph --compile True --only {MAIN_ROWS}",
                 1.5,
             ),
             _job("peak_memory", "peak_memory.py --backbone resnet18 --batch 512 --precision bf16", 0.6),
-            _job("epoch_time_compiled", f"{epochs} --compile True --candidates k=1 k=8", 1.5),
+            _job("epoch_time_compiled", f"{epochs} --cuda-graph --compile True --candidates k=1 k=8", 1.5),
             _job("input_pipelines", "input_pipelines.py --cases cifar --rounds 2 --seconds 2", 0.8),
             _job("step_cost_float32", f"{steps} --precision float32 tf32 --parts full --only {MAIN_ROWS}", 1),
             _job("meta_gradient_error", f"{errors} 64", 0.8),
