@@ -9,13 +9,22 @@ from metamask_plugin.bilevel.params import Params
 
 
 class TrialStep(Protocol):
-    """One gradient step on one group of parameters, linear in the gradient."""
+    """One gradient step on one group of parameters, linear in the gradient.
+
+    Attributes:
+        lr: l, its length.
+    """
+
+    lr: float | torch.Tensor
 
     def step(self, params: Params, grads: Params) -> Params:
         """Returns the trial weights; differentiable in ``grads``, changes nothing in place."""
 
     def pull_back(self, cotangent: Params) -> Params:
         """Returns u with <u, dg> = -<cotangent, d step(params, g)>: what a change of g costs."""
+
+    def of_length(self, lr: float | torch.Tensor) -> "TrialStep":
+        """Returns the same step with another l."""
 
 
 class PlainStep:
