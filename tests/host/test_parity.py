@@ -88,6 +88,8 @@ class Record(pl.Callback):
 
 def train(config, overrides, epochs, steps):
     cfg = getattr(method_config, config)(crop_size=32, max_epochs=epochs, **overrides)
+    # two LARS that round differently: in float32 ICL-MSR makes 1e-3 of it within 20 steps
+    torch.set_default_dtype(torch.float64 if cfg.optimizer.name == "lars" else torch.float32)
     pl.seed_everything(5)
     model = METHODS[cfg.method](cfg)
     torch.manual_seed(6)  # whatever was drawn to build it
@@ -161,7 +163,7 @@ def test_the_same_training(trained, name):
 def test_lars_is_the_same_up_to_rounding(trained, name):
     """timm's LARS has one switch for a group where solo-learn's asks each parameter: more groups."""
     ours, theirs = trained["embedded"][name], trained["solo"][name]
-    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-10)
     sizes = {}
     for host in (ours, theirs):
         for group, count, *_ in host["groups"]:
