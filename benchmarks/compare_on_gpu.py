@@ -14,6 +14,7 @@ linear probe (SGD, 100 epochs).
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from metamask_plugin.cli.config import complete, with_own_task_settings
 from metamask_plugin.data import PretrainDataModule, load_dataset
 from metamask_plugin.data.registry import DATASETS
 from metamask_plugin.data.splits import MemoryImages
+from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.knn import knn_table
 from metamask_plugin.evaluation.linear import linear_probe
 from metamask_plugin.studies.subject import subject_of_run
@@ -81,7 +83,8 @@ def decode(args: argparse.Namespace) -> Path:
     if not path.exists():
         cfg = complete(with_own_task_settings(config("SimCLR", 0, args)))
         dataset = PretrainDataModule(load_dataset(cfg.data), cfg).dataset
-        torch.save([vars(dataset.train), vars(dataset.test)], path)
+        torch.save([vars(dataset.train), vars(dataset.test)], path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
     return path
 
 
@@ -115,14 +118,15 @@ def record_path(arm: str, seed: int, args: argparse.Namespace) -> Path:
     return args.out / "records" / f"{stem}-{seed}-{args.epochs}.json"
 
 
-def run_all(args: argparse.Namespace) -> None:
-    """Every arm and seed, several at a time, until all are there or time is up."""
+def run_all(args: argparse.Namespace) -> int:
+    """Every arm and seed, several at a time, until all are there or time is up; returns how many failed."""
     until = time.monotonic() + 60 * args.minutes
     decode(args)
-    while args.after is not None and not args.after.exists():
+    while args.after is not None and not args.after.exists() and time.monotonic() < until:
         time.sleep(0.2)
     todo = [(arm, seed) for seed in args.seeds for arm in ARMS if not record_path(arm, seed, args).exists()]
     running: list[subprocess.Popen] = []
+    failed = 0
     own = [sys.executable, "-W", "ignore", __file__, str(args.data), "--out", str(args.out)]
     own += ["--epochs", str(args.epochs)]
     while (todo or running) and time.monotonic() < until:
@@ -132,10 +136,15 @@ def run_all(args: argparse.Namespace) -> None:
             log = record_path(arm, seed, args).with_suffix(".txt")
             log.parent.mkdir(parents=True, exist_ok=True)
             running.append(subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT))
-        running = [process for process in running if process.poll() is None]
+        for process in [process for process in running if process.poll() is not None]:
+            running.remove(process)
+            if process.returncode:
+                failed += 1
+                print(f"failed: {shlex.join(process.args)}", file=sys.stderr)
         time.sleep(0.2)
     for process in running:
         process.kill()
+    return failed
 
 
 def summary(args: argparse.Namespace) -> str:
@@ -160,7 +169,7 @@ def _cell(records: list[dict], metric: str) -> Iterator[str]:
         yield f"± {statistics.stdev(values):.2f}"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("data", type=Path, help="folder with train/ and test/")
@@ -175,13 +184,13 @@ def main() -> None:
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.one is None:
-        run_all(args)
+        failed = run_all(args)
         print(summary(args))
-    else:
-        arm, seed = args.one[0], int(args.one[1])
-        record = run(arm, seed, args)
-        record_path(arm, seed, args).write_text(json.dumps(record))
+        return int(failed > 0)
+    arm, seed = args.one[0], int(args.one[1])
+    write_whole(record_path(arm, seed, args), json.dumps(run(arm, seed, args)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

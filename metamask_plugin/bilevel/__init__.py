@@ -8,7 +8,7 @@ and an :class:`Estimator` how the gradient with respect to w is computed. Import
 else; knows neither Lightning nor self-supervised learning.
 """
 
-from metamask_plugin.bilevel.cuda_graph import CudaGraph
+from metamask_plugin.bilevel.cuda_graph import CaptureError, CudaGraph
 from metamask_plugin.bilevel.estimator import Estimator, MetaGradient
 from metamask_plugin.bilevel.exact import Exact
 from metamask_plugin.bilevel.finite_difference import FiniteDifference
@@ -30,6 +30,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 __all__ = [
     "ESTIMATORS",
     "BilevelProblem",
+    "CaptureError",
     "CudaGraph",
     "DistributedBatch",
     "EncoderPass",

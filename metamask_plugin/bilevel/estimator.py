@@ -71,16 +71,17 @@ class InnerStep(NamedTuple):
     encoder_pass: EncoderPass
 
 
-def inner_step(problem: BilevelProblem, trial: Trial, twice: bool = False) -> InnerStep:
+def inner_step(problem: BilevelProblem, trial: Trial, twice: bool = False, tape: bool = False) -> InnerStep:
     """Makes the trial step.
 
     Args:
         problem: the problem.
         trial: the trial steps.
-        twice: keep the graph of the gradients behind the encoder, and a tape of the encoder, so that they
-            can be differentiated once more.
+        twice: keep the graph of the gradients behind the encoder, so that they can be differentiated once
+            more.
+        tape: record the pass through the encoder.
     """
-    encoder_pass = problem.encoded or problem.forward_pass(problem.encoder_params, tape=twice)
+    encoder_pass = problem.encoded or problem.forward_pass(problem.encoder_params, tape)
     h = joint_features(problem, encoder_pass.features).requires_grad_()
     phi = leaves(problem.head_params)
     weights = tuple(w.detach().requires_grad_() for w in problem.weights)

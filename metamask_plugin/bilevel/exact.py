@@ -49,7 +49,7 @@ class Exact(Estimator):
 
     def gradient(self, problem: BilevelProblem, trial: Trial) -> MetaGradient:
         # inner gradient: at the heads with a graph, since it is differentiated again below
-        inner = inner_step(problem, trial, twice=True)
+        inner = inner_step(problem, trial, twice=True, tape=self.reuse)
 
         # outer gradient at the trial weights: the direct term, and u
         outer = outer_gradients(problem, trial, inner)

@@ -44,9 +44,9 @@ class Tape:
         with tape.replaying():
             tangent of encode at theta
 
-    An output that was changed in place since is computed anew. The pass keeps the recorded precision: what
-    autocast computed in bfloat16 is computed in bfloat16 here, where autocast itself would pass dual tensors
-    by. Where another operation meets both precisions, it computes in the higher one.
+    An output that was changed in place since is computed anew. The convolutions and linear layers that
+    autocast computed in bfloat16 are computed in bfloat16 here, where autocast itself would pass dual tensors
+    by. Every other operation keeps the precision of its input, and where it meets two, takes the higher one.
     """
 
     def __init__(self):
@@ -84,7 +84,7 @@ class _Recording(TorchFunctionMode):
         return output
 
     def _batch_norm(self, x, mean, var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-        if not training:
+        if not training or x.numel() == x.size(1):  # one value a channel: it says what is wrong
             return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
         y, *moments = torch.native_batch_norm(x, weight, bias, mean, var, training, momentum, eps)
         self.kept.append(Moments(*(moment.detach() for moment in moments)))
@@ -207,7 +207,7 @@ def _in_one_precision(func, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple,
     if len({t.dtype for t in floats}) < 2:
         return args, kwargs
     name = func.__name__
-    in_place = name.startswith("__i") or name.endswith("_") and not name.endswith("__")
+    in_place = name.startswith(("__i", "__setitem__")) or name.endswith("_") and not name.endswith("__")
     common = floats[0].dtype if in_place else reduce(torch.promote_types, (t.dtype for t in floats))
 
     def cast(leaf):

@@ -14,17 +14,17 @@ from torch import nn
 
 from metamask_plugin.bilevel import (
     BilevelProblem,
+    CaptureError,
     CudaGraph,
     DistributedBatch,
     EncoderPass,
     Functional,
     MetaGradient,
-    OneProcess,
     Tape,
     Trial,
     Unrolled,
 )
-from metamask_plugin.errors import check
+from metamask_plugin.errors import UserError, check
 from metamask_plugin.methods.meta_update import MetaUpdate
 from metamask_plugin.methods.recorded import recorded
 from metamask_plugin.methods.task_method import TaskMethod
@@ -143,7 +143,12 @@ class BilevelMethod(TaskMethod):
         lengths = [torch.full((), step.lr, device=views[0].device) for step in trial]
         if self._graph is None:
             self._graph = CudaGraph(partial(self._meta_gradient, trial))
-        return self._graph(lengths, views, more, target_feats)
+        try:
+            return self._graph(lengths, views, more, target_feats)
+        except CaptureError as error:
+            raise UserError(
+                f"performance.cuda_graph must be False where the meta step cannot be captured: {error}"
+            ) from error
 
     def _meta_gradient(self, trial: Trial, lengths, views, more, target_feats) -> MetaGradient:
         """The same as a function of all tensors that change their place from step to step."""
@@ -154,7 +159,7 @@ class BilevelMethod(TaskMethod):
     def _can_capture(self) -> bool:
         """Whether meta steps are to be replayed as a CUDA graph, and can be."""
         asked = OmegaConf.select(self.cfg, "performance.cuda_graph", default=False)
-        alone = isinstance(self.processes(DistributedBatch()), OneProcess)
+        alone = self.trainer.world_size == 1
         return bool(asked) and self.device.type == "cuda" and alone and self.task.capturable
 
     def host_step(self, batch: list, batch_idx: int) -> dict[str, Any]:

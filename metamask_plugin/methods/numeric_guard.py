@@ -89,12 +89,14 @@ class NumericGuard:
             for name, parameter in method.named_parameters()
             if parameter.grad is not None and parameter.requires_grad
         }
+        self.read()
         look = Look(method, optimizer, self._losses if method.task.defined else {}, trained)
-        look.indexes, look.views = self._batches, self._views
+        look.indexes = self._batches
+        look.finite_views = [view.isfinite().all() for view in self._views]
         scaled = getattr(method.trainer.precision_plugin, "scaler", None) is not None
         self.passed_over = False
         if self._deferred(method) and not scaled:
-            self._read_later(look)
+            self._unread = look
         elif look.failed:
             self.passed_over = True
             if not (scaled and look.only_gradients):
@@ -121,12 +123,13 @@ class NumericGuard:
         Raises:
             NonFiniteError: as the class says.
         """
+        self.read()
         parameters = list(parameters)
         numbered = {f"meta parameter {i}": parameter for i, parameter in enumerate(parameters)}
         values = {"train_outer_loss": outer_loss.detach(), **_norms(numbered)}
         look = Look(method, None, values, {name: parameter.grad for name, parameter in numbered.items()})
         if self._deferred(method):
-            self._read_later(look)
+            self._unread = look
             return True
         if look.failed:
             self._refuse(look)
@@ -146,10 +149,6 @@ class NumericGuard:
 
     def _deferred(self, method: pl.LightningModule) -> bool:
         return method.device.type == "cuda" and not self.skips
-
-    def _read_later(self, look: "Look") -> None:
-        self.read()
-        self._unread = look
 
     def _refuse(self, look: "Look") -> None:
         """Counts a failure; raises where it is one too many."""
@@ -187,7 +186,7 @@ class Look:
 
     Attributes:
         indexes: of the images in the data set, (N,) a batch.
-        views: images of each view of the latest batch, (N, 3, H, W) each.
+        finite_views: of each view of the latest batch whether all its pixels are finite, a scalar.
     """
 
     def __init__(
@@ -199,7 +198,7 @@ class Look:
     ):
         trainer = method.trainer
         self.indexes: list[torch.Tensor] = []
-        self.views: list[torch.Tensor] = []
+        self.finite_views: list[torch.Tensor] = []
         self._where = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
@@ -208,7 +207,8 @@ class Look:
         }
         self._values = values
         self._gradients = _norms(gradients)
-        bad = torch.stack([_any_nonfinite(values), _any_nonfinite(self._gradients)])
+        groups = values, self._gradients
+        bad = torch.stack([_any_nonfinite(scalars, method.device) for scalars in groups])
         if trainer.world_size > 1:  # all stop, or leave out, together
             bad = trainer.strategy.reduce(bad, reduce_op="sum")
         self._arrived = torch.cuda.Event() if bad.is_cuda else None
@@ -234,7 +234,7 @@ class Look:
             "nonfinite": _nonfinite(self._values),
             "nonfinite_gradients": _nonfinite(self._gradients),
             "losses": {name: float(value) for name, value in self._values.items()},
-            "nonfinite_views": [i for i, x in enumerate(self.views) if not bool(x.isfinite().all())],
+            "nonfinite_views": [i for i, finite in enumerate(self.finite_views) if not bool(finite)],
             "indexes": [index for batch in self.indexes for index in batch.tolist()],
         }
 
@@ -243,10 +243,11 @@ def _norms(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(zip(tensors, torch._foreach_norm([tensor.detach() for tensor in tensors.values()])))
 
 
-def _any_nonfinite(scalars: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _any_nonfinite(scalars: Mapping[str, torch.Tensor], device: torch.device) -> torch.Tensor:
     """1 or 0, a scalar."""
-    stacked = torch.stack([x.float() for x in scalars.values()]) if scalars else torch.zeros(1)
-    return (~stacked.isfinite()).any().float()
+    if not scalars:
+        return torch.zeros((), device=device)
+    return (~torch.stack([x.float() for x in scalars.values()]).isfinite()).any().float()
 
 
 def _nonfinite(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:

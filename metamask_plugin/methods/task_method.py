@@ -234,6 +234,10 @@ class TaskMethod(BaseMethod):
         self._last_step = self.trainer.global_step
         self.task.start_training(self.trainer)
 
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.guard.read()  # max_steps may end a training inside an epoch
+
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self.task.start_epoch()
@@ -267,6 +271,8 @@ class TaskMethod(BaseMethod):
         # gradient accumulation may skip the optimiser's step, and so may what overflowed or is no number
         passed_over = stepped and self.guard.passed_over
         self.meta_stage(batch, stepped and not passed_over)
+        if self.trainer.is_last_batch:
+            self.guard.read()
         if passed_over:
             return
         logged = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": self._samples}
@@ -274,8 +280,6 @@ class TaskMethod(BaseMethod):
         self.task.after_batch(*self._branches)
         if stepped:
             self.task.after_step(self.backbone, min(1.0, step / self.trainer.estimated_stepping_batches))
-        if self.trainer.is_last_batch:
-            self.guard.read()
 
     def meta_stage(self, batch: list, stepped: bool) -> None:
         """What a bi-level method does between the optimiser's step and the task's updates.

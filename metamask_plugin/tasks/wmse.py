@@ -38,6 +38,7 @@ class WMSE(Task):
 
     source = "Ermolov et al., ICML 2021"
     negatives = "none (whitening)"
+    capturable = False  # slices are drawn
 
     def __init__(
         self,

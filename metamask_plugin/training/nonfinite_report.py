@@ -13,8 +13,9 @@ from metamask_plugin.training.run_folder import RunFolder
 class NonFiniteReport(pl.Callback):
     """Writes what was seen and of which images, ``nonfinite.json``, and the state then, ``nonfinite.ckpt``.
 
-    That state is for looking at: parameters as they were before the step, in the middle of a batch. To go on,
-    there is ``last.ckpt``. Of several processes each writes the images of its own (``nonfinite_rank1.json``).
+    That state is for looking at, in the middle of a batch: on the CPU parameters are as they were before the
+    step, on a GPU one step has been made with these numbers. To go on, there is ``last.ckpt``. Of several
+    processes each writes the images of its own (``nonfinite_rank1.json``).
 
     Args:
         folder: the run's folder.

@@ -1,5 +1,7 @@
 """Forward mode that reuses what an earlier pass has computed."""
 
+import copy
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -121,6 +123,79 @@ def test_products_follow_the_recorded_precision():
     assert (low.dtype, full.dtype) == (torch.bfloat16, torch.float32)
     error = (low - full).norm() / full.norm()
     assert 1e-4 < error < 3e-2  # bfloat16 was used, and no more was lost than it costs
+
+
+class Assigned(nn.Module):
+    """A float32 product is assigned to a part of a bfloat16 tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3)
+        self.scale = nn.Parameter(torch.rand(6, 1, 1))
+
+    def forward(self, x):
+        y = self.first(x).clone()
+        y[:, 3:] = (y * self.scale)[:, 3:] * 2
+        return self.second(y)
+
+
+def test_an_assignment_to_a_part_is_not_lost():
+    torch.manual_seed(0)
+    function, tape, x = Functional(Assigned()), Tape(), torch.randn(4, 3, 8, 8)
+    direction = {key: torch.randn_like(param) for key, param in function.params.items()}
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), tape.recording():
+        function(function.params, x)
+    low, full = (tangent(function, function.params, direction, x, tape=t) for t in (tape, None))
+    assert (low - full).norm() / full.norm() < 3e-2
+
+
+BATCH_NORMS = {
+    "1d": (nn.BatchNorm1d(6), (5, 6)),
+    "1d, a sequence": (nn.BatchNorm1d(6), (5, 6, 7)),
+    "3d": (nn.BatchNorm3d(6), (3, 6, 2, 2, 2)),
+    "not affine": (nn.BatchNorm2d(6, affine=False), (4, 6, 3, 3)),
+    "no running statistics": (nn.BatchNorm2d(6, track_running_stats=False), (4, 6, 3, 3)),
+    "eps": (nn.BatchNorm2d(6, eps=0.3), (4, 6, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("bias",), ("weight", "bias")])
+@pytest.mark.parametrize("has_tangent", [True, False])
+@pytest.mark.parametrize("name", BATCH_NORMS)
+def test_batch_norm_of_every_kind(double, name, has_tangent, frozen):
+    torch.manual_seed(0)
+    norm, shape = copy.deepcopy(BATCH_NORMS[name])
+    before = [nn.Conv1d(6, 6, 1), nn.Conv1d(6, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv3d(6, 6, 1)][len(shape) - 2]
+    network = nn.Sequential(before if len(shape) > 2 else nn.Linear(6, 6), norm, nn.Tanh(), nn.Flatten())
+    network = nn.Sequential(*network, nn.LazyLinear(3)).double()
+    x = torch.randn(shape)
+    network(x)
+    network[0].requires_grad_(has_tangent)
+    for parameter in frozen:
+        if getattr(norm, parameter) is not None:
+            getattr(norm, parameter).requires_grad_(False)
+    function, tape = Functional(network), Tape()
+    direction = {key: torch.randn_like(param) for key, param in function.params.items()}
+    with tape.recording():
+        function(function.params, x)
+    torch.testing.assert_close(
+        tangent(function, function.params, direction, x, tape),
+        tangent(function, function.params, direction, x),
+        rtol=1e-11,
+        atol=1e-11,
+    )
+
+
+def test_recording_leaves_running_statistics_as_without():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Flatten())
+    other, x = copy.deepcopy(network), torch.randn(4, 3, 6, 6)
+    with Tape().recording():
+        network(x)
+    other(x)
+    assert all(torch.equal(a, b) for a, b in zip(network.buffers(), other.buffers()))
+    with pytest.raises(ValueError, match="more than 1 value per channel"), Tape().recording():
+        nn.BatchNorm1d(6)(torch.randn(1, 6))
 
 
 @pytest.mark.parametrize(("layers", "message"), [(1, "fewer"), (3, "more")])

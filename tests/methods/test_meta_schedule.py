@@ -1,6 +1,7 @@
 """When the meta step happens, what it is made on, and what it shares with the regular step."""
 
 import copy
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -10,11 +11,8 @@ from method_training import train
 from torch import nn
 
 from metamask_plugin.errors import UserError
-from metamask_plugin.host.solo_task import SoloTask
 from metamask_plugin.methods import ICLMSR, MetaMask
 from metamask_plugin.methods.bilevel_method import BilevelMethod
-from metamask_plugin.tasks import SimCLR
-from metamask_plugin.tasks.swav import SwAV
 
 
 def build(meta=None, task="simclr", msr=False, **overrides):
@@ -214,10 +212,19 @@ def test_a_captured_meta_step_reads_all_that_changes(monkeypatch, graph_stand_in
         assert torch.equal(value, plain[name]), name
 
 
-def test_who_captures():
-    def captures(task, asked):
-        model = build(None, task, performance={"cuda_graph": asked})
-        return model._can_capture()
-
-    assert not captures("simclr", True)  # on the CPU
-    assert not SwAV.capturable and not SoloTask.capturable and SimCLR.capturable
+@pytest.mark.parametrize(
+    ("asked", "device", "world_size", "task", "captures"),
+    [
+        (True, "cuda", 1, "simclr", True),
+        (False, "cuda", 1, "simclr", False),
+        (True, "cpu", 1, "simclr", False),
+        (True, "cuda", 2, "simclr", False),
+        (True, "cuda", 1, "swav", False),
+        (True, "cuda", 1, "wmse", False),
+    ],
+)
+def test_who_captures(monkeypatch, asked, device, world_size, task, captures):
+    model = build(None, task, performance={"cuda_graph": asked})
+    monkeypatch.setattr(MetaMask, "device", torch.device(device))
+    model._trainer = SimpleNamespace(world_size=world_size)
+    assert model._can_capture() == captures

@@ -155,6 +155,38 @@ def test_where_answers_are_read_a_look_later_no_checkpoint_has_the_step(
     assert_same(read(resumed / "last.ckpt")["state_dict"], read(whole / "last.ckpt")["state_dict"])
 
 
+@pytest.mark.fault("numbers")
+def test_the_last_answer_is_read_where_a_training_ends_inside_an_epoch(monkeypatch):
+    monkeypatch.setattr(NumericGuard, "_deferred", lambda self, method: True)
+    plain = TaskMethod.on_after_backward
+
+    def on_after_backward(self):
+        plain(self)
+        if self.trainer.global_step == 1:
+            self.classifier.weight.grad[0, 0] = math.nan
+
+    monkeypatch.setattr(TaskMethod, "on_after_backward", on_after_backward)
+    with pytest.raises(NonFiniteError, match="the gradient of classifier.weight in epoch 1, step 1"):
+        train(METHODS["metamask"](method_config()), steps=3, max_steps=2)
+
+
+@pytest.mark.fault("numbers")
+def test_under_a_gradient_scaler_the_first_culprit_is_named(monkeypatch):
+    monkeypatch.setattr(NumericGuard, "_deferred", lambda self, method: True)
+    plain = MetaUpdate.gradient
+
+    def gradient(self, problem, trial):
+        found = plain(self, problem, trial)
+        found.weights[0][2] = math.nan
+        return found
+
+    monkeypatch.setattr(MetaUpdate, "gradient", gradient)
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))
+    model = METHODS["metamask"](method_config(backbone__kwargs={"width": 8}))
+    with pytest.raises(NonFiniteError, match="the gradient of meta parameter 0 in epoch 1, step 1"):
+        train(model, 3, plugins=[precision])
+
+
 class Snapshots(pl.Callback):
     """Everything that a step may change, before each step and after the last."""
 
