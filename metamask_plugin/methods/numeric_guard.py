@@ -218,6 +218,7 @@ class Look:
 
     @property
     def failed(self) -> bool:
+        """Whether a number is not finite, on any process."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return bool(self._bad.any())
