@@ -1,8 +1,12 @@
 """A Trainer on random views, for whoever tests a method."""
 
+import math
+
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+from metamask_plugin.methods.task_method import TaskMethod
 
 
 class Views(Dataset):
@@ -34,3 +38,15 @@ def train(model, steps=3, callbacks=(), original=False, checkpoint=None, **kwarg
     )
     trainer.fit(model, DataLoader(Views(original=original), batch_size=8), ckpt_path=checkpoint)
     return trainer
+
+
+def spoil_the_classifier(monkeypatch, step=1):
+    """Makes the online classifier's gradient NaN in one step, counted from 0."""
+    plain = TaskMethod.on_after_backward
+
+    def on_after_backward(self):
+        plain(self)
+        if self.trainer.global_step == step:
+            self.classifier.weight.grad[0, 0] = math.nan
+
+    monkeypatch.setattr(TaskMethod, "on_after_backward", on_after_backward)

@@ -1,17 +1,15 @@
 """The meta-gradient in a GPU's arithmetic."""
 
 import copy
-import math
 
 import pytest
 import torch
 from method_config import TASK_KWARGS, bare_config, icl_msr_config, method_config, task_settings
-from method_training import train
+from method_training import spoil_the_classifier, train
 
 from metamask_plugin.bilevel import Exact, PlainStep, Trial, Unrolled
 from metamask_plugin.errors import NonFiniteError
 from metamask_plugin.methods import METHODS
-from metamask_plugin.methods.task_method import TaskMethod
 from metamask_plugin.tasks import TASKS
 
 pytestmark = [
@@ -90,14 +88,7 @@ def test_the_gpus_gradient_is_the_cpus(precision):
 
 
 def test_a_gradient_that_is_no_number_stops_the_run_a_look_later(monkeypatch):
-    plain = TaskMethod.on_after_backward
-
-    def on_after_backward(self):
-        plain(self)
-        if self.trainer.global_step == 1:
-            self.classifier.weight.grad[0, 0] = math.nan
-
-    monkeypatch.setattr(TaskMethod, "on_after_backward", on_after_backward)
+    spoil_the_classifier(monkeypatch)
     model = METHODS["bare"](bare_config())
     with pytest.raises(NonFiniteError, match=r"the gradient of classifier.weight in epoch 1, step 1"):
         train(model, 3, accelerator="gpu")

@@ -59,7 +59,10 @@ def build(config, task, **overrides):
 
 
 def train_within(model, context, original=False, **kwargs):
-    """Trains three steps, the second, from forward pass to the last hook, within ``context``."""
+    """Trains three steps, the second, from forward pass to the last hook, within ``context``.
+
+    Returns the trainer, once it is sure that the three steps were made and the second was watched.
+    """
     step, end, entered = model.training_step, model.on_train_batch_end, []
 
     def training_step(batch, batch_idx):
@@ -74,7 +77,9 @@ def train_within(model, context, original=False, **kwargs):
             entered[0].__exit__(None, None, None)
 
     model.training_step, model.on_train_batch_end = training_step, on_train_batch_end
-    train(model, 3, original=original, **kwargs)
+    trainer = train(model, 3, original=original, **kwargs)
+    assert len(entered) == 1 and trainer.global_step == 3
+    return trainer
 
 
 @pytest.mark.parametrize("config", [bare_config, method_config, icl_msr_config])
@@ -102,7 +107,9 @@ def test_no_step_waits_for_the_gpu(gpu, config, task, precision):
     model = build(config, task)
     if config is not bare_config and precision != "32-true":
         model.meta.cfg.precision = "bf16"
-    train_within(model, refused, config is icl_msr_config, accelerator="gpu", precision=precision)
+    original = config is icl_msr_config
+    trainer = train_within(model, refused, original, accelerator="gpu", precision=precision)
+    assert trainer.strategy.root_device.type == "cuda"
 
 
 @pytest.mark.gpu
@@ -112,4 +119,20 @@ def test_no_other_meta_step_waits_for_the_gpu(gpu, meta):
     model = build(method_config, "simclr")
     model.meta.cfg.update(meta)
     model.meta.__init__(model.meta.cfg)
-    train_within(model, refused, accelerator="gpu")
+    assert train_within(model, refused, accelerator="gpu").strategy.root_device.type == "cuda"
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_wait_for_the_gpu_is_refused(gpu):
+    number = torch.ones((), device="cuda")
+    with pytest.raises(RuntimeError, match="synchronizing"), refused():
+        number.item()
+
+
+def test_a_question_is_counted():
+    x, found = torch.ones(3), Counter()
+    with counted(found):
+        x.sum().item()
+        x[x > 0]
+    assert found.total() == 2

@@ -9,7 +9,7 @@ import torch
 from killed_runs import assert_same, config, read, rows, run_folder
 from lightning.pytorch.plugins import MixedPrecision
 from method_config import icl_msr_config, method_config, task_settings
-from method_training import train
+from method_training import spoil_the_classifier, train
 
 from metamask_plugin.cli import pretrain
 from metamask_plugin.data import PretrainDataModule
@@ -158,14 +158,7 @@ def test_where_answers_are_read_a_look_later_no_checkpoint_has_the_step(
 @pytest.mark.fault("numbers")
 def test_the_last_answer_is_read_where_a_training_ends_inside_an_epoch(monkeypatch):
     monkeypatch.setattr(NumericGuard, "_deferred", lambda self, method: True)
-    plain = TaskMethod.on_after_backward
-
-    def on_after_backward(self):
-        plain(self)
-        if self.trainer.global_step == 1:
-            self.classifier.weight.grad[0, 0] = math.nan
-
-    monkeypatch.setattr(TaskMethod, "on_after_backward", on_after_backward)
+    spoil_the_classifier(monkeypatch)
     with pytest.raises(NonFiniteError, match="the gradient of classifier.weight in epoch 1, step 1"):
         train(METHODS["metamask"](method_config()), steps=3, max_steps=2)
 
@@ -210,14 +203,7 @@ class Snapshots(pl.Callback):
 def test_a_step_that_is_left_out_changes_nothing(monkeypatch, capsys, build, task):
     cfg = build(**task_settings(task), numbers={"nonfinite": "skip", "max_skipped": 1})
     model, seen = METHODS[cfg.method](cfg), Snapshots()
-    plain = TaskMethod.on_after_backward
-
-    def on_after_backward(self):
-        plain(self)
-        if self.trainer.global_step == 1:
-            self.classifier.weight.grad[0, 0] = math.nan
-
-    monkeypatch.setattr(TaskMethod, "on_after_backward", on_after_backward)
+    spoil_the_classifier(monkeypatch)
     trainer = train(model, steps=3, callbacks=[seen], original=build is icl_msr_config)
     assert seen.changed_in(1) == set()
     assert {"classifier.weight"} < seen.changed_in(0) and "classifier.weight" in seen.changed_in(2)
