@@ -59,7 +59,7 @@ DEFAULTS: dict[str, Any] = {
     "evaluation.enabled": True,
     "evaluation.final_report": True,
     "evaluation.knn.k": [5, 20, 200],
-    "evaluation.knn.temperature": 0.07,
+    "evaluation.knn.temperature": None,
     "evaluation.knn.every_n_epochs": 1,
     "evaluation.linear.protocol": "paper",
 }

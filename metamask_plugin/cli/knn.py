@@ -17,7 +17,7 @@ from metamask_plugin.cli.flags import FlagParser, finite
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.checkpoints import Pretrained
 from metamask_plugin.evaluation.features import Features
-from metamask_plugin.evaluation.knn import DISTANCES, knn_accuracies, masked_features
+from metamask_plugin.evaluation.knn import DISTANCES, knn_accuracies, masked_features, vote_temperature
 from metamask_plugin.evaluation.report import format_table
 
 FEATURE_TYPES = ("backbone", "masked")
@@ -40,7 +40,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_input_flags(parser, "images of the memory bank", "images to classify")
     add = parser.add_argument
     add("--k", type=int, nargs="+", default=[5, 20, 200], help="numbers of neighbours")
-    add("--temperature", type=finite, nargs="+", default=[0.07], help="of the weights, cosine only")
+    add(
+        "--temperature",
+        type=finite,
+        nargs="+",
+        help="of the votes, cosine only; by default 1 for k = 5 and 0.07 for any other",
+    )
     add("--distance_function", nargs="+", default=["cosine"], help="cosine, euclidean")
     add("--feature_type", nargs="+", help="backbone, masked; by default all that there are")
     return parser.parse_args(argv)
@@ -61,7 +66,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     for distance in args.distance_function:
         choose("--distance_function", distance, DISTANCES)
     check(min(args.k) >= 1, "--k", ">= 1", min(args.k))
-    check(min(args.temperature) > 0, "--temperature", "> 0", min(args.temperature))
+    lowest = min(args.temperature or [1])
+    check(lowest > 0, "--temperature", "> 0", lowest)
     check(args.batch_size >= 1, "--batch_size", ">= 1", args.batch_size)
     pretrained = pretrained_encoder(args)
     feature_types = _feature_types(args.feature_type, pretrained)
@@ -103,15 +109,15 @@ def _rows(
     rows = []
     device = "cuda" if torch.cuda.is_available() else None
     for distance in args.distance_function:
-        for temperature in args.temperature if distance == "cosine" else [None]:
-            settings = {} if temperature is None else {"temperature": temperature}
-            found = knn_accuracies(train, test, args.k, distance=distance, device=device, **settings)
+        cosine = distance == "cosine"
+        for temperature in args.temperature or [None] if cosine else [None]:
+            found = knn_accuracies(train, test, args.k, temperature, distance, device)
             for k, accuracy in found.items():
                 rows.append(
                     {
                         "features": feature_type,
                         "distance": distance,
-                        "T": None if temperature is None else f"{temperature:g}",
+                        "T": f"{vote_temperature(k, temperature):g}" if cosine else None,
                         "k": k,
                         "acc@1": accuracy.acc1,
                         "acc@5": accuracy.acc5,

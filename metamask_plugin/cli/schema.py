@@ -130,7 +130,7 @@ BLOCKS: dict[str, Setting] = {
     "evaluation.knn.k": sequence(
         "numbers of neighbours", whole("neighbours", 1), null=True, expected="a list like [5, 20]"
     ),
-    "evaluation.knn.temperature": number("of the neighbours' weights", above=0, null=True),
+    "evaluation.knn.temperature": number("of the votes; null: 1 for k = 5, else 0.07", above=0, null=True),
     "evaluation.knn.every_n_epochs": whole("epochs between evaluations", 1, null=True),
     "evaluation.linear.protocol": word("of the linear probe", lambda: PROTOCOLS, null=True),
     "knn_eval.enabled": flag("solo-learn's kNN while training", null=True),

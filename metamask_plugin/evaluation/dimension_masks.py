@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.evaluation.features import Features, Progress
-from metamask_plugin.evaluation.knn import check_bank, check_settings, vote
+from metamask_plugin.evaluation.knn import check_bank, check_settings, vote, vote_temperature
 from metamask_plugin.evaluation.masked_neighbours import MaskedNeighbours, plan_masks
 
 # similarities held at once: 8 MB, which stay in a processor's cache, and 1 GB on an accelerator
@@ -67,7 +67,7 @@ def masked_knn_correct(
     test: Features,
     masks: torch.Tensor,
     k: int = 20,
-    temperature: float = 0.07,
+    temperature: float | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> torch.Tensor:
@@ -83,7 +83,7 @@ def masked_knn_correct(
         test: (N, D).
         masks: bool, shape (R, D), True for a dimension that is kept.
         k: number of neighbours; one above M is clipped to M.
-        temperature: of the neighbours' votes.
+        temperature: of the votes; by default :func:`~metamask_plugin.evaluation.knn.vote_temperature`'s.
         device: where to compute; by default where the features are.
         progress: called with (masks done, R) now and then.
 
@@ -94,6 +94,7 @@ def masked_knn_correct(
         UserError: for features, labels or masks that do not fit, or a mask that keeps nothing.
     """
     check_settings((k,), temperature, "cosine")
+    temperature = vote_temperature(k, temperature)
     check_bank(train.feats, train.labels, test.feats, test.labels)
     masks = _checked_masks(masks, train.feats.shape[1])
     device = torch.device(device) if device is not None else train.feats.device

@@ -13,6 +13,18 @@ from metamask_plugin.evaluation.features import Features
 
 DISTANCES = ("cosine", "euclidean")
 
+PAPER_K = 5
+"""Neighbours of both papers: MetaMask's release [2] (``--knn_k``) and ICL-MSR's Section 6.2."""
+
+PAPER_TEMPERATURE = 1.0
+"""Of their votes: ``--knn_t`` of [2]; ICL-MSR gives none.
+
+[2] Li et al., https://github.com/lionellee9089/MetaMask
+"""
+
+TEMPERATURE = 0.07
+"""Of the votes for any other k: Wu et al., CVPR 2018, and solo-learn."""
+
 # entries of the test x bank similarity matrix held at once: 64 MB in float32
 CHUNK_ENTRIES = 16_000_000
 
@@ -27,13 +39,24 @@ class KNNAccuracy(NamedTuple):
     acc5: float
 
 
+def vote_temperature(k: int, temperature: float | None = None) -> float:
+    """Temperature of the votes of ``k`` neighbours: the given one, else that of the k's own protocol.
+
+    >>> vote_temperature(5), vote_temperature(20), vote_temperature(5, 0.2)
+    (1.0, 0.07, 0.2)
+    """
+    if temperature is not None:
+        return temperature
+    return PAPER_TEMPERATURE if k == PAPER_K else TEMPERATURE
+
+
 def knn_predict(
     train_feats: torch.Tensor,
     train_labels: torch.Tensor,
     test_feats: torch.Tensor,
     num_classes: int,
     k: int,
-    temperature: float = 0.07,
+    temperature: float | None = None,
     distance: str = "cosine",
 ) -> torch.Tensor:
     """Class scores by a weighted vote of the ``k`` nearest training features.
@@ -48,7 +71,7 @@ def knn_predict(
         test_feats: shape (N, D).
         num_classes: C.
         k: number of neighbours; a ``k`` above M is clipped to M.
-        temperature: of the exponential; unused with euclidean distance.
+        temperature: of the exponential, by default :func:`vote_temperature`'s; unused if euclidean.
         distance: ``"cosine"`` or ``"euclidean"``.
 
     Returns:
@@ -61,6 +84,7 @@ def knn_predict(
     [1] Caron et al., *Emerging Properties in Self-Supervised Vision Transformers*, ICCV 2021, Appendix F.
     """
     check_settings((k,), temperature, distance)
+    temperature = vote_temperature(k, temperature)
     check_bank(train_feats, train_labels, test_feats)
     check(int(train_labels.max()) < num_classes, "num_classes", "> the largest label", num_classes)
     chunks = _nearest(train_feats, test_feats, k, distance)
@@ -72,7 +96,7 @@ def knn_accuracies(
     train: Features,
     test: Features,
     k: Sequence[int] = (5, 20, 200),
-    temperature: float = 0.07,
+    temperature: float | None = None,
     distance: str = "cosine",
     device: torch.device | str | None = None,
 ) -> dict[int, KNNAccuracy]:
@@ -102,7 +126,11 @@ def knn_accuracies(
         neighbour_labels = bank_labels[indices]
         for size in hits:
             scores = vote(
-                similarities[:, :size], neighbour_labels[:, :size], num_classes, temperature, distance
+                similarities[:, :size],
+                neighbour_labels[:, :size],
+                num_classes,
+                vote_temperature(size, temperature),
+                distance,
             )
             hits[size] += _count_hits(scores, labels[rows])
     return {
@@ -115,7 +143,7 @@ def knn_accuracy(
     train: Features,
     test: Features,
     k: Sequence[int] = (5, 20, 200),
-    temperature: float = 0.07,
+    temperature: float | None = None,
     distance: str = "cosine",
     device: torch.device | str | None = None,
 ) -> dict[int, float]:
@@ -140,7 +168,7 @@ def knn_table(
     test: Features,
     mask: torch.Tensor | None = None,
     ks: Sequence[int] = (5, 20, 200),
-    temperature: float = 0.07,
+    temperature: float | None = None,
     distance: str = "cosine",
     device: torch.device | str | None = None,
 ) -> dict[str, float]:
@@ -238,11 +266,12 @@ class WeightedKNNClassifier(Metric):
         return accuracy.acc1, accuracy.acc5
 
 
-def check_settings(k: Sequence[int], temperature: float, distance: str) -> None:
+def check_settings(k: Sequence[int], temperature: float | None, distance: str) -> None:
     """Raises a :class:`UserError` for a setting that does not exist or is out of range."""
     check(len(k) > 0 and all(size >= 1 for size in k), "k", ">= 1", k if len(k) != 1 else k[0])
     choose("distance", distance, DISTANCES)
-    check(temperature > 0, "temperature", "> 0", temperature, "0.07 is the usual value")
+    fits = temperature is None or temperature > 0
+    check(fits, "temperature", "> 0", temperature, f"{TEMPERATURE} is the usual value")
 
 
 def check_bank(

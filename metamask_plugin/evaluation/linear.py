@@ -4,7 +4,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from metamask_plugin.evaluation.features import Features
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULERS = ("none", "step", "cosine", "exponential")
 HEADS = ("linear", "mlp")
+SCALINGS = ("standardise", "l2")
 
 # The paper (Section 6.1) re-trains "an MLP" and gives no sizes; one hidden layer of 200 units is the
 # classifier of Deep InfoMax (Hjelm et al., ICLR 2019), where its conv and fc encoders come from.
@@ -39,6 +40,8 @@ class LinearProtocol:
         scheduler: ``none``, ``step``, ``cosine`` or ``exponential``, per epoch.
         lr_end: learning rate after the last epoch for ``cosine`` and ``exponential``.
         lr_decay_steps: epochs after which ``step`` divides the learning rate by 10.
+        scaling: of the features: ``standardise`` each dimension by the training features' mean and standard
+            deviation, or ``l2``, each image's features to unit length.
 
     Raises:
         UserError: for a setting that does not exist or is out of range.
@@ -53,10 +56,12 @@ class LinearProtocol:
     scheduler: str = "none"
     lr_end: float = 0.0
     lr_decay_steps: tuple[int, ...] = ()
+    scaling: str = "standardise"
 
     def __post_init__(self):
         choose("optimizer.name", self.optimizer, OPTIMIZERS)
         choose("scheduler.name", self.scheduler, SCHEDULERS)
+        choose("scaling", self.scaling, SCALINGS)
         check(self.lr > 0, "optimizer.lr", "> 0", self.lr)
         check(self.epochs >= 1, "max_epochs", ">= 1", self.epochs)
         check(self.batch_size >= 1, "optimizer.batch_size", ">= 1", self.batch_size)
@@ -76,11 +81,16 @@ class LinearProtocol:
         return self.lr
 
 
+PAPER = LinearProtocol(
+    "adam", lr=1e-2, epochs=500, batch_size=1000, weight_decay=5e-6, scheduler="exponential", lr_end=1e-6
+)
+
 PROTOCOLS: dict[str, LinearProtocol] = {
-    # the W-MSE code base, whose settings both papers follow: Adam, 500 epochs, 1e-2 down to 1e-6
-    "paper": LinearProtocol(
-        "adam", lr=1e-2, epochs=500, batch_size=1000, weight_decay=5e-6, scheduler="exponential", lr_end=1e-6
-    ),
+    # ICL-MSR, Section 6.2: Adam, 500 epochs. Rates, batch and weight decay are those of the W-MSE code base,
+    # whose settings it follows. MetaMask gives no settings of its probe: the same.
+    "paper": PAPER,
+    # and "the obtained feature representations are L2 normalized" (Section 6.2)
+    "icl_msr": replace(PAPER, scaling="l2"),
     # solo-learn's scripts/linear: 0.1 * batch_size / 256, here without its training augmentations
     "solo": LinearProtocol(
         "sgd", lr=0.1, epochs=100, batch_size=256, scheduler="step", lr_decay_steps=(60, 80)
@@ -111,8 +121,15 @@ class LinearResult:
     state_dict: dict[str, torch.Tensor]
 
 
-def build_head(head: str, dim: int, num_classes: int) -> nn.Sequential:
-    """A classification head with the standardisation of its input as its first layer.
+class UnitLength(nn.Module):
+    """Scales features (N, D) to length 1."""
+
+    def forward(self, feats: torch.Tensor) -> torch.Tensor:
+        return F.normalize(feats, dim=1)
+
+
+def build_head(head: str, dim: int, num_classes: int, scaling: str = "standardise") -> nn.Sequential:
+    """A classification head with the scaling of its input as its first layer.
 
     Use it in evaluation mode: the standardisation is a BatchNorm without affine parameters whose
     statistics are those of the training features. Its weights are uninitialised, to be loaded.
@@ -121,6 +138,7 @@ def build_head(head: str, dim: int, num_classes: int) -> nn.Sequential:
         head: ``"linear"``, or ``"mlp"`` with one hidden layer of 200 units and ReLU.
         dim: D.
         num_classes: C.
+        scaling: see :class:`LinearProtocol`.
     """
     choose("head", head, HEADS)
     widths = [dim, num_classes] if head == "linear" else [dim, MLP_HIDDEN_DIM, num_classes]
@@ -130,7 +148,8 @@ def build_head(head: str, dim: int, num_classes: int) -> nn.Sequential:
         layers += [nn.utils.skip_init(nn.Linear, width_in, width_out), nn.ReLU()]
     # torch 2.9 to 2.14 refuse an eps of 0; this one changes no variance above 1e-31
     standardise = nn.BatchNorm1d(dim, eps=torch.finfo(torch.float32).tiny, affine=False)
-    return nn.Sequential(OrderedDict(standardise=standardise, classifier=nn.Sequential(*layers[:-1])))
+    first = {"standardise": standardise} if scaling == "standardise" else {"unit_length": UnitLength()}
+    return nn.Sequential(OrderedDict(**first, classifier=nn.Sequential(*layers[:-1])))
 
 
 def linear_probe(
@@ -145,9 +164,9 @@ def linear_probe(
 ) -> LinearResult:
     """Trains a classification head on frozen features and tests it after every epoch.
 
-    Features are standardised by the training features' mean and standard deviation, so that one
-    learning rate fits encoders of any scale. The mask is applied after that, since standardising
-    would undo it: dimensions with a small weight then learn more slowly, those at 0 not at all.
+    Features are scaled first (:class:`LinearProtocol`), so that one learning rate fits encoders of any
+    scale. The mask is applied after that, since standardising would undo it: dimensions with a small weight
+    then learn more slowly, those at 0 not at all.
 
     Args:
         train: (M, D).
@@ -167,14 +186,15 @@ def linear_probe(
     _check_features(train, test, num_classes)
     device = torch.device(device) if device is not None else train.feats.device
     generator = torch.Generator().manual_seed(seed)
-    network = build_head(head, train.feats.shape[1], num_classes)
-    _set_statistics(network.standardise, train.feats)
+    network = build_head(head, train.feats.shape[1], num_classes, protocol.scaling)
+    if protocol.scaling == "standardise":
+        _set_statistics(network.standardise, train.feats)
     _initialise(network.classifier, generator)
     network.to(device).eval()
     mask = torch.ones(train.feats.shape[1]) if mask is None else mask.detach().float()
     check(mask.shape == train.feats.shape[1:], "mask", f"of length {train.feats.shape[1]}", tuple(mask.shape))
     prepared = [
-        Features(network.standardise(split.feats.to(device)).mul_(mask.to(device)), split.labels.to(device))
+        Features(network[0](split.feats.to(device)).mul_(mask.to(device)), split.labels.to(device))
         for split in (train, test)
     ]
     with _threads_for(train.feats.shape[1] * (MLP_HIDDEN_DIM if head == "mlp" else num_classes), protocol):

@@ -14,7 +14,7 @@ from metamask_plugin.data.regions import FORMS, REGIONS
 from metamask_plugin.errors import check, choose
 from metamask_plugin.evaluation.features import Features, extract_features
 from metamask_plugin.evaluation.knn import knn_table
-from metamask_plugin.evaluation.linear import LinearProtocol, build_head, linear_probe
+from metamask_plugin.evaluation.linear import PROTOCOLS, LinearProtocol, build_head, linear_probe
 
 FIT_ON = ("trained", "tested")
 
@@ -44,7 +44,7 @@ def region_accuracies(
     trained_on: str = "full",
     fit_on: str = "trained",
     k: int = 5,
-    temperature: float = 0.07,
+    temperature: float | None = None,
     protocol: str | LinearProtocol | None = "paper",
     form: str = "fill",
     seed: int = 0,
@@ -64,7 +64,7 @@ def region_accuracies(
         fit_on: whether the neighbours and the probe are those of training images of the region
             ``"trained"`` on, for all tests, or of the region that is ``"tested"``.
         k: number of neighbours.
-        temperature: of the neighbours' votes.
+        temperature: of the votes; by default :func:`~metamask_plugin.evaluation.knn.vote_temperature`'s.
         protocol: of the linear probe, see :func:`~metamask_plugin.evaluation.linear.linear_probe`; None
             leaves the probe out.
         form: how a foreground is shown, see :func:`~metamask_plugin.data.regions.region_of`.
@@ -153,7 +153,8 @@ def _fitted_head(
 ) -> nn.Module:
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     result = linear_probe(train, test, num_classes, protocol, seed=seed, device=device)
-    head = build_head("linear", train.feats.shape[1], num_classes)
+    scaling = (PROTOCOLS[protocol] if isinstance(protocol, str) else protocol).scaling
+    head = build_head("linear", train.feats.shape[1], num_classes, scaling)
     head.load_state_dict(result.state_dict)
     return head.eval()
 

@@ -31,7 +31,7 @@ def evaluate_rows(
     masks: Mapping[str, torch.Tensor] | None = None,
     pixels: bool = True,
     ks: Sequence[int] = (5, 20, 200),
-    temperature: float = 0.07,
+    temperature: float | None = None,
     protocol: str | LinearProtocol | None = "paper",
     head: str = "linear",
     seed: int = 0,
@@ -46,7 +46,7 @@ def evaluate_rows(
         masks: effective mask weights (D,) by the same names; each adds a row ``"<name>, masked"``.
         pixels: whether the images themselves are the first row.
         ks: numbers of neighbours.
-        temperature: of the neighbours' votes.
+        temperature: of the votes; by default :func:`~metamask_plugin.evaluation.knn.vote_temperature`'s.
         protocol: of the probe, see :func:`~metamask_plugin.evaluation.linear.linear_probe`; None
             leaves the probe out.
         head: ``"linear"`` or ``"mlp"``.

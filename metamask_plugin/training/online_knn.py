@@ -18,7 +18,7 @@ class OnlineKNN(pl.Callback):
         data: the run's labelled images.
         ks: numbers of neighbours.
         every_n_epochs: epochs between evaluations; the last epoch is always evaluated.
-        temperature: of the neighbours' weights exp(cosine / T).
+        temperature: of the votes exp(cosine / T); by default 1 for k = 5, else 0.07.
 
     Attributes:
         accuracies: what the current epoch measured, percent; empty if it was not evaluated.
@@ -29,7 +29,7 @@ class OnlineKNN(pl.Callback):
         data: EvaluationData,
         ks: Sequence[int] = (5, 20, 200),
         every_n_epochs: int = 1,
-        temperature: float = 0.07,
+        temperature: float | None = None,
     ):
         self.data, self.ks = data, tuple(ks)
         self.every_n_epochs, self.temperature = every_n_epochs, temperature

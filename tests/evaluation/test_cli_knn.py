@@ -49,9 +49,8 @@ def test_euclidean_distance_has_no_temperature_and_a_type_may_be_chosen(run_fold
         "masked",
     )
     assert {row["features"] for row in rows} == {"masked"}
-    assert [(row["distance"], row["T"]) for row in rows] == [("cosine", "0.07")] * 3 + [
-        ("euclidean", None)
-    ] * 3
+    assert [row["T"] for row in rows] == ["1", "0.07", "0.07", None, None, None]
+    assert [row["distance"] for row in rows] == ["cosine"] * 3 + ["euclidean"] * 3
     assert [row["k"] for row in rows] == [5, 20, 200] * 2
 
 

@@ -39,7 +39,7 @@ def some_masks(seed=0):
     return torch.cat([*equal, mixed])[torch.randperm(25, generator=generator)]
 
 
-def knn_loop(train, test, masks, k, temperature=0.07):
+def knn_loop(train, test, masks, k, temperature=None):
     outcomes = []
     for mask in masks:
         bank, feats = masked_features(train, mask), masked_features(test, mask)

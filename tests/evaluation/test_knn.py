@@ -87,6 +87,15 @@ def test_a_k_above_the_bank_is_clipped_and_keeps_its_key():
     assert found[60] == found[200]
 
 
+def test_each_k_votes_by_its_own_protocol_unless_a_temperature_is_given():
+    own = knn_accuracies(TRAIN, TEST, k=(5, 20))
+    assert own[5] == knn_accuracies(TRAIN, TEST, k=(5,), temperature=1.0)[5]
+    assert own[20] == knn_accuracies(TRAIN, TEST, k=(20,), temperature=0.07)[20]
+    default, papers = (knn_predict(*TRAIN, TEST.feats, CLASSES, 5, T) for T in (None, 1.0))
+    assert torch.equal(default, papers)
+    assert not torch.equal(default, knn_predict(*TRAIN, TEST.feats, CLASSES, 5, 0.07))
+
+
 def test_a_tiny_temperature_is_the_nearest_neighbour_and_does_not_overflow():
     scores = knn_predict(*TRAIN, TEST.feats, CLASSES, k=20, temperature=1e-4)
     nearest = knn_predict(*TRAIN, TEST.feats, CLASSES, k=1)
@@ -161,7 +170,7 @@ def test_the_metric_starts_anew_after_compute():
     metric(train_features=TRAIN.feats, train_targets=TRAIN.labels)
     metric(test_features=TEST.feats, test_targets=TEST.labels)
     second = metric.compute()
-    assert second == tuple(knn_accuracies(TRAIN, TEST, (5,))[5]) != first
+    assert second == tuple(knn_accuracies(TRAIN, TEST, (5,), metric.T)[5]) != first
 
 
 def test_the_metric_without_features_gives_minus_one_and_refuses_halves():

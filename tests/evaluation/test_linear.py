@@ -1,6 +1,7 @@
 """Probes: schedules, recovery of a known rule, reproducibility, and the head that comes out."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,20 @@ def test_the_returned_head_takes_plain_features_and_reproduces_the_accuracy():
         head.load_state_dict(result.state_dict)
         predicted = head.eval()(TEST.feats).argmax(dim=1)
         assert 100 * (predicted == TEST.labels).float().mean().item() == pytest.approx(result.acc1_last)
+
+
+def test_unit_length_is_blind_to_the_length_of_the_features_and_part_of_the_head():
+    protocol = replace(QUICK, scaling="l2")
+    found = linear_probe(TRAIN, TEST, 4, protocol)
+    lengths = [torch.linspace(0.1, 10, len(split.labels))[:, None] for split in (TRAIN, TEST)]
+    rescaled = [Features(split.feats * by, split.labels) for split, by in zip((TRAIN, TEST), lengths)]
+    again = linear_probe(*rescaled, 4, protocol)
+    assert again.acc1_last == pytest.approx(found.acc1_last, abs=1)
+    assert linear_probe(*rescaled, 4, QUICK).acc1_last < linear_probe(TRAIN, TEST, 4, QUICK).acc1_last - 2
+    head = build_head("linear", 8, 4, "l2")
+    head.load_state_dict(found.state_dict)
+    predicted = head(TEST.feats).argmax(dim=1)
+    assert 100 * (predicted == TEST.labels).float().mean().item() == pytest.approx(found.acc1_last)
 
 
 def test_best_is_the_first_largest_of_the_curve_and_top5_of_four_classes_is_certain():
@@ -158,7 +173,7 @@ def test_settings_out_of_range_are_named(settings, message):
 
 
 def test_wrong_names_labels_and_divergence_are_named():
-    with pytest.raises(UserError, match="protocol must be one of fast, paper, solo"):
+    with pytest.raises(UserError, match="protocol must be one of fast, icl_msr, paper, solo"):
         linear_probe(TRAIN, TEST, 4, "papers")
     with pytest.raises(UserError, match="head must be one of linear, mlp"):
         linear_probe(TRAIN, TEST, 4, QUICK, head="tree")
