@@ -12,7 +12,7 @@ from metamask_plugin.methods import METHODS
 from metamask_plugin.modules.encoders import ENCODERS
 from metamask_plugin.tasks import TASKS, Task
 
-OURS = ("bare", "metamask", "icl_msr")
+OURS = ("bare", "metamask", "icl_msr", "supervised")
 
 
 def catalogue(scripts: Path) -> str:

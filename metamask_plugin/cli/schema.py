@@ -40,7 +40,7 @@ SEED = whole("of weights, order of the images, views; 5 by default", 0, LARGEST_
 
 RUN: dict[str, Setting] = {
     "name": FOLDER_NAME,
-    "method": word("what is trained: metamask, icl_msr, bare", lambda: METHODS),
+    "method": word("what is trained: metamask, icl_msr, bare, supervised", lambda: METHODS),
     "seed": SEED,
     "max_epochs": whole("passes over the training images", 1, null=True),
     "max_steps": whole("optimiser steps after which training ends", 1, also=(-1,), null=True),

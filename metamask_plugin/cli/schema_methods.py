@@ -80,9 +80,14 @@ BARE: dict[str, Setting] = {
     "feature_dropout.rate": number("dropout on the encoder's output", 0, below=1),
     "feature_dropout.shared": flag("the same features in both views"),
 }
-"""Of ``method: bare``; what belongs to the other methods is left aside, so that any config has a baseline."""
+"""Of ``bare`` and ``supervised``: what belongs to the other methods is left aside, so any config has both."""
 
-METHOD_KWARGS: Mapping[str, Mapping[str, Setting]] = {"metamask": METAMASK, "icl_msr": ICL_MSR, "bare": BARE}
+METHOD_KWARGS: Mapping[str, Mapping[str, Setting]] = {
+    "metamask": METAMASK,
+    "icl_msr": ICL_MSR,
+    "bare": BARE,
+    "supervised": BARE,
+}
 
 TASK_KWARGS: dict[str, Setting] = {
     "proj_hidden_dim": whole("hidden width of the projection head", 1, MOST_WIDE),
@@ -106,6 +111,7 @@ TASK_KWARGS: dict[str, Setting] = {
     "scale": number("SSL-HSIC's: of the kernel at the start", above=0),
     "lamb": number("weight of the second term", 0),
     "scale_loss": number("factor on the loss", above=0),
+    "form": word("Barlow Twins': of the cross-correlation", FORMS),
     "delta_plus": number("LMCL's: similarity margin of positives", 0, 1),
     "delta_minus": number("LMCL's: of negatives", 0, 1),
     "symmetric": flag("ReSSL's: each view is a target, too"),

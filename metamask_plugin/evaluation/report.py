@@ -12,7 +12,7 @@ from torch import nn
 from metamask_plugin.errors import printable
 from metamask_plugin.evaluation.features import Features, extract_features, raw_pixels
 from metamask_plugin.evaluation.files import write_whole
-from metamask_plugin.evaluation.knn import knn_table, masked_features
+from metamask_plugin.evaluation.knn import knn_table, masked_features, vote_temperature
 from metamask_plugin.evaluation.linear import LinearProtocol, linear_probe
 
 RAW_PIXELS = "raw pixels"
@@ -113,6 +113,18 @@ def format_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> str:
         lines.append((first.ljust(widths[0]) + numbers).rstrip())
     lines.insert(1, "-" * max(len(line) for line in lines))
     return "\n".join(lines)
+
+
+def evaluation_in_words(ks: Sequence[int], temperature: float | None, protocol: LinearProtocol) -> str:
+    """How the numbers of a table come about, in one line.
+
+    >>> from metamask_plugin.evaluation.linear import PROTOCOLS
+    >>> evaluation_in_words([5, 20], None, PROTOCOLS["paper"])
+    'kNN: cosine, votes exp(cos / T), T = 1 (k = 5), 0.07 (k = 20). Probe: standardised features, 500 epochs.'
+    """
+    votes = ", ".join(f"{vote_temperature(k, temperature):g} (k = {k})" for k in ks)
+    scaled = {"standardise": "standardised features", "l2": "features of unit length"}[protocol.scaling]
+    return f"kNN: cosine, votes exp(cos / T), T = {votes}. Probe: {scaled}, {protocol.epochs} epochs."
 
 
 def _cell(value: Any) -> str:

@@ -295,7 +295,7 @@ def _build(name: str, cfg: DictConfig, views: tuple[int, int]) -> nn.Module:
 
 def task_names(methods: Iterable[str]) -> list[str]:
     """Which of solo-learn's methods can be tasks; ours are no tasks of themselves."""
-    ours = ("bare", "icl_msr", "metamask")
+    ours = ("bare", "icl_msr", "metamask", "supervised")
     return sorted(name for name in methods if name not in ours and name not in NOT_TASKS)
 
 

@@ -7,9 +7,11 @@ from metamask_plugin.host import METHODS, register
 from metamask_plugin.methods.bare import Bare
 from metamask_plugin.methods.icl_msr import ICLMSR
 from metamask_plugin.methods.metamask import MetaMask
+from metamask_plugin.methods.supervised import Supervised
 
 register("bare", Bare)
 register("metamask", MetaMask)
 register("icl_msr", ICLMSR)
+register("supervised", Supervised)
 
-__all__ = ["METHODS", "Bare", "ICLMSR", "MetaMask"]
+__all__ = ["METHODS", "Bare", "ICLMSR", "MetaMask", "Supervised"]

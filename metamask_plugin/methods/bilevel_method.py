@@ -234,6 +234,7 @@ class BilevelMethod(TaskMethod):
         batches = islice(self.trainer.train_dataloader, self.trainer.num_training_batches)
         for number, batch in enumerate(batches):
             if self.meta.due(number + 1):
+                batch = self.trainer.precision_plugin.convert_input(batch)  # as the trainer's own loop does
                 indexes, views, labels = self.trainer.strategy.batch_to_device(batch)
                 self.task.observe(indexes, labels, number)
                 self.meta_step(*self._meta_batch([indexes, views, labels]))

@@ -37,6 +37,7 @@ PAPER: dict[str, Any] = {
     },
     "meta": {
         **DEFAULTS,
+        "schedule": "epoch",  # Algorithm 1: all regular steps, then all meta steps
         # beta is not in the paper
         "optimizer": {"name": "adam", "lr": 1e-3, "weight_decay": 0.0, "kwargs": {}},
     },

@@ -5,9 +5,9 @@ from math import comb
 
 import torch
 
-from metamask_plugin.errors import check
+from metamask_plugin.errors import check, choose
 from metamask_plugin.losses.backdoor import stratified_loss
-from metamask_plugin.losses.redundancy_reduction import redundancy_reduction_loss
+from metamask_plugin.losses.redundancy_reduction import FORMS, redundancy_reduction_loss
 from metamask_plugin.modules.heads import projection_head
 from metamask_plugin.tasks.base import Projections, Task
 
@@ -18,6 +18,8 @@ class BarlowTwins(Task):
     A batch of one image has no correlation: the loss is then
     scale_loss * P a pair, without a gradient.
 
+    With ``form="uncentred"`` it is MetaMask's redundancy term, Eqs. (2) and (3) of [1], as a task of its own.
+
     ICL-MSR's form is the mean of the loss over strata of the weighted view, summed over pairs of views alike.
 
     Args:
@@ -26,10 +28,12 @@ class BarlowTwins(Task):
         proj_output_dim: P, the same.
         lamb: lambda of the off-diagonal entries; 0.005 in [0], 0.0051 in the authors' code.
         scale_loss: factor on the loss, a sum over P dimensions and so much longer in gradient than other
-            tasks' losses. [0] has none, and lets LARS measure the step; the authors' first release had 1/32.
-            0.1 is solo-learn's for CIFAR, where also a trial step, plain SGD, needs one.
+            tasks' losses. [0] has none; the authors' first release had 1/32, solo-learn has 0.1 for CIFAR.
+        form: of the cross-correlation, see :func:`~metamask_plugin.losses.cross_correlation`; [0] centres by
+            BatchNorm.
 
     [0] Zbontar et al., *Barlow Twins: Self-Supervised Learning via Redundancy Reduction*, ICML 2021.
+    [1] Li et al., *MetaMask*, NeurIPS 2022.
     """
 
     source = "Zbontar et al., ICML 2021"
@@ -41,12 +45,14 @@ class BarlowTwins(Task):
         proj_hidden_dim: int = 2048,
         proj_output_dim: int = 2048,
         lamb: float = 5e-3,
-        scale_loss: float = 0.1,
+        scale_loss: float = 1.0,
+        form: str = "centred",
     ):
         super().__init__(features_dim)
         check(lamb >= 0, "method_kwargs.task_kwargs.lamb", ">= 0", lamb)
         check(scale_loss > 0, "method_kwargs.task_kwargs.scale_loss", "> 0", scale_loss)
         self.lamb, self.scale_loss = lamb, scale_loss
+        self.form = choose("method_kwargs.task_kwargs.form", form, FORMS)
         self.projection_dim = proj_output_dim
         self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim, layers=3)
 
@@ -64,4 +70,4 @@ class BarlowTwins(Task):
         return comb(len(projections), 2) * stratified_loss(self._pair_loss, projections, weighted)
 
     def _pair_loss(self, z1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
-        return self.scale_loss * redundancy_reduction_loss(z1, z2, self.lamb, form="centred")
+        return self.scale_loss * redundancy_reduction_loss(z1, z2, self.lamb, self.form)

@@ -16,8 +16,9 @@ from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation import figures, semantic_figures
 from metamask_plugin.evaluation.features import extract_features, feature_std
 from metamask_plugin.evaluation.files import write_whole
+from metamask_plugin.evaluation.linear import PROTOCOLS
 from metamask_plugin.evaluation.regions import region_accuracies
-from metamask_plugin.evaluation.report import evaluate_rows, format_table, write_summary
+from metamask_plugin.evaluation.report import evaluate_rows, evaluation_in_words, format_table, write_summary
 from metamask_plugin.modules.encoder_split import EncoderSplit
 from metamask_plugin.training.evaluation_data import EvaluationData
 from metamask_plugin.training.history import History
@@ -68,7 +69,9 @@ def final_report(
         device=device,
     )
     regions = _regions(cfg, data, initial, model, device) if data.has_boxes else []
-    table = format_table(rows)
+    protocol = PROTOCOLS[cfg.evaluation.linear.protocol]
+    evaluated = evaluation_in_words(ks, cfg.evaluation.knn.temperature, protocol)
+    table = f"{format_table(rows)}\n{evaluated}"
     if regions:
         table += f"\n\n{format_table(regions)}"
     write_whole(folder.path / "table.txt", table + "\n")
@@ -90,6 +93,7 @@ def final_report(
             "training_seconds": round(seconds, 1),
             "data_wait_share": history.mean("data_wait_share"),
             "table": rows,
+            "evaluation": evaluated,
             "regions": regions,
             "feature_std": {
                 "random initialisation": feature_std(before.feats),

@@ -17,9 +17,9 @@ CONFIGS = sorted(
     if path.parent.name != "setting"
 )
 ABLATIONS = {
-    "metamask": ("barlow", "fixed_lr", "no_drr", "official", "simclr"),
+    "metamask": ("barlow", "fixed_lr", "no_drr", "official", "per_epoch", "simclr"),
     "icl_msr": ("no_msr", "no_uniformity", "semi_supervised"),
-    "either": ("finite_difference", "first_order", "no_meta", "per_epoch"),
+    "either": ("finite_difference", "first_order", "no_meta"),
 }
 APPLICABLE = [
     (method, name) for method in ("metamask", "icl_msr") for name in ABLATIONS[method] + ABLATIONS["either"]

@@ -1,5 +1,6 @@
 """Every row of the papers' tables, named on the command line: what it composes to."""
 
+import inspect
 import subprocess
 import sys
 from itertools import product
@@ -7,7 +8,7 @@ from itertools import product
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_configs import ROOT
+from test_configs import CONFIGS, ROOT
 
 from metamask_plugin.methods import METHODS
 from metamask_plugin.tasks import TASKS
@@ -77,17 +78,40 @@ def _counted(cfg):
     return cfg
 
 
+def test_a_task_comes_with_its_own_head():
+    for task, cls in TASKS.items():
+        own = {name: p.default for name, p in inspect.signature(cls).parameters.items() if "proj_" in name}
+        for folder in SMALL:
+            given = composed(f"{folder}/metamask_barlow", f"task={task}").method_kwargs.task_kwargs
+            heads = {key: value for key, value in given.items() if key in own}
+            assert heads == {key: own[key] for key in heads} and "proj_output_dim" in heads, task
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_barlow_twins_and_simsiam_inherit_no_other_tasks_width(config):
+    width = 256 if "/" not in config else 2048
+    simsiam = composed(config, "task=simsiam").method_kwargs.task_kwargs
+    assert simsiam.proj_output_dim == simsiam.proj_hidden_dim == width
+    width = 8192 if config.startswith("imagenet/") else width
+    barlow = composed(config, "task=barlow_twins", "method=bare").method_kwargs
+    assert barlow.task_kwargs.proj_output_dim == barlow.task_kwargs.proj_hidden_dim == width
+    assert barlow.get("alpha", 1) * barlow.task_kwargs.scale_loss == 1
+    assert barlow.task_kwargs.get("form") == ("uncentred" if "metamask" in config else None)
+
+
 def test_lambda_and_gamma_of_every_row():
-    """ICL-MSR, Section 6.3."""
+    """ICL-MSR, Section 6.3; COCO's rows (Fig. 4) have no setting of their own, and take Table 1's."""
+    table_1 = {"simclr": (1, 1), "byol": (0.1, 1), "lmcl": (0.1, 1), "ressl": (0.01, 1)}
     expected = {
-        "cifar": {"simclr": (1, 1), "byol": (0.1, 1), "lmcl": (0.1, 1), "ressl": (0.01, 1)},
+        **dict.fromkeys((*SMALL, "coco"), table_1),
         "imagenet-100": {"simclr": (0.1, 1), "cmc": (0.1, 0.1), "dcl": (1, 1), "lmcl": (1, 1)},
         "imagenet": {"simclr": (0.1, 1), "byol": (0.1, 1)},
     }
     for folder, rows in expected.items():
         for task, (lamb, gamma) in rows.items():
             kwargs = composed(f"{folder}/icl_msr_simclr", f"task={task}").method_kwargs
-            assert (kwargs.lamb, kwargs.gamma) == (lamb, gamma), (folder, task)
+            assert (kwargs.lamb, kwargs.gamma, kwargs.regularizer.n) == (lamb, gamma, 6), (folder, task)
+            assert kwargs.meta.schedule == "epoch"  # Algorithm 1
 
 
 def test_table_1_of_metamask_has_its_batch_bank_and_encoder():

@@ -43,6 +43,19 @@ def test_it_is_metamask_without_mask_and_redundancy_reduction():
     assert losses(plugin) == losses(build(method_config, method="bare", **kwargs))
 
 
+def test_barlow_twins_alone_is_metamasks_redundancy_term():
+    small = {"proj_hidden_dim": 24, "proj_output_dim": 16}
+    settings = {
+        "method_kwargs__task": "barlow_twins",
+        "method_kwargs__task_kwargs": {**small, "form": "uncentred"},
+    }
+    bare, plugin = build(**settings), MetaMask(method_config(**NO_META, method_kwargs__alpha=0.0))
+    plugin.redundancy_head.load_state_dict(bare.task.projector.state_dict())
+    feats = [torch.randn(8, 256) for _ in range(2)]
+    loss, *_ = bare.regular_loss({"feats": feats}, None)
+    torch.testing.assert_close(plugin.regular_loss({"feats": feats}, None)[0], loss)
+
+
 def test_it_is_icl_msr_without_lambda():
     torch.manual_seed(0)
     plugin = ICLMSR(icl_msr_config(**NO_META, method_kwargs__lamb=0.0, method_kwargs__gamma=0.0))
