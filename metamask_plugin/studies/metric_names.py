@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 NAMES = {
+    "knn_release": "kNN of the release: k = 5, T = 1, masked, best epoch",
     "linear": "linear probe",
     "mlp": "MLP probe",
     "finetuned": "fine-tuned",
@@ -16,17 +17,25 @@ NAMES = {
     "best": "best of the masks",
     "share_above": "masks above unmasked (%)",
 }
+SHORT = {"knn_release": "kNN of the release"}
+"""In the heading of a column among others."""
 SUFFIXES = {"": "", "_best": ", best epoch", "_top5": ", top 5", "_masked": ", masked"}
 SUFFIXES |= {f"_{part}_average_only": f", dimensions {part} average alone" for part in ("above", "below")}
 CHECKPOINTS = {"last": "last epoch", "best": "best epoch"}
 
 _ACCURACY = re.compile(rf"(knn(\d+)|linear|mlp|finetuned)({'|'.join(SUFFIXES)})")
+_OF_THE_RUN = re.compile(r"knn_release|epochs|(cpu_)?seconds(_per_epoch)?|parameters(_with_predictors|: .*)?")
 _OVER_MASKS = ("masked", "unmasked", "mean", "lowest", "best")
 
 
 def is_accuracy(metric: str) -> bool:
     """Whether a metric is in percent, and more of it better."""
-    return metric in _OVER_MASKS or _ACCURACY.fullmatch(metric) is not None
+    return metric in (*_OVER_MASKS, "knn_release") or _ACCURACY.fullmatch(metric) is not None
+
+
+def is_of_the_run(metric: str) -> bool:
+    """Whether a run has one value of the metric, whichever of its epochs is evaluated."""
+    return _OF_THE_RUN.fullmatch(metric) is not None
 
 
 def metric_name(metric: str) -> str:
@@ -40,7 +49,8 @@ def metric_name(metric: str) -> str:
 
 def axis_name(metric: str) -> str:
     """The same with the unit of an accuracy."""
-    return f"{metric_name(metric)} (%)" if is_accuracy(metric) else metric_name(metric)
+    name = SHORT.get(metric) or metric_name(metric)
+    return f"{name} (%)" if is_accuracy(metric) else name
 
 
 def column_name(column: str, value: Any, full: bool = False) -> str:
@@ -56,7 +66,7 @@ def column_name(column: str, value: Any, full: bool = False) -> str:
     if column == "checkpoint":
         return CHECKPOINTS.get(value, str(value))
     if column == "metric":
-        return metric_name(value)
+        return SHORT.get(value) or metric_name(value)
     return plain(value) if isinstance(value, str) and not full else f"{column} {plain(value)}"
 
 

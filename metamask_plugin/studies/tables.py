@@ -11,7 +11,14 @@ from typing import Any
 from metamask_plugin.errors import check, choose
 from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.report import write_summary
-from metamask_plugin.studies.metric_names import column_name, is_accuracy, metric_name, number, plain
+from metamask_plugin.studies.metric_names import (
+    column_name,
+    is_accuracy,
+    is_of_the_run,
+    metric_name,
+    number,
+    plain,
+)
 from metamask_plugin.studies.statistics import Entry, Row, columns_of, levels
 
 LAYOUT = {"rows", "columns", "metric", "metrics", "checkpoint", "title"}
@@ -101,7 +108,12 @@ def tables(
     found = []
     for values in dict.fromkeys(tuple(entry.get(column) for column in apart) for entry in entries):
         part = [entry for entry in entries if tuple(entry.get(column) for column in apart) == values]
-        common = [column_name(c, v, full=True) for c, v in zip(apart, values) if v is not None]
+        of_the_run = all(is_of_the_run(entry["metric"]) for entry in part)
+        common = [
+            column_name(c, v, full=True)
+            for c, v in zip(apart, values)
+            if v is not None and not (c == "checkpoint" and of_the_run)
+        ]
         found.append(_table(layout, part, paper, down, across, metrics, common))
     return found
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metamask_plugin.studies.metric_names import column_name, metric_name, number
+from metamask_plugin.studies.metric_names import column_name, is_of_the_run, metric_name, number
 from metamask_plugin.studies.statistics import LEVEL, Entry, columns_of, levels
 
 MAX_NAMED = 4
@@ -30,7 +30,8 @@ def verdicts(
     for metric in metrics or levels(pairs, "metric"):
         entries = [entry for entry in pairs if entry["metric"] == metric]
         judged = [entry for entry in entries if entry["outside"] is not None]
-        name = f"{metric_name(metric)}, {column_name('checkpoint', checkpoint)}"
+        epoch = "" if is_of_the_run(metric) else f", {column_name('checkpoint', checkpoint)}"
+        name = metric_name(metric) + epoch
         if entries and not judged:
             reason = "fewer than two seeds with both sides"
             lines.append(f"{name}: no verdict on the differences to {other}: {reason}.")

@@ -90,6 +90,34 @@ def test_best_epoch_that_is_the_last_is_measured_once(run):
     assert calls == ["last"]
 
 
+HISTORY = "epoch,knn5,knn5_masked\n0,31.0,30.0\n1,,\n2,34.0,33.5\n3,33.0,33.0\n"
+
+
+def accuracy_of_run(run, knn):
+    pretrained = load_pretrained(run)
+    pretrained.args["evaluation"] = {"knn": knn}
+    subject = Subject("mine", 0, {"last": pretrained}, LabelledData(DATA, 16), run)
+    return values(MEASURES["accuracy"](subject, ks=[20], protocol=None))
+
+
+def test_knn_of_the_release_is_that_of_the_best_epoch_masked_where_there_is_a_mask(run):
+    (run / "metrics.csv").write_text(HISTORY)
+    assert accuracy_of_run(run, {"temperature": None})["knn_release"] == 33.5
+    (run / "metrics.csv").write_text(HISTORY.replace("knn5_masked", "knn20_masked"))
+    assert accuracy_of_run(run, {"temperature": 1.0})["knn_release"] == 34.0
+    assert "knn_release" not in accuracy_of_run(run, {"temperature": 0.07}), "another vote"
+    (run / "metrics.csv").write_text("epoch,knn20\n0,31.0\n")
+    assert "knn_release" not in accuracy_of_run(run, {"temperature": None}), "another k"
+
+
+def test_knn_of_the_release_for_a_frozen_checkpoint(subject):
+    found = values(MEASURES["accuracy"](subject, ks=[5], protocol=None))
+    assert found["knn_release"] == found["knn5_masked"] != found["knn5"]
+    subject.encoders["last"] = replace(subject.encoders["last"], mask=None)
+    without = values(MEASURES["accuracy"](subject, ks=[5], temperature=0.07, protocol=None))
+    assert without["knn_release"] == found["knn5"], "always with T = 1"
+
+
 def test_masks_among_the_dimensions_below_average_alone(subject):
     found = MEASURES["learned_mask"](subject, rates=[0.5], draws=3, classifier="knn5", protocol="fast")
     assert values(found)["below_average"] == 16

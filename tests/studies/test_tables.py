@@ -141,6 +141,22 @@ def test_a_layout_of_what_is_not_there_is_one_line(layout, message):
     assert "\n" not in str(error.value)
 
 
+def test_what_a_run_has_once_is_in_no_epochs_name():
+    last = [
+        row for row in rows() if (row["dataset"], row["checkpoint"], row["metric"]) == ("A", "last", "knn200")
+    ]
+    found = [{**row, "metric": "knn_release"} for row in last]
+    layout = {"rows": "arm", "metric": "knn_release"}
+    (table,) = tables(layout, summarise(found, FACTORS), (), FACTORS)
+    assert table.title == "kNN of the release: k = 5, T = 1, masked, best epoch"
+    knn5 = [{**row, "metric": "knn5"} for row in found]
+    (table,) = tables(
+        {"rows": "arm", "metrics": ["knn_release", "knn5"]}, summarise([*found, *knn5], FACTORS), (), FACTORS
+    )
+    assert table.title == "Results, last epoch"
+    assert table.header == ((("kNN of the release", 1), ("kNN, k = 5", 1)),)
+
+
 def test_markdown_has_the_marks_and_escapes_what_would_break_the_table():
     named = [
         {**row, "arm": row["arm"].replace("SimCLR", "a | b\nc")}

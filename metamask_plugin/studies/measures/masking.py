@@ -22,7 +22,7 @@ def random_masking(
     subject: Subject,
     rates: Sequence[float] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5),
     draws: int = 100,
-    classifiers: Sequence[str] = ("knn200", "linear"),
+    classifiers: Sequence[str] = ("knn5", "linear"),
 ) -> Measured:
     """Accuracy under random masks: a point a mask, and for each rate what the masks come to.
 
@@ -46,7 +46,7 @@ def learned_mask(
     subject: Subject,
     rates: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     draws: int = 10,
-    classifier: str = "knn200",
+    classifier: str = "knn5",
     protocol: str = "paper",
 ) -> Measured:
     """Masks among the dimensions whose learned weight is below average alone (A.4.7).
