@@ -89,6 +89,12 @@ BLOCKS: dict[str, Setting] = {
     "data.region_form": word("a foreground in its place, or enlarged", FORMS, null=True),
     "data.verify": word("what is looked at in every file", ("none", "header", "decode"), null=True),
     "data.invalid_images": word("what a file that cannot be read does", ("stop", "skip"), null=True),
+    "data.mean": sequence(
+        "per channel, subtracted from images in [0, 1]; null: the data set's",
+        number("of a channel"),
+        null=True,
+    ),
+    "data.std": sequence("what they are then divided by", number("of a channel", above=0), null=True),
     "data.kwargs": block("options of the generated data sets; COCO's annotations", null=True),
     "data.num_classes": whole("written by a run", 1, null=True),
     "data.num_large_crops": whole("written by a run", 0, null=True),

@@ -36,6 +36,7 @@ META: dict[str, Setting] = {
     "meta.batch_share": number("of each batch that the meta step sees", above=0, most=1),
     "meta.precision": word("of the encoder in the meta step", PRECISIONS),
     "meta.follow_schedule": flag("the meta learning rate decays with the main one"),
+    "meta.update_statistics": flag("the meta step moves BatchNorm's running statistics, too"),
     "meta.optimizer.name": word("the meta parameters' optimiser", OPTIMIZERS),
     "meta.optimizer.lr": number("its learning rate", above=0, most=1e6),
     "meta.optimizer.weight_decay": number("its weight decay", 0, 1e6),

@@ -97,8 +97,9 @@ def load_dataset(data_cfg: DictConfig | Mapping[str, Any]) -> Dataset:
     The images are always full ones: ``region`` (``full``, ``foreground`` or ``background``) and
     ``region_form`` (``fill`` or ``zoom``) are applied by ``PretrainDataModule``, see :func:`region_of`.
 
-    For ``custom``, mean and std are ImageNet's here; ``PretrainDataModule`` takes ``augmentations[0].mean``
-    and ``.std`` where they are given.
+    Mean and std are ``mean`` and ``std`` where they are given, else the data set's own; for ``custom`` they
+    are ImageNet's here, and ``PretrainDataModule`` takes ``augmentations[0].mean`` and ``.std`` where those
+    are given.
 
     Raises:
         UserError: an unknown name or option, a value out of range, or files that are not as they should be.
@@ -114,7 +115,7 @@ def load_dataset(data_cfg: DictConfig | Mapping[str, Any]) -> Dataset:
     faults = (*train.faults, *(test.faults if test is not None else ()))
     if faults:
         accept_unlisted(faults, name, how)
-    mean, std = MEAN_STD.get(name) or _measured_mean_std(train)
+    mean, std = _configured_mean_std(node) or MEAN_STD.get(name) or _measured_mean_std(train)
     fraction = -1 if node.get("fraction") is None else node["fraction"]
     if fraction != -1:
         train = stratified_subset(train, fraction, FRACTION_SEED)
@@ -169,6 +170,20 @@ def _require_same_classes(train: ImageSplit, test: ImageSplit) -> None:
         f"{len(test.classes)} classes, {odd[0]!r} only in the {where} split" if odd else "another order",
         "make the class folders' names agree",
     )
+
+
+def _configured_mean_std(node: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    given = [node.get(key) for key in ("mean", "std")]
+    if given == [None, None]:
+        return None
+    for key, value in zip(("mean", "std"), given):
+        check(
+            value is not None and len(value) == 3,
+            f"data.{key}",
+            "three numbers, one a channel, where data.mean or data.std is given",
+            value,
+        )
+    return tuple(given[0]), tuple(given[1])
 
 
 def _measured_mean_std(split: MemoryImages) -> tuple[tuple[float, ...], tuple[float, ...]]:

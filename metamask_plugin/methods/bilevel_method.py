@@ -2,8 +2,8 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -82,6 +82,7 @@ class BilevelMethod(TaskMethod):
         self.check_processes(self.trainer.world_size)
         self.meta.check(str(self.trainer.precision))
         self.meta.start(self.meta_parameters(), self.optimizers(use_pl_optimizer=False))
+        self._rates: list[float] | None = None
         self._graph: CudaGraph | None = None
         self._captures = self._can_capture()
 
@@ -200,7 +201,7 @@ class BilevelMethod(TaskMethod):
             if self.meta.per_epoch and self.trainer.is_last_batch:
                 self._meta_epoch()
             elif self.meta.per_iteration and stepped and self.meta.due(self.trainer.global_step):
-                self.meta_step(*self._meta_batch(batch))
+                self._own_meta_step(batch)
         if self.trainer.is_last_batch:  # as the epoch leaves it, not its mean over the epoch
             self.log_dict(self.meta_state(), on_step=False, on_epoch=True)
 
@@ -237,7 +238,57 @@ class BilevelMethod(TaskMethod):
                 batch = self.trainer.precision_plugin.convert_input(batch)  # as the trainer's own loop does
                 indexes, views, labels = self.trainer.strategy.batch_to_device(batch)
                 self.task.observe(indexes, labels, number)
-                self.meta_step(*self._meta_batch([indexes, views, labels]))
+                self._own_meta_step([indexes, views, labels])
+
+    def _own_meta_step(self, batch: list) -> None:
+        """A meta step that makes all its passes itself."""
+        batch, target_feats = self._meta_batch(batch)
+        if self.meta.cfg.update_statistics:
+            self._update_statistics(batch[1], target_feats)
+        with self._rates_of_the_regular_step():
+            self.meta_step(batch, target_feats)
+
+    @torch.no_grad()
+    def _update_statistics(self, views: list[torch.Tensor], target_feats: list[torch.Tensor] | None) -> None:
+        """Moves the running statistics of encoder and heads by one pass at the new weights, M still the old.
+
+        In MetaMask's release [0] the meta step's first forward is one of the network itself. Here the meta
+        step's passes leave no trace, so this is one more, outside what a CUDA graph replays.
+
+        [0] https://github.com/lionellee9089/MetaMask
+        """
+        views, original = self.separate(views)
+        if target_feats is None:
+            target_feats = self.target_features(views, keep_statistics=True)
+        with self.uncompiled():
+            passes = [self(x) for x in views]
+        keys = [key for key in ("feats", "maps") if key in passes[0]]
+        out = {key: self.joint_batch([one[key] for one in passes]) for key in keys}
+        self.regular_loss(out, target_feats, original)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+
+    @contextmanager
+    def _rates_of_the_regular_step(self) -> Iterator[None]:
+        """Within it, the main optimiser has its last step's learning rates, where those change by epoch.
+
+        Lightning moves such a schedule before an epoch's last meta step; in the release it is the same for
+        both steps of all the epoch's batches.
+        """
+        if self.cfg.scheduler.interval != "epoch" or self._rates is None:
+            yield
+            return
+        groups = self.optimizers(use_pl_optimizer=False).param_groups
+        moved = [group["lr"] for group in groups]
+        for group, rate in zip(groups, self._rates):
+            group["lr"] = rate
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, moved):
+                group["lr"] = rate
 
     def encoder_problem(
         self, encoder: Functional, views: list[torch.Tensor], encoded: EncoderPass | None

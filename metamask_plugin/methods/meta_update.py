@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "batch_share": 1.0,
     "precision": "full",
     "follow_schedule": False,
+    "update_statistics": False,
 }
 """``method_kwargs.meta`` as both papers have it; each method's preset adds its ``optimizer``."""
 
@@ -69,7 +70,8 @@ class MetaUpdate:
             ``batch_share``, of each batch, in (0, 1]; ``precision``, of the encoder's arithmetic: ``full``,
             the parameters' own, or ``bf16`` (heads and losses always have the parameters' own);
             ``optimizer`` (name, lr, weight_decay, kwargs); ``follow_schedule``, whether the meta learning
-            rate decays with the main one.
+            rate decays with the main one; ``update_statistics``, whether the meta step moves BatchNorm's
+            running statistics, too, as in MetaMask's release: by a forward pass at the new weights.
 
     Attributes:
         per_iteration: whether a meta step follows a regular step.
@@ -89,6 +91,12 @@ class MetaUpdate:
             f"{name}.batch_share",
             "1 with schedule=shared, whose forward pass is of the whole batch",
             cfg.batch_share,
+        )
+        check(
+            cfg.schedule != "shared" or not cfg.update_statistics,
+            f"{name}.update_statistics",
+            "False with schedule=shared, whose forward pass is the regular step's",
+            cfg.update_statistics,
         )
         check(
             cfg.schedule != "shared" or cfg.estimator != "unrolled",

@@ -5,7 +5,7 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from metamask_plugin.bilevel import BilevelProblem, EncoderPass, Functional
@@ -16,6 +16,7 @@ from metamask_plugin.methods.bilevel_method import BilevelMethod
 from metamask_plugin.methods.meta_update import DEFAULTS, MetaUpdate
 from metamask_plugin.methods.presets import apply_preset
 from metamask_plugin.modules.dimensional_mask import DimensionalMask
+from metamask_plugin.modules.encoders import release_kwargs
 from metamask_plugin.modules.heads import projection_head
 from metamask_plugin.tasks import Projections
 
@@ -67,6 +68,7 @@ OFFICIAL: dict[str, Any] = {
         "trial": "momentum",
         "optimizer": {"name": "sgd", "lr": 1e-3, "weight_decay": 5e-4, "kwargs": {"momentum": 0.9}},
         "follow_schedule": True,
+        "update_statistics": True,
     },
 }
 
@@ -89,7 +91,8 @@ class MetaMask(BilevelMethod):
     Args:
         cfg: the host's configuration; its ``method_kwargs`` are
 
-            - ``preset``: ``paper`` (default) or ``official``, what the rest defaults to;
+            - ``preset``: ``paper`` (default) or ``official``, the release's, what the rest defaults to; of
+              ``official`` also ``backbone.kwargs.stem``, for our ResNets on images of up to 32 pixels;
             - ``task``, ``task_kwargs``: what fills L_task, and its settings;
             - ``alpha``: Eq. (5), >= 0;
             - ``scale_loss``: factor on the whole regular loss, as solo-learn scales Barlow Twins;
@@ -129,6 +132,10 @@ class MetaMask(BilevelMethod):
         """Adds the host's defaults and the preset's, and checks ``method_kwargs``."""
         cfg = super(MetaMask, MetaMask).add_and_assert_specific_cfg(cfg)
         cfg.method_kwargs = kwargs = apply_preset(PRESETS, cfg.method_kwargs)
+        if kwargs.preset == "official" and cfg.host == "embedded":  # solo-learn's ResNets are its own
+            size = OmegaConf.select(cfg, "backbone.kwargs.image_size")
+            size = size or OmegaConf.select(cfg, "augmentations[0].crop_size", default=32)
+            cfg.backbone.kwargs = {**release_kwargs(cfg.backbone.name, size), **cfg.backbone.kwargs}
         check(kwargs.alpha >= 0, "method_kwargs.alpha", ">= 0", kwargs.alpha)
         check(kwargs.scale_loss > 0, "method_kwargs.scale_loss", "> 0", kwargs.scale_loss)
         name, redundancy = "method_kwargs.redundancy", kwargs.redundancy

@@ -20,8 +20,9 @@ class DimensionalMask(nn.Module):
 
     Args:
         dim: D.
-        parameterisation: ``free``: M itself, started at 1 (the paper); ``sigmoid``: M = sigmoid of a
-            logit started at 0, so M = 1/2 (the release [1]).
+        parameterisation: ``free``: M itself, as in the paper, started at 1, this package's choice, as the
+            paper gives no start; ``sigmoid``: M = sigmoid of a logit started at 0, so M = 1/2 (the
+            release [1]).
 
     [0] Li et al., *MetaMask*, NeurIPS 2022.
     [1] https://github.com/lionellee9089/MetaMask

@@ -16,7 +16,7 @@ from torch import nn
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.modules.timm_networks import timm_network
 
-STEMS = ("auto", "cifar", "small", "imagenet", "solo_cifar")
+STEMS = ("auto", "cifar", "small", "imagenet", "solo_cifar", "release")
 NORMS = {"batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(8, channels)}
 
 
@@ -143,7 +143,9 @@ def _resnet(constructor: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
             stem: ``cifar`` (3x3, stride 1, no pooling: up to 32 pixels), ``small`` (3x3, stride 1,
                 pooling kept: up to 96 pixels, as in the W-MSE code base that ICL-MSR follows),
                 ``imagenet`` (7x7, stride 2, pooling), or ``auto``; ``solo_cifar`` is ``cifar`` with
-                the convolution padded by 2, as solo-learn builds it (34x34 from 32x32).
+                the convolution padded by 2, as solo-learn builds it (34x34 from 32x32); ``release`` is
+                ``cifar`` as MetaMask's release has it: without the ReLU behind the stem's BatchNorm, which
+                its ``nn.Sequential`` of a ResNet's children leaves out, and with torch's initial weights.
         """
         choose("backbone.kwargs.stem", stem, STEMS)
         if stem == "auto":
@@ -154,8 +156,13 @@ def _resnet(constructor: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         if stem != "imagenet":
             padding = 2 if stem == "solo_cifar" else 1
             network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=padding, bias=False)
-        if stem in ("cifar", "solo_cifar"):
+        if stem in ("cifar", "solo_cifar", "release"):
             network.maxpool = nn.Identity()
+        if stem == "release":
+            network.relu = nn.Identity()  # the stem's; each block has its own
+            for module in network.modules():
+                if isinstance(module, nn.Conv2d):  # torchvision draws from He's normal distribution
+                    module.reset_parameters()
         return network
 
     return build
@@ -168,6 +175,11 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": _resnet(torchvision.models.resnet18),
     "resnet50": _resnet(torchvision.models.resnet50),
 }
+
+
+def release_kwargs(name: str, image_size: int) -> dict[str, str]:
+    """``backbone.kwargs`` that make an encoder MetaMask's release's: of our ResNets, at its 32 pixels."""
+    return {"stem": "release"} if name in ("resnet18", "resnet50") and image_size <= 32 else {}
 
 
 def build_encoder(name: str, image_size: int, setting: str = "backbone", **kwargs) -> nn.Module:

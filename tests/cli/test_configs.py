@@ -136,7 +136,6 @@ def test_ablations_train(method, ablation, tmp_path):
         f"ablation={ablation}",
         "accelerator=cpu",
         "max_epochs=1",
-        "optimizer.name=sgd",  # the official trial step needs a momentum buffer
         "optimizer.batch_size=16",
         f"checkpoint.dir={tmp_path}",
         "++evaluation.enabled=False",

@@ -32,6 +32,15 @@ def test_generated_sets_are_normalised_by_their_own_statistics(name):
     assert torch.allclose(normalised.std((0, 2, 3)), torch.ones(3), atol=1e-4)
 
 
+def test_mean_and_std_can_be_given():
+    node = {"dataset": "digits", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    dataset = load_dataset(node)
+    assert (dataset.mean, dataset.std) == MEAN_STD["imagenet"]
+    for wrong in ({"std": None}, {"mean": [0.5]}):
+        with pytest.raises(UserError, match="must be three numbers, one a channel"):
+            load_dataset({**node, **wrong})
+
+
 def test_options_reach_the_builder():
     dataset = load_dataset(
         {"dataset": "confounded_digits", "kwargs": {"correlation": 1.0, "size": 16, "copies": 2}}

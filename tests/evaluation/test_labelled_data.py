@@ -33,6 +33,16 @@ def test_options_of_the_training_data_are_kept_for_the_same_data_set_only():
     assert "no_labels" not in same
 
 
+def test_it_normalises_as_the_training_did():
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.4, 0.3])
+    trained = {"data": {"dataset": "digits", "mean": mean.tolist(), "std": std.tolist()}}
+    data = LabelledData(merged_data(trained, {}), 32)
+    x, _ = next(iter(data.evaluation_loader("test")))
+    pixels = data.images("test").images[: len(x)] / 255
+    torch.testing.assert_close(x, (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    assert "mean" not in merged_data(trained, {"dataset": "confounded_digits"})
+
+
 def test_no_data_set_and_a_format_that_is_not_read_are_named():
     with pytest.raises(UserError, match="data.dataset must be given"):
         merged_data({}, {})

@@ -42,6 +42,36 @@ def test_solo_learns_cifar_stem_pads_by_two():
     assert not torch.equal(ours.eval()(x), theirs.eval()(x))
 
 
+def test_the_releases_stem_has_no_relu():
+    """MetaMask's release makes its ResNet a Sequential of the children, where the stem's ReLU is none."""
+    usual, released = (build_encoder("resnet18", 32, stem=stem) for stem in ("cifar", "release"))
+    assert released.state_dict().keys() == usual.state_dict().keys()
+    usual.load_state_dict(released.state_dict())
+    children = dict(released.named_children())
+    names = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+    by_hand = torch.nn.Sequential(
+        *(children[name] for name in names), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    )
+    assert (released.conv1.stride, released.conv1.padding, released.conv1.kernel_size) == (
+        (1, 1),
+        (1, 1),
+        (3, 3),
+    )
+    x = torch.randn(4, 3, 32, 32)
+    assert torch.equal(released(x), by_hand(x))
+    assert (released(x) - usual(x)).norm() > 0.1 * usual(x).norm()
+
+
+def test_the_releases_weights_start_as_torchs():
+    torch.manual_seed(0)
+    usual, released = (build_encoder("resnet18", 32, stem=stem) for stem in ("cifar", "release"))
+    for name, conv in released.named_modules():
+        if isinstance(conv, torch.nn.Conv2d):
+            bound = conv.weight[0].numel() ** -0.5
+            assert 0.9 * bound < conv.weight.abs().max() <= bound, name
+    assert usual.layer4[1].conv2.weight.abs().max() > 2 * bound
+
+
 @pytest.mark.parametrize("size", [32, 64])
 def test_alexnets_last_map_is_four_by_four(size):
     assert build_encoder("conv", size).layers(torch.randn(1, 3, size, size)).shape[2:] == (4, 4)
