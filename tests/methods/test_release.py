@@ -12,8 +12,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from method_config import method_config
-from method_training import train
+from method_config import icl_msr_config, method_config, task_settings
+from method_training import Views, train
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -21,7 +21,8 @@ from metamask_plugin.cli.config import complete
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.features import Features
 from metamask_plugin.evaluation.knn import knn_predict, masked_features
-from metamask_plugin.methods import MetaMask
+from metamask_plugin.methods import ICLMSR, MetaMask
+from metamask_plugin.methods.bilevel_method import BilevelMethod
 
 CONFIGS = Path(__file__).resolve().parents[2] / "scripts" / "pretrain"
 SHIPPED = sorted(
@@ -335,7 +336,7 @@ def test_the_meta_step_moves_the_statistics_at_the_new_weights_and_nothing_else(
     plain, moved = trained(False), trained(True)
     for (name, value), other in zip(plain.state_dict().items(), moved.state_dict().values()):
         assert torch.equal(value, other) != ("running_" in name or "num_batches" in name), name
-    views = [torch.stack(views) for views in zip(*_first_views())]
+    views = Views().images[:8].unbind(1)
     start = torch.full((plain.features_dim,), 0.5)  # the meta step's mask, not what it made of it
     with torch.no_grad():
         for feats in [plain.train().backbone(x) * start for x in views]:
@@ -344,13 +345,28 @@ def test_the_meta_step_moves_the_statistics_at_the_new_weights_and_nothing_else(
         torch.testing.assert_close(value, other, msg=name)
 
 
-def _first_views():
-    from method_training import Views
-
-    images = Views()
-    return [images[index][1] for index in range(8)]
-
-
 def test_statistics_cannot_move_in_a_shared_pass():
     with pytest.raises(UserError, match="update_statistics must be False with schedule=shared"):
         build(method_kwargs__meta={"schedule": "shared", "update_statistics": True})
+
+
+@pytest.mark.parametrize(("method", "config"), [(MetaMask, method_config), (ICLMSR, icl_msr_config)])
+def test_statistics_move_beside_a_captured_meta_step_too(monkeypatch, graph_stand_in, method, config):
+    """With a target network and half a batch, whose target features are computed anew."""
+
+    def trained(captured, moves=True):
+        monkeypatch.setattr(BilevelMethod, "_can_capture", lambda self: captured)
+        torch.manual_seed(0)
+        cfg = config(**task_settings("byol"))
+        cfg.method_kwargs.meta = {"update_statistics": moves, "batch_share": 0.5}
+        model = method(cfg)
+        train(model, 3, original=method is ICLMSR)
+        return model.state_dict()
+
+    launched, captured = trained(False), trained(True)
+    for name, value in launched.items():
+        assert torch.equal(value, captured[name]), name
+    still = trained(False, moves=False)
+    assert not torch.equal(
+        still["backbone.layers.1.running_mean"], launched["backbone.layers.1.running_mean"]
+    )
