@@ -6,6 +6,6 @@ The environment variable ``METAMASK_HOST`` (``auto``, ``solo`` or ``embedded``) 
 Nothing outside this package asks which host is in use.
 """
 
-from metamask_plugin.host.switch import METHODS, BaseMethod, name, register
+from metamask_plugin.host.switch import METHODS, BaseMethod, name, register, release_kwargs
 
-__all__ = ["METHODS", "BaseMethod", "name", "register"]
+__all__ = ["METHODS", "BaseMethod", "name", "register", "release_kwargs"]

@@ -16,7 +16,9 @@ from metamask_plugin.errors import check, choose
 from metamask_plugin.evaluation.knn import WeightedKNNClassifier
 from metamask_plugin.host.contract import DEFAULTS, REQUIRED_KEYS
 from metamask_plugin.host.optimizers import build_optimizer, build_scheduler, without_decay_on_vectors
-from metamask_plugin.modules.encoders import build_encoder
+from metamask_plugin.modules.encoders import build_encoder, release_kwargs
+
+__all__ = ["METHODS", "BaseMethod", "release_kwargs"]
 
 METHODS: dict[str, type] = {}
 

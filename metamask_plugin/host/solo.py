@@ -13,7 +13,12 @@ def _encoder_for_solo(name: str, method: str, image_size: int = 32, **kwargs):
     return build_encoder(name, image_size, **kwargs)
 
 
+def release_kwargs(name: str, image_size: int) -> dict[str, str]:
+    """solo-learn's ResNets have no such stem, and stay as they are."""
+    return {}
+
+
 for _name in ENCODERS:
     BaseMethod._BACKBONES.setdefault(_name, partial(_encoder_for_solo, _name))
 
-__all__ = ["METHODS", "BaseMethod"]
+__all__ = ["METHODS", "BaseMethod", "release_kwargs"]

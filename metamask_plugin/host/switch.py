@@ -49,6 +49,7 @@ else:
 
 BaseMethod: type = _host.BaseMethod
 METHODS: dict[str, type] = _host.METHODS
+release_kwargs = _host.release_kwargs
 
 
 def register(method: str, cls: type) -> None:

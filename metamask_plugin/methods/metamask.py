@@ -10,13 +10,13 @@ from torch import nn
 
 from metamask_plugin.bilevel import BilevelProblem, EncoderPass, Functional
 from metamask_plugin.errors import check, choose
+from metamask_plugin.host import release_kwargs
 from metamask_plugin.losses import redundancy_reduction_loss
 from metamask_plugin.losses.redundancy_reduction import FORMS
 from metamask_plugin.methods.bilevel_method import BilevelMethod
 from metamask_plugin.methods.meta_update import DEFAULTS, MetaUpdate
 from metamask_plugin.methods.presets import apply_preset
 from metamask_plugin.modules.dimensional_mask import DimensionalMask
-from metamask_plugin.modules.encoders import release_kwargs
 from metamask_plugin.modules.heads import projection_head
 from metamask_plugin.tasks import Projections
 
@@ -132,7 +132,7 @@ class MetaMask(BilevelMethod):
         """Adds the host's defaults and the preset's, and checks ``method_kwargs``."""
         cfg = super(MetaMask, MetaMask).add_and_assert_specific_cfg(cfg)
         cfg.method_kwargs = kwargs = apply_preset(PRESETS, cfg.method_kwargs)
-        if kwargs.preset == "official" and cfg.host == "embedded":  # solo-learn's ResNets are its own
+        if kwargs.preset == "official":
             size = OmegaConf.select(cfg, "backbone.kwargs.image_size")
             size = size or OmegaConf.select(cfg, "augmentations[0].crop_size", default=32)
             cfg.backbone.kwargs = {**release_kwargs(cfg.backbone.name, size), **cfg.backbone.kwargs}
