@@ -26,6 +26,7 @@ from metamask_plugin.methods import METHODS
 from metamask_plugin.studies.equal_time import calibrated, calibration, is_measured, write_calibration
 from metamask_plugin.studies.measures import MEASURES
 from metamask_plugin.studies.results import write_results
+from metamask_plugin.studies.roots import remedy
 from metamask_plugin.studies.spec import Study, study_of
 from metamask_plugin.studies.trial import Pretraining, TrialRun, log_file
 
@@ -145,6 +146,7 @@ def _run_missing(
     print(
         f"{len(runs) - len(missing)} of {len(runs)} trials are finished, {len(missing)} to make", flush=True
     )
+    _require_data([run for run in runs if run.trial.index in missing])
     jobs = [[*overrides, f"trial={index}"] for index in missing]
     # with a time limit one after the other, as a launcher takes all it is given
     together = 1 if cfg.minutes is not None else max(1, len(jobs))
@@ -156,6 +158,29 @@ def _run_missing(
             break
         for job in launch(jobs[start : start + together], first + start):
             _ = job.return_value  # raises what the job raised
+
+
+def _require_data(runs: Sequence[TrialRun]) -> None:
+    """Looks at each data set once, before the first trial.
+
+    Raises:
+        UserError: with all that are missing.
+    """
+    first: dict[str, TrialRun] = {}
+    for run in runs:
+        if run.trial.dataset is not None:
+            first.setdefault(run.trial.dataset, run)
+    faults = {}
+    for name, run in first.items():
+        try:
+            load_dataset(run.cfg.data)
+        except UserError as error:
+            faults[name] = (run.cfg.data.train_path, error)
+    if faults:
+        where = ", ".join(f"{name} in {path}" for name, (path, _) in faults.items())
+        reason = next(iter(faults.values()))[1]
+        there = [name for name in first if name not in faults]
+        raise UserError(f"data must be there, missing: {where} ({reason}); {remedy(list(faults), there)}")
 
 
 def _build(cfg: DictConfig) -> nn.Module:

@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin import SCRIPTS
 from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.studies.reference import reference
+from metamask_plugin.studies.roots import dataset_of, located, paths_in, remedy
 
 SEEDS = (5, 6, 7)
 """Of a study that names none: three, so that every number has an interval."""
@@ -50,6 +52,7 @@ class Trial:
         overrides: of it, as on its command line, without the seed.
         epochs: factor on ``max_epochs``.
         checkpoint: an encoder that is there already.
+        dataset: what it trains on, where that is one of the study's ``roots``.
     """
 
     index: int
@@ -59,6 +62,7 @@ class Trial:
     overrides: tuple[str, ...]
     epochs: float = 1.0
     checkpoint: str | None = None
+    dataset: str | None = None
 
     @property
     def title(self) -> str:
@@ -110,6 +114,11 @@ class Study:
     data: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def datasets(self) -> list[str]:
+        """Names of the data sets that its trials train on and that have a root."""
+        return _datasets(self.trials)
+
 
 def study_of(cfg: DictConfig) -> Study:
     """Reads a study config.
@@ -146,7 +155,7 @@ def study_of(cfg: DictConfig) -> Study:
     baseline = node.get("baseline") or {}
     paper = []
     if node["size"] == "paper":  # of another size they would be numbers of another experiment
-        for row in node.get("paper") or ():
+        for row in reference(node.get("paper"), node["name"]):
             if all(row[name] in values[name] for name in factors if name in row):
                 paper.append(row)
     return Study(
@@ -157,7 +166,7 @@ def study_of(cfg: DictConfig) -> Study:
         size=node["size"],
         folder=Path(node["dir"])
         / (node["name"] if node["size"] == "paper" else f"{node['name']}-{node['size']}"),
-        trials=tuple(_trials(node, size, factors, seeds)),
+        trials=tuple(_of_datasets(_trials(node, size, factors, seeds), node)),
         factors=tuple(factors),
         seeds=tuple(seeds),
         measures=measures,
@@ -183,7 +192,8 @@ def _levels(name: str, given: Any, size: Mapping[str, Any], node: Mapping[str, A
     expected = "a list of levels like {label: mine, overrides: [key=value]}"
     check(isinstance(given, list) and len(given) > 0, f"factors.{name}", expected, given)
     levels = []
-    for entry in given[: size.get("levels")]:
+    most = size.get("levels") or len(given)
+    for entry in [*given[:most], *given[most:][-1:]]:
         entry = entry if isinstance(entry, Mapping) else {"value": entry}
         unknown = set(entry) - {"label", "value", "overrides", "config", "epochs", "checkpoint"}
         check(not unknown, f"factors.{name}", expected, entry, f"unknown: {', '.join(sorted(unknown))}")
@@ -225,6 +235,35 @@ def _short(path: str) -> str:
     return "/".join(str(path).rstrip("/").split("/")[-2:])
 
 
+def _of_datasets(trials: Sequence[Trial], node: Mapping[str, Any]) -> list[Trial]:
+    """The trials of the data sets that were asked for.
+
+    Raises:
+        UserError: for one that the study has not, or one folder for several.
+    """
+    there, asked = _datasets(trials), node.get("datasets")
+    if asked and there:
+        for name in asked:
+            choose("datasets", name, there)
+        kept = [trial for trial in trials if trial.dataset in (None, *asked)]
+        trials = [replace(trial, index=index) for index, trial in enumerate(kept)]
+        there = _datasets(trials)
+    paths = paths_in(node.get("overrides") or [])
+    expected = f"without paths in a study of several data sets ({', '.join(there)})"
+    check(
+        len(there) < 2 or not paths,
+        "overrides",
+        expected,
+        " ".join(paths),
+        remedy(there, there[:1]),
+    )
+    return list(trials)
+
+
+def _datasets(trials: Sequence[Trial]) -> list[str]:
+    return list(dict.fromkeys(trial.dataset for trial in trials if trial.dataset))
+
+
 def _trials(
     node: Mapping[str, Any],
     size: Mapping[str, Any],
@@ -247,22 +286,27 @@ def _trials(
             epochs = 1.0
             for level in combination:
                 epochs *= level.epochs
+            checkpoint = checkpoints[-1] if checkpoints else None
             values = {name: level.value for name, level in zip(factors, combination)}
-            overrides = (
+            overrides = [
                 *(node.get("settings") or ()),
                 *(override for level in combination for override in level.overrides),
                 *(size.get("settings") or ()),
-                *user,
-            )
+            ]
+            dataset = None if checkpoint else dataset_of(config, [*overrides, *user])
+            root = (node.get("roots") or {}).get(dataset)
+            if root is not None and not paths_in(user):
+                overrides += located(root)
             trials.append(
                 Trial(
                     index=len(trials),
                     factors=values,
                     seed=seed,
                     config=config,
-                    overrides=tuple(_filled(override, values) for override in overrides),
+                    overrides=tuple(_filled(override, values) for override in [*overrides, *user]),
                     epochs=epochs,
-                    checkpoint=checkpoints[-1] if checkpoints else None,
+                    checkpoint=checkpoint,
+                    dataset=None if root is None else dataset,
                 )
             )
     return trials

@@ -29,11 +29,13 @@ class Measured:
         rows: tidy rows: ``checkpoint``, ``metric``, ``value``, and columns of the measure's own.
         pictures: by file name.
         details: what is no row, for the trial's record; plain values.
+        about: what the report says of all trials that have it.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     pictures: dict[str, Figure] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    about: str = ""
 
 
 class Subject:

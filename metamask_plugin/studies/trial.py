@@ -80,10 +80,11 @@ class TrialRun:
         }
         try:
             subject = self._subject(pretraining)
-            record["about"] = self._about(subject)
+            about = [self._about(subject)]
             record["run"] = None if subject.folder is None else str(subject.folder)
             trained = time.monotonic()
-            record |= self._measure(subject)
+            record |= self._measure(subject, about)
+            record["about"] = ". ".join(about)
             record["state"] = "finished"
             record["seconds"] = {"encoder": trained - started, "measures": time.monotonic() - trained}
         except UserError as error:
@@ -105,13 +106,14 @@ class TrialRun:
         images = f"{sizes['train']} training and {sizes['test']} test images of {subject.data.name}"
         return images if self.cfg is None else f"{images}, {self.cfg.max_epochs} epochs"
 
-    def _measure(self, subject: Subject) -> dict[str, Any]:
+    def _measure(self, subject: Subject, about: list[str]) -> dict[str, Any]:
         rows, pictures, details = [], [], {}
         for name, options in self.study.measures.items():
             print(f"measuring {name}", flush=True)
             measured = MEASURES[name](subject, **options)
             known = {**self.trial.factors, "seed": self.trial.seed}
             rows += [{**known, "checkpoint": "last", **row} for row in measured.rows]
+            about += [measured.about] if measured.about else []
             details |= {name: measured.details} if measured.details else {}
             for file, figure in measured.pictures.items():
                 path = self.record_path.with_name(f"{self.record_path.stem}-{file}")

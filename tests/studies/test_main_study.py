@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from report_page import check_page
 
-from metamask_plugin.cli.study import catalogue, shipped_studies
+from metamask_plugin.cli.study import catalogue, shipped_studies, sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,6 +73,21 @@ def test_a_run_that_is_there_is_measured_and_not_trained_again(fresh_studies, ca
             fresh_studies.sweep("metamask_fig6", "factors.alpha=[10]", "+measures.accuracy.ks=[3]")
         )
     }
+
+
+def test_data_that_are_missing_are_said_once_before_the_first_trial(fresh_studies, tmp_path, capsys):
+    for split, label in product(("train", "val"), "ab"):
+        (tmp_path / "cifar10" / split / label).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "cifar10" / split / label / "0.png")
+    cfg = fresh_studies.compose(
+        "icl_msr_table1", "size=paper", f"roots.cifar10={tmp_path}/cifar10", "factors.arm=[x]"
+    )
+    with pytest.raises(SystemExit):
+        sweep(cfg, lambda jobs, first: pytest.fail("a trial began"))
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "missing: cifar100 in ./datasets, stl10 in ./datasets, " in error
+    assert "give roots.cifar100=<folder> roots.stl10=<folder>" in error
+    assert error.endswith("or take datasets=[cifar10]")
 
 
 def test_a_trial_that_fails_does_not_stop_the_others_and_is_run_again(fresh_studies, capsys):

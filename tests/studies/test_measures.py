@@ -2,14 +2,21 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
 from torch import nn
 
+from metamask_plugin import SCRIPTS
+from metamask_plugin.cli.config import complete
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.checkpoints import load_pretrained
 from metamask_plugin.evaluation.labelled_data import LabelledData
+from metamask_plugin.methods import METHODS
 from metamask_plugin.modules.encoders import build_encoder
 from metamask_plugin.studies.measures import MEASURES
 from metamask_plugin.studies.subject import Subject, subject_of_checkpoint
@@ -69,6 +76,70 @@ def test_cost_leaves_out_the_first_epoch_and_the_online_classifier(run):
         False  # without meta-learning the mask is no parameter
     )
     assert values(MEASURES["cost"](subject))["parameters"] == 8
+
+
+HEADS = {  # a bias before each BatchNorm, and a BatchNorm behind each head, which ours do without
+    "SimCLR": (("method=bare",), 13.01, 12.75, 2048 + 2 * 256),
+    "Barlow Twins": (("task=barlow_twins", "method=bare"), 22.73, 20.62, 2 * 2048 + 2 * 2048),
+    "SimCLR + Barlow Twins": (("ablation=no_meta",), 24.57, 22.20, 3 * 2048 + 2 * 2048 + 2 * 256),
+}
+
+
+@pytest.mark.parametrize("arm", HEADS)
+def test_parameters_are_those_of_metamasks_table_3(arm, run):
+    """In millions; the release's are counted by hand from its models, the paper's are rounded to 0.1."""
+    overrides, with_predictors, without, ours_omits = HEADS[arm]
+    heads = "++method_kwargs.task_kwargs.proj_output_dim="
+    width = f"{heads}{2048 if arm == 'Barlow Twins' else 256}"
+    with initialize_config_dir(str((SCRIPTS / "pretrain").resolve()), version_base="1.2"):
+        cfg = compose("cifar/metamask_barlow", [*overrides, width])
+    OmegaConf.set_struct(cfg, False)
+    cfg = complete(cfg)
+    cfg.data.num_classes = 10
+    with torch.device("meta"):
+        model = METHODS[cfg.method](cfg)
+    pretrained = load_pretrained(run)
+    pretrained.args["method_kwargs"]["meta"]["enabled"] = False
+    subject = Subject("mine", 0, {"last": pretrained}, LabelledData(DATA, 16), run, model)
+    found = values(MEASURES["cost"](subject, predictors=True))
+    assert (found["parameters"] + ours_omits) / 1e6 == pytest.approx(without, abs=0.005)
+    assert (found["parameters_with_predictors"] + ours_omits) / 1e6 == pytest.approx(
+        with_predictors, abs=0.005
+    )
+    assert round(found["parameters_with_predictors"] / 1e6, 1) == round(with_predictors, 1)
+
+
+def test_labelled_images_are_those_of_the_lists_or_drawn(subject, tmp_path):
+    protocol = {"epochs": 1, "batch_size": 32}
+    drawn = MEASURES["few_labels"](subject, fractions=[0.05, 0.1], **protocol)
+    assert drawn.about == "5 %, 10 % of the labels: drawn class by class, seed 0"
+    with pytest.raises(UserError, match=r"subset_files must be keyed by \[0.1\], got \[0.01\]"):
+        MEASURES["few_labels"](subject, fractions=[0.1], subset_files={0.01: "x"}, **protocol)
+
+
+def test_labelled_images_of_a_list(run, tmp_path):
+    for split, label, index in product(("train", "test"), "ab", range(6)):
+        file = tmp_path / "images" / split / label / f"{label}{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (index * 20, 0, 0)).save(file)
+    (tmp_path / "list.txt").write_text("a0.png\nb1.png\nb3.png\n")
+    paths = {
+        f"{key}_path": str(tmp_path / "images" / split)
+        for key, split in (("train", "train"), ("val", "test"))
+    }
+    images = LabelledData({"dataset": "custom", "num_workers": 0, **paths}, 16)
+    subject = Subject("mine", 0, {"last": load_pretrained(run)}, images)
+    found = MEASURES["few_labels"](subject, [0.5], epochs=1, subset_files={0.5: str(tmp_path / "list.txt")})
+    assert values(found)["labelled_images"] == 3
+    assert found.about == f"50 % of the labels: those in {tmp_path}/list.txt"
+
+
+def test_an_mlp_is_trained_anew_under_each_mask(subject):
+    found = MEASURES["random_masking"](subject, [0.5], draws=2, classifiers=["mlp"], protocol="fast")
+    masked = [row for row in found.rows if row["metric"] == "masked"]
+    assert [(row["rate"], row["draw"]) for row in masked] == [(0.0, 0), (0.5, 0), (0.5, 1)]
+    head = MEASURES["accuracy"](subject, ks=[5], protocol="fast", head="mlp")
+    assert masked[0]["value"] == values(head)["mlp"] != masked[1]["value"]
 
 
 def test_cost_of_a_checkpoint_is_refused(subject):

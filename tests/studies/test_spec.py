@@ -9,6 +9,7 @@ from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.study import shipped_studies, with_pretraining_overrides
 from metamask_plugin.errors import UserError
 from metamask_plugin.studies.pretraining import command, digest, pretraining_config
+from metamask_plugin.studies.reference import reference
 from metamask_plugin.studies.spec import study_of
 
 
@@ -19,16 +20,18 @@ def study(name, *overrides):
 
 def test_every_combination_of_the_factors_is_a_trial_for_every_seed():
     found = study("metamask_fig10", "seeds=[1,2]")
-    assert found.factors == ("encoder", "arm") and len(found.trials) == 2 * 5 * 2
-    assert [trial.seed for trial in found.trials] == [1] * 10 + [2] * 10
-    assert [trial.index for trial in found.trials] == list(range(20))
-    assert found.trials[7].factors == {"encoder": "conv", "arm": "w/o ML"}
-    assert found.trials[7].overrides == ("setting=metamask_table1", "backbone.name=conv", "ablation=no_meta")
+    assert found.factors == ("encoder", "arm") and len(found.trials) == 2 * 6 * 2
+    assert [trial.seed for trial in found.trials] == [1] * 12 + [2] * 12
+    assert [trial.index for trial in found.trials] == list(range(24))
+    assert found.trials[8].factors == {"encoder": "conv", "arm": "w/o ML"}
+    paths = ("data.train_path=./datasets", "data.val_path=./datasets")
+    overrides = ("setting=metamask_table1", "backbone.name=conv", "ablation=no_meta")
+    assert found.trials[8].overrides == (*overrides, *paths)
 
 
 def test_a_number_of_a_factor_stands_in_the_overrides():
     values = [trial.overrides for trial in study("metamask_fig6", "seeds=[5]").trials]
-    assert values[3] == ("method_kwargs.alpha=100",)
+    assert values[3][0] == "method_kwargs.alpha=100"
 
 
 def test_size_digits_takes_the_embedded_data_and_drops_the_papers_numbers():
@@ -69,6 +72,54 @@ def test_longer_training_of_a_level():
     assert epochs == {"SimCLR": 3, "MetaMask": 1}
 
 
+def test_smoke_tries_the_first_levels_and_the_last():
+    arms = [trial.factors["arm"] for trial in study("icl_msr_table3", "size=smoke", "seeds=[5]").trials]
+    assert arms == ["SimCLR", "SimCLR + MSR", "SSL-HSIC"]
+
+
+def paths_of(found):
+    return {
+        trial.dataset: tuple(
+            str(pretraining_config(found, trial).data.get(key)) for key in ("train_path", "val_path")
+        )
+        for trial in found.trials
+    }
+
+
+def test_every_data_set_has_its_own_root(tmp_path):
+    for folder in ("stl/train", "stl/test", "it's/train2017", "it's/val2017"):
+        (tmp_path / folder).mkdir(parents=True)
+    roots = [f"roots.stl10={tmp_path}/stl", "roots.cifar100=/c100"]
+    arm = "factors.arm=[{label: SimCLR, overrides: ['method=bare']}]"
+    found = paths_of(study("icl_msr_table1", "seeds=[5]", arm, *roots))
+    assert found["cifar10"] == ("./datasets", "./datasets")
+    assert found["cifar100"] == ("/c100", "/c100")
+    assert found["stl10"] == (f"{tmp_path}/stl/train", f"{tmp_path}/stl/test")
+    assert found["tiny_imagenet"] == ("./datasets/tiny-imagenet-200",) * 2
+    quoted = "roots.coco='" + f"{tmp_path}/it's'".replace("it's", r"it\'s")
+    found = paths_of(study("icl_msr_fig1", "seeds=[5]", quoted))
+    assert found == {"coco": (f"{tmp_path}/it's/train2017", f"{tmp_path}/it's/val2017")}
+    assert paths_of(study("icl_msr_fig5a", "size=digits", "seeds=[5]")) == {None: ("None", "None")}
+
+
+def test_trials_of_some_data_sets_alone():
+    found = study("icl_msr_table1", "datasets=[stl10,cifar10]", "seeds=[5]")
+    assert found.datasets == ["cifar10", "stl10"]
+    assert [trial.index for trial in found.trials] == list(range(24))
+    assert study("icl_msr_table1", "size=digits", "datasets=[stl10]").trials, "embedded data have no root"
+
+
+def test_one_path_for_one_data_set_alone():
+    path = "overrides=['data.train_path=/d','data.val_path=/d']"
+    assert set(paths_of(study("metamask_fig6", "factors.alpha=[1]", path)).values()) == {("/d", "/d")}
+    assert study("icl_msr_table1", "datasets=[cifar100]", path).datasets == ["cifar100"]
+    with pytest.raises(
+        UserError, match="overrides must be without paths in a study of several data sets"
+    ) as e:
+        study("icl_msr_table1", "datasets=[cifar10,cifar100]", path)
+    assert "give roots.cifar10=<folder> roots.cifar100=<folder>, or take datasets=[cifar10]" in str(e.value)
+
+
 def test_the_command_of_a_trial_is_the_trial():
     found = study("metamask_table4", "size=smoke", "seeds=[5]")
     trial = found.trials[0]
@@ -107,6 +158,9 @@ def test_a_checkpoint_that_was_written_anew_is_another_trial(tmp_path, spec):
         (["factors.alpha=[1,1]"], r"factors.alpha must be levels with different labels, got \[1\]"),
         (["factors.alpha=[{value:1,override:x}]"], "unknown: override"),
         (["+factors.seed=[1]"], "factors must be named other than seed"),
+        (["datasets=[cifar]"], "datasets must be one of cifar10, got 'cifar'; did you mean 'cifar10'"),
+        (["paper={columns:{metric:[a,b]},alpha:{1:[2]}}"], r"paper, alpha 1 must be 2 numbers, .*got \[2\]"),
+        (["paper={metric:3}"], "paper must be a grid like"),
         (["overrides=3"], "overrides must be a list, got 3; give them behind --"),
     ],
 )
@@ -142,5 +196,6 @@ def test_every_level_of_every_study_has_a_pretraining_config(name, size):
     assert len(set(digests)) == len(digests), "two trials of a study train and measure the same"
     if size == "paper":
         assert found.baseline == found.config["baseline"], "the baseline is no level of its factor"
-        assert len(found.paper) == len(found.config["paper"]), "a number of the paper's belongs to no level"
+        numbers = reference(None, name)
+        assert len(found.paper) == len(numbers), "a number of the paper's belongs to no level"
         assert all({"metric", "value"} < row.keys() for row in found.paper)

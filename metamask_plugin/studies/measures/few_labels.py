@@ -1,9 +1,10 @@
 """Fine-tuning on a fixed share of the labels, after ICL-MSR's Table 4."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from metamask_plugin.errors import check
 from metamask_plugin.evaluation.finetune import FRACTION_SEED, finetune, simclr_protocol
 from metamask_plugin.studies.subject import Measured, Subject
 
@@ -15,6 +16,7 @@ def few_labels(
     batch_size: int | None = None,
     lr: float | None = None,
     subset_seed: int = FRACTION_SEED,
+    subset_files: Mapping[float, str] | None = None,
 ) -> Measured:
     """Rows ``finetuned``, ``finetuned_best`` (epoch), ``finetuned_top5``, by share in the column ``labels``.
 
@@ -25,7 +27,12 @@ def few_labels(
         batch_size: instead of 256; the learning rate goes with it.
         lr: instead of the protocol's, as it is used.
         subset_seed: which images are labelled: the same for all encoders and seeds.
+        subset_files: lists of file names by share, such as SimCLR's ``1percent.txt``: what is labelled where
+            there is one.
     """
+    files = {float(fraction): path for fraction, path in (subset_files or {}).items()}
+    unused = sorted(set(files) - {float(fraction) for fraction in fractions})
+    check(not unused, "measures.few_labels.subset_files", f"keyed by {list(fractions)}", unused)
 
     def rows(checkpoint: str) -> list[dict[str, Any]]:
         found = []
@@ -41,6 +48,7 @@ def few_labels(
                 seed=subject.seed,
                 device=subject.device,
                 subset_seed=subset_seed,
+                subset_file=files.get(float(fraction)),
             )
             values = {
                 "finetuned": result.acc1_last,
@@ -48,10 +56,18 @@ def few_labels(
                 "finetuned_top5": result.acc5_last,
                 "labelled_images": float(result.images),
             }
-            labels = f"{100 * fraction:g} %"
+            labels = _percent(fraction)
             found += [
                 {"labels": labels, "metric": metric, "value": value} for metric, value in values.items()
             ]
         return found
 
-    return Measured(subject.by_checkpoint(rows))
+    drawn = [_percent(fraction) for fraction in fractions if float(fraction) not in files]
+    about = [f"{_percent(fraction)} of the labels: those in {path}" for fraction, path in files.items()]
+    if drawn:
+        about.append(f"{', '.join(drawn)} of the labels: drawn class by class, seed {subset_seed}")
+    return Measured(subject.by_checkpoint(rows), about="; ".join(about))
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:g} %"

@@ -2,7 +2,7 @@
 
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from metamask_plugin.errors import check
 from metamask_plugin.evaluation.audit import audit, random_mask_rows
-from metamask_plugin.evaluation.dimension_masks import below_average
+from metamask_plugin.evaluation.dimension_masks import below_average, random_masks
 from metamask_plugin.evaluation.features import Progress
 from metamask_plugin.evaluation.linear import linear_probe
 from metamask_plugin.evaluation.mask_figures import audit_figure
@@ -23,6 +23,7 @@ def random_masking(
     rates: Sequence[float] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5),
     draws: int = 100,
     classifiers: Sequence[str] = ("knn5", "linear"),
+    protocol: str = "paper",
 ) -> Measured:
     """Accuracy under random masks: a point a mask, and for each rate what the masks come to.
 
@@ -34,11 +35,13 @@ def random_masking(
         subject: the encoder and its images.
         rates: shares of the dimensions to drop.
         draws: masks a rate.
-        classifiers: ``knn<k>``, or ``linear``: a least-squares probe fitted anew under each mask.
+        classifiers: ``knn<k>``; or a probe that is fitted anew under each mask: ``linear`` by least squares,
+            ``mlp`` by training.
+        protocol: of the MLP, see :func:`~metamask_plugin.evaluation.linear.linear_probe`.
     """
     rows = []
     for classifier in classifiers:
-        rows += _points(subject, [0.0, *rates], draws, classifier)
+        rows += _summarised(_points(subject, [0.0, *rates], draws, classifier, protocol=protocol), classifier)
     return Measured(rows)
 
 
@@ -68,7 +71,8 @@ def learned_mask(
     check(
         bool(below.any()), "learned mask", "one with weights below its average", "all equal", "train longer"
     )
-    rows = _points(subject, [0.0, *(rate for rate in rates if 0 < rate < 1), 1.0], draws, classifier, below)
+    between = [rate for rate in rates if 0 < rate < 1]
+    rows = _summarised(_points(subject, [0.0, *between, 1.0], draws, classifier, below), classifier)
     for name, kept in (("", None), ("_above_average_only", ~below), ("_below_average_only", below)):
         result = linear_probe(
             subject.features("train"),
@@ -132,27 +136,53 @@ def _points(
     draws: int,
     classifier: str,
     among: torch.Tensor | None = None,
+    protocol: str = "paper",
 ) -> list[dict[str, Any]]:
+    """Rows ``rate``, ``draw`` and ``value``: the accuracy under each mask."""
+    train, test = subject.features("train"), subject.features("test")
     with _shown(f"masks, {classifier}") as progress:
-        points = random_mask_rows(
-            subject.features("train"),
-            subject.features("test"),
-            rates,
-            draws,
-            classifier,
-            among,
-            subject.seed,
-            subject.device,
-            progress,
+        if classifier == "mlp":
+            return _mlp_points(subject, rates, draws, protocol, progress)
+        return random_mask_rows(
+            train, test, rates, draws, classifier, among, subject.seed, subject.device, progress
         )
+
+
+def _mlp_points(
+    subject: Subject, rates: Sequence[float], draws: int, protocol: str, progress: Progress
+) -> list[dict[str, Any]]:
+    train, test = subject.features("train"), subject.features("test")
+    generator = torch.Generator().manual_seed(subject.seed)
+    rows = []
+    for rate in rates:
+        for draw, mask in enumerate(
+            random_masks(train.feats.shape[1], rate, draws if rate else 1, generator)
+        ):
+            result = linear_probe(
+                train,
+                test,
+                subject.data.num_classes,
+                protocol,
+                "mlp",
+                subject.seed,
+                subject.device,
+                mask.float(),
+            )
+            rows.append({"rate": float(rate), "draw": draw, "value": result.acc1_last})
+            progress(len(rows), None)
+    return rows
+
+
+def _summarised(points: Sequence[Mapping[str, Any]], classifier: str) -> list[dict[str, Any]]:
+    """A row for each mask, and for each rate what its masks come to."""
     where = {"classifier": classifier}
     rows = [
         {**where, "rate": row["rate"], "draw": row["draw"], "metric": "masked", "value": row["value"]}
         for row in points
     ]
-    unmasked = next(row["value"] for row in rows if row["rate"] == 0)
-    for rate in rates:
-        values = [row["value"] for row in rows if row["rate"] == rate]
+    unmasked = next(row["value"] for row in points if row["rate"] == 0)
+    for rate in dict.fromkeys(row["rate"] for row in points):
+        values = [row["value"] for row in points if row["rate"] == rate]
         found = {
             "mean": statistics.fmean(values),
             "std": statistics.stdev(values) if len(values) > 1 else 0.0,

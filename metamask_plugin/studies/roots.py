@@ -1,0 +1,65 @@
+"""Where the data sets of a study lie."""
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from metamask_plugin import SCRIPTS
+
+TRAIN = ("train", "train2017")
+TEST = ("val", "test", "val2017")
+GIVEN = re.compile(r"\+*data\.(train|val)_path=")
+
+
+def dataset_of(config: str, overrides: Sequence[str]) -> str | None:
+    """The data set that a pretraining config trains on: the last override's, else its own."""
+    asked = [word.partition("=")[2] for word in overrides if word.lstrip("+").startswith("data.dataset=")]
+    return asked[-1] if asked else _dataset_in(config)
+
+
+def located(root: str) -> tuple[str, str]:
+    """Overrides of the pretraining config for a data set in ``root``.
+
+    A root with subfolders ``train`` and ``val`` (or ``test``, or COCO's) has the splits in them; else it is
+    where both are, as torchvision downloads them.
+    """
+    folder = Path(root).expanduser()
+    train, test = (
+        next((str(folder / name) for name in names if (folder / name).is_dir()), None)
+        for names in (TRAIN, TEST)
+    )
+    if train is None or test is None:
+        train = test = str(folder) if root.startswith("~") else root
+    return f"data.train_path={_quoted(train)}", f"data.val_path={_quoted(test)}"
+
+
+def paths_in(overrides: Sequence[str]) -> list[str]:
+    """Those of the overrides that give a split's folder."""
+    return [word for word in overrides if GIVEN.match(word)]
+
+
+def remedy(missing: Sequence[str], there: Sequence[str]) -> str:
+    """What to add to the command for data sets that are not where the roots say.
+
+    Args:
+        missing: their names.
+        there: names of the study's other data sets.
+    """
+    keys = " ".join(f"roots.{name}=<folder>" for name in missing)
+    return f"give {keys}" + (f", or take datasets=[{','.join(there)}]" if there else ", or take size=digits")
+
+
+def _quoted(path: str) -> str:
+    """As Hydra's grammar wants it."""
+    if re.fullmatch(r"[\w./-]+", path):
+        return path
+    return "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+@functools.cache
+def _dataset_in(config: str) -> str | None:
+    file = SCRIPTS / "pretrain" / f"{config}.yaml"
+    return OmegaConf.select(OmegaConf.load(file), "data.dataset") if file.is_file() else None
