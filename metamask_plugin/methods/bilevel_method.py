@@ -36,10 +36,10 @@ class BilevelMethod(TaskMethod):
     The regular step is ``training_step``'s loss under automatic optimisation, so that precision,
     clipping, accumulation and schedules work as everywhere. ``meta.schedule`` says where the meta step is:
 
-    - ``iteration``: right after the optimiser's, on the same batch, as in both papers;
+    - ``iteration``: right after the optimiser's, on the same batch: MetaMask's Algorithm 1;
     - ``shared``: right before the regular step of the same batch, with which it shares the forward pass
       through the encoder: still a meta step and a regular step in turn;
-    - ``epoch``: for all batches after the epoch's last.
+    - ``epoch``: for all batches after the epoch's last: ICL-MSR's Algorithm 1.
 
     Several processes solve one problem, that of their joint batch (:mod:`metamask_plugin.bilevel.processes`).
 

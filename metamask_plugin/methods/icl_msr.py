@@ -53,7 +53,7 @@ class ICLMSR(BilevelMethod):
 
         L_to = L_ct + lamb * L_msr(A)
 
-    Meta step over f_msr, on the same batch right after the optimiser's step (Eqs. 7, 8):
+    Meta step over f_msr, for all batches after the epoch's last regular step (Eqs. 7, 8):
 
         L_ct(f', f_ph') + gamma * L_uni(A)   through the trial weights   f' = f - l grad L_to
 

@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "follow_schedule": False,
     "update_statistics": False,
 }
-"""``method_kwargs.meta`` as both papers have it; each method's preset adds its ``optimizer``."""
+"""Of ``method_kwargs.meta``; each method's preset adds its ``optimizer``, ICL-MSR's also its ``schedule``."""
 
 
 def build_estimator(name: str, kwargs: dict[str, Any]) -> Estimator:
