@@ -1,9 +1,9 @@
-# make quickstart | test | slow | faults | check | audit | matrix | format | bench | upstream | clean
+# make quickstart | test | slow | faults | check | audit | matrix | format | settings | bench | upstream | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart setup test slow faults check audit matrix format bench upstream clean
+.PHONY: quickstart setup test slow faults check audit matrix format settings bench upstream clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python main_pretrain.py --config-name metamask_barlow
@@ -37,6 +37,10 @@ matrix: $(VENV)/installed-dev
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# rewrites docs/settings.md from tools/settings.yaml and the configs
+settings: $(VENV)/installed
+	$(BIN)/python tools/settings_page.py
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run_all.py
