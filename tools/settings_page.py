@@ -1,7 +1,6 @@
 """Writes docs/settings.md: what the papers say of each setting, and what the configs and studies compose.
 
-    python tools/settings_page.py            # rewrites the page
-    python tools/settings_page.py --check    # says whether it is as it would be written
+    python tools/settings_page.py [--check]    # or only says whether the page is as it would be written
 
 The papers' statements are in tools/settings.yaml, our values are read from the composed configs.
 """
@@ -35,9 +34,18 @@ from metamask_plugin.tasks import TASKS
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "tools" / "settings.yaml"
 PAGE = ROOT / "docs" / "settings.md"
-HEADER = ("§", "the paper", "for", "key", "paper", "here", "why")
+
 COUNTED = {"data.num_classes": 10, "data.num_large_crops": 2, "data.num_small_crops": 0}
 """No settings: a training counts them in its data and views, and a method wants them there."""
+
+SHORT = {
+    "^(pretrain|study)/": "",
+    "^linear/": "probe ",
+    "/(metamask_barlow|icl_msr_simclr)$": "",
+    r"^(metamask|icl_msr)_table(?=\d)": "Table ",
+    r"^(metamask|icl_msr)_fig(?=\d)": "Fig. ",
+}
+"""What of a name the page leaves out."""
 
 Node = Mapping[str, Any]
 
@@ -45,27 +53,24 @@ Node = Mapping[str, Any]
 @cache
 def names() -> list[str]:
     """Of every shipped pretraining config, probe and study: ``pretrain/cifar/metamask_barlow``."""
-    probes = sorted(
-        path.relative_to(SCRIPTS).with_suffix("") for path in (SCRIPTS / "linear").rglob("*.yaml")
-    )
-    studies = sorted(path.stem for path in (SCRIPTS / "study").glob("*.yaml") if path.stem != "base")
-    pretraining = [f"pretrain/{name}" for name in shipped_configs()]
-    return [*pretraining, *(path.as_posix() for path in probes), *(f"study/{name}" for name in studies)]
+    others = [*(SCRIPTS / "linear").rglob("*.yaml"), *(SCRIPTS / "study").glob("*.yaml")]
+    found = sorted(path.relative_to(SCRIPTS).with_suffix("").as_posix() for path in others)
+    return [*(f"pretrain/{name}" for name in shipped_configs()), *(n for n in found if n != "study/base")]
 
 
-def groups() -> list[dict[str, Any]]:
-    """Of statements, as in the source; what a group has in common stands in each of its statements."""
-    found = OmegaConf.to_container(OmegaConf.load(SOURCE))
-    for group in found:
-        for statement in group["statements"]:
-            statement["own"] = {key: statement.get(key) for key in ("of", "where", "with")}
-            statement["where"] = {**group.get("where", {}), **statement.get("where", {})}
-            for key in ("of", "with"):
-                statement.setdefault(key, group.get(key))
-    return found
+def source() -> tuple[str, list[dict[str, Any]]]:
+    """The introduction and the groups; statements take over what their group says, ``own`` is as written."""
+    written = OmegaConf.to_container(OmegaConf.load(SOURCE))
+    for group in written["groups"]:
+        where, common = group.get("where", {}), {"of": group["of"], "with": group.get("with", ())}
+        group["statements"] = [
+            {**common, **own, "where": where | own.get("where", {}), "own": own}
+            for own in group["statements"]
+        ]
+    return written["introduction"], written["groups"]
 
 
-def matching(patterns: list[str]) -> list[str]:
+def matching(patterns: Sequence[str]) -> list[str]:
     """The names that a statement is about."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names()):
@@ -77,7 +82,7 @@ def values(statement: Node) -> dict[str, list[Any]]:
     """The different values of a statement's key, by name of the config or study."""
     found: dict[str, list[Any]] = {}
     for name in matching(statement["of"]):
-        for node in _nodes(name, tuple(statement["with"] or ()), statement["where"]):
+        for node in _nodes(name, tuple(statement["with"]), statement["where"]):
             value = _evaluated(node, statement["key"], name)
             if value not in found.setdefault(name, []):
                 found[name].append(value)
@@ -95,33 +100,46 @@ def agrees(found: Any, value: Any) -> bool:
 
 def _nodes(name: str, overrides: tuple[str, ...], where: Node) -> Iterator[Node]:
     root, _, config = name.partition("/")
-    if root == "study":
-        study = _study(config)
-        for trial in _trials(study, where):
-            yield {**_composed_trial(config, trial.index), **_measured(study)}
-    else:
+    if root != "study":
         yield _composed(root, config, overrides)
+        return
+    study = _study(config)
+    factors = {
+        name: [*dict.fromkeys(trial.factors[name] for trial in study.trials)] for name in study.factors
+    }
+    measures = {name: _defaults(MEASURES[name]) | dict(given) for name, given in study.measures.items()}
+    protocol = next((given["protocol"] for given in measures.values() if given.get("protocol")), None)
+    measured = {
+        "factors": factors,
+        "measures": measures,
+        "probe": asdict(PROTOCOLS[protocol]) if protocol else {},
+        "reference": sorted({row["metric"] for row in study.paper}),
+        "votes_of_5": vote_temperature(5, measures.get("accuracy", {}).get("temperature")),
+    }
+    for trial in _trials(study, where):
+        yield {**_composed_trial(config, trial.index), **measured}
+
+
+def _trials(study: Study, where: Node) -> list[Trial]:
+    """Those of the levels asked for that differ from the first of them in one factor at most."""
+
+    def asked(trial: Trial) -> bool:
+        levels = (
+            (str(trial.factors[name]), wanted) for name, wanted in where.items() if name in trial.factors
+        )
+        return all(any(fnmatchcase(level, str(pattern)) for pattern in wanted) for level, wanted in levels)
+
+    found = [trial for trial in study.trials if trial.seed == study.seeds[0] and asked(trial)]
+    if not found:
+        raise UserError(f"where must match a trial of {study.name}, got {where}")
+    first = found[0].factors
+    return [trial for trial in found if sum(trial.factors[name] != first[name] for name in first) <= 1]
 
 
 @cache
 def _study(name: str) -> Study:
     with initialize_config_dir(str((SCRIPTS / "study").resolve()), version_base="1.2"):
         return study_of(compose(name))
-
-
-def _trials(study: Study, where: Node) -> list[Trial]:
-    """Those of the levels asked for that differ from the first of them in one factor at most."""
-    found = []
-    for trial in study.trials:
-        asked = [(trial.factors[name], patterns) for name, patterns in where.items() if name in trial.factors]
-        if trial.seed == study.seeds[0] and all(
-            any(fnmatchcase(str(level), str(pattern)) for pattern in patterns) for level, patterns in asked
-        ):
-            found.append(trial)
-    if not found:
-        raise UserError(f"where must match a trial of {study.name}, got {where}")
-    first = found[0].factors
-    return [trial for trial in found if sum(trial.factors[name] != first[name] for name in first) <= 1]
 
 
 @cache
@@ -133,10 +151,10 @@ def _composed_trial(study: str, index: int) -> Node:
 def _composed(root: str, config: str, overrides: tuple[str, ...]) -> Node:
     with initialize_config_dir(str((SCRIPTS / root).resolve()), version_base="1.2"):
         cfg = compose(config, list(overrides))
-    if root == "linear":
-        protocol = PROTOCOLS.get(cfg.get("protocol"))  # of another one the optimizer block is the protocol
-        return {**OmegaConf.to_container(cfg), "probe": asdict(protocol) if protocol else {}}
-    return _completed(cfg)
+    if root == "pretrain":
+        return _completed(cfg)
+    protocol = PROTOCOLS.get(cfg.protocol)  # of another one the optimizer block is the protocol
+    return {**OmegaConf.to_container(cfg), "probe": asdict(protocol) if protocol else {}}
 
 
 def _completed(cfg: DictConfig) -> Node:
@@ -147,23 +165,9 @@ def _completed(cfg: DictConfig) -> Node:
             OmegaConf.update(cfg, key, value, force_add=True)
     node = OmegaConf.to_container(METHODS[cfg.method].add_and_assert_specific_cfg(cfg), resolve=True)
     kwargs = node["method_kwargs"]
-    kwargs["task_kwargs"] = _defaults(TASKS[kwargs["task"]]) | kwargs["task_kwargs"]
+    if kwargs.get("task") in TASKS:
+        kwargs["task_kwargs"] = _defaults(TASKS[kwargs["task"]]) | kwargs["task_kwargs"]
     return node
-
-
-def _measured(study: Study) -> Node:
-    """What a study says beside its pretraining; settings.yaml lists the keys."""
-    measures = {name: _defaults(MEASURES[name]) | dict(given) for name, given in study.measures.items()}
-    protocols = [options["protocol"] for options in measures.values() if options.get("protocol")]
-    return {
-        "measures": measures,
-        "probe": asdict(PROTOCOLS[protocols[0]]) if protocols else {},
-        "factors": {
-            name: list(dict.fromkeys(trial.factors[name] for trial in study.trials)) for name in study.factors
-        },
-        "votes_of_5": vote_temperature(5, measures.get("accuracy", {}).get("temperature")),
-        "reference": sorted({row["metric"] for row in study.paper}),
-    }
 
 
 def _defaults(function: Any) -> dict[str, Any]:
@@ -173,15 +177,13 @@ def _defaults(function: Any) -> dict[str, Any]:
 
 
 def _evaluated(node: Node, key: str, name: str) -> Any:
-    """A key's value; ``a.{b,c}`` is a list, ``a.b * a.c / 256`` a number."""
-    several = re.fullmatch(r"(.*)\{(.*)\}(.*)", key)
-    if several:
-        before, parts, after = several.groups()
-        return [_evaluated(node, before + part.strip() + after, name) for part in parts.split(",")]
+    """A key's value; ``a.{b, c}`` is a list, ``a.b * a.c / 256`` a number."""
+    if several := re.fullmatch(r"(.*)\{(.*)\}", key):
+        return [_evaluated(node, several[1] + part, name) for part in several[2].split(", ")]
     first, *rest = re.split(r" ([*/]) ", key)
     value = _read(node, first, name)
     for operator, operand in zip(rest[::2], rest[1::2]):
-        by = float(operand) if operand[0].isdigit() else _read(node, operand, name)
+        by = float(operand) if operand.isdigit() else _read(node, operand, name)
         value = value * by if operator == "*" else value / by
     return value
 
@@ -197,51 +199,34 @@ def _read(node: Any, key: str, name: str) -> Any:
 
 def page() -> str:
     """The page's text."""
-    found = groups()
-    statements = [statement for group in found for statement in group["statements"]]
-    different = sum("deviation" in statement for statement in statements)
-    lines = [
-        "# Settings: the papers and the configs",
-        "",
-        "<!-- Written by tools/settings_page.py from tools/settings.yaml and the configs: make settings -->",
-        "",
-        f"{len(statements)} settings of the pretraining configs, the probes and the studies at `size=paper`: "
-        "what the paper or its release says, the key, the paper's value, and the composed one. "
-        f"**Bold**: ours differs ({different} times), and the last column says why. "
-        "A dash: the paper gives none, and the last column says what was chosen. "
-        "A key in braces is a list. Where ours stands alone it is so in all that the table or row is for. "
-        "[method.md](method.md) has what the papers leave open in their equations.",
-    ]
-    for group in found:
-        lines += [
-            "",
-            f"## {group['title']}",
-            "",
-            f"{group['about']} In: {_labels(matching(group['of']))}.",
-            "",
-        ]
-        lines += ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-        lines += [_row(statement) for statement in group["statements"]]
-    return "\n".join(lines) + "\n"
+    introduction, groups = source()
+    deviations = ["deviation" in statement for group in groups for statement in group["statements"]]
+    lines = [introduction.format(len(deviations), sum(deviations))]
+    for group in groups:
+        lines += [f"## {group['title']}", "", f"{group['about']} For: {_labels(group['of'])}.", ""]
+        lines += ["| § | the paper | for | key | paper | here | why |", "|---|---|---|---|---|---|---|"]
+        lines += [*map(_row, group["statements"]), ""]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _row(statement: Node) -> str:
-    sentence, own = statement["sentence"], statement["own"]
-    named = [] if own["of"] is None else [_labels(matching(own["of"]))]
-    named += [f"`{override}`" for override in own["with"] or ()]
-    named += [f"{factor}: {', '.join(map(str, levels))}" for factor, levels in (own["where"] or {}).items()]
-    here = _here(values(statement)) if "key" in statement else statement["here"]
-    reasons = [statement[kind] for kind in ("deviation", "chosen", "note") if kind in statement]
+    own, key = statement["own"], statement.get("key")
+    narrower = [_labels(own["of"])] if "of" in own else []
+    narrower += [f"`{override}`" for override in own.get("with", ())]
+    narrower += [
+        f"{factor}: {', '.join(map(str, levels))}" for factor, levels in own.get("where", {}).items()
+    ]
+    here = _here(values(statement)) if key else statement["here"]
     cells = (
         statement["section"],
-        "–" if sentence == "-" else f"“{sentence}”",
-        "; ".join(named),
-        f"`{statement['key']}`" if "key" in statement else "–",
+        "–" if statement["sentence"] == "-" else f"“{statement['sentence']}”",
+        "; ".join(narrower),
+        f"`{key}`" if key else "–",
         "–" if statement["value"] is None else _text(statement["value"]),
         f"**{here}**" if "deviation" in statement else here,
-        " ".join(reasons),
+        next((statement[kind] for kind in ("deviation", "chosen", "note") if kind in statement), ""),
     )
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _here(found: Mapping[str, list[Any]]) -> str:
@@ -258,33 +243,20 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(f"[{_text(item)}]" if isinstance(item, list) else _text(item) for item in value)
     if isinstance(value, bool) or value is None:
-        return str(value).lower().replace("none", "null")
+        return {True: "true", False: "false", None: "null"}[value]
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def _labels(found: list[str]) -> str:
-    """Short names: ``cifar``, ``probe cifar``, ``Table 1``."""
-    labels = []
-    for name in found:
-        root, _, config = name.partition("/")
-        folder, _, stem = config.rpartition("/")
-        label = folder if folder and stem in ("metamask_barlow", "icl_msr_simclr") else config
-        if root == "study":
-            label = re.sub(r"^(?:metamask|icl_msr)_(table|fig)(?=\d)", _titled, config)
-        labels.append(f"probe {label}" if root == "linear" else label)
-    return ", ".join(labels)
-
-
-def _titled(found: re.Match[str]) -> str:
-    return {"table": "Table ", "fig": "Fig. "}[found[1]]
+def _labels(patterns: Sequence[str]) -> str:
+    """Short names: ``cifar, probe cifar, Table 1``."""
+    found = matching(patterns)
+    for pattern, replacement in SHORT.items():
+        found = [re.sub(pattern, replacement, name) for name in found]
+    return ", ".join(found)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the page, or with ``--check`` compares it.
-
-    Raises:
-        SystemExit: where the page is another.
-    """
+    """Writes the page, or with ``--check`` fails where it is another."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
