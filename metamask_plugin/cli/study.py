@@ -1,6 +1,7 @@
 """``main_study.py``: the trials of a study, and the report over what is finished."""
 
 import contextlib
+import multiprocessing
 import shutil
 import time
 import warnings
@@ -52,6 +53,7 @@ def run_trial(cfg: DictConfig) -> None:
         cfg: the composed study config.
     """
     warnings.filterwarnings("ignore", message="This DataLoader will create")
+    _let_loaders_start_workers()
     study = _study(cfg)
     check(
         isinstance(cfg.trial, int) and 0 <= cfg.trial < len(study.trials),
@@ -68,6 +70,15 @@ def run_trial(cfg: DictConfig) -> None:
         print(f"failed: {run.trial.title}: {record['error']}", flush=True)
     else:
         print(f"finished in {sum(record['seconds'].values()):.0f} s: {run.trial.title}", flush=True)
+
+
+def _let_loaders_start_workers() -> None:
+    """Under Hydra's joblib launcher, sets the platform's way to start processes.
+
+    joblib's own, which its workers have as their default, fails where torch starts a loader's workers.
+    """
+    if multiprocessing.get_start_method() == "loky":
+        multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
 
 
 def sweep(cfg: DictConfig, launch: Launch) -> Path | None:
@@ -102,7 +113,7 @@ def sweep(cfg: DictConfig, launch: Launch) -> Path | None:
             print(f"interrupted; the same command goes on. So far: {report}")
             raise SystemExit(130) from None
         report = write_results(study, runs)
-        print(f"\nreport: {report}")
+        print(f"\n{(study.folder / 'tables.md').read_text()}\nreport: {report}")
         records = [run.record for run in runs]
         failed = [record for record in records if record is not None and record["state"] == "failed"]
         if failed:
