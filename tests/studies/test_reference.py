@@ -54,4 +54,5 @@ def test_the_claims_count_what_the_tables_have():
             if (f"{arm} + MetaMask", *place) in numbers
         }
         assert {key for key, gain in gains.items() if gain < 0} == worse
-        assert len(gains) == {"metamask_table1": 56, "metamask_table2": 20}[name]
+        # of Table 2 one, SimCLR on CIFAR-10, is the release's arm's
+        assert len(gains) == {"metamask_table1": 56, "metamask_table2": 19}[name]
