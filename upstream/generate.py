@@ -61,6 +61,9 @@ NAMES = {
 LEFT_BEHIND = {
     "metamask_plugin/methods/__init__.py": "solo/methods/__init__.py has the names instead",
     "metamask_plugin/modules/solo_encoders.py": "solo-learn has these networks",
+    "metamask_plugin/methods/supervised.py": "a baseline of our studies",
+    "tests/methods/test_supervised.py": "the same",
+    "tests/methods/test_release.py": "reads our configs",
 }
 """Files in the folders of :data:`LAYOUT` that stay here, with the tests that import them, and why."""
 
@@ -93,6 +96,13 @@ SUBSTITUTIONS = {
     "metamask_plugin/methods/task_method.py": [
         (r"^from metamask_plugin import host\n", ""),
         (r"^ *cfg\.host = host\.name.*\n", ""),
+    ],
+    # the release's stem, which solo-learn's ResNets have not
+    "metamask_plugin/methods/metamask.py": [
+        (r"^from metamask_plugin\.host import release_kwargs\n", ""),
+        (r"^from omegaconf import DictConfig, OmegaConf$", "from omegaconf import DictConfig"),
+        (r'(?s)        if kwargs\.preset == "official":.*?(?=        check\(kwargs\.alpha)', ""),
+        (r"the release's, what the rest defaults to; of\s+``official``.*?pixels;", "what the rest defaults to;"),
     ],
     # timm's models are no backbones
     "tests/methods/test_icl_msr_gradient.py": [(r'^ *\("test_\w+",.*\),\n', "")],

@@ -1,7 +1,12 @@
 """The papers' numbers: grids that mirror the printed tables."""
 
+import re
+from pathlib import Path
+
 from metamask_plugin.cli.study import shipped_studies
 from metamask_plugin.studies.reference import _shipped, reference
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def value(name, **levels):
@@ -56,3 +61,22 @@ def test_the_claims_count_what_the_tables_have():
         assert {key for key, gain in gains.items() if gain < 0} == worse
         # of Table 2 one, SimCLR on CIFAR-10, is the release's arm's
         assert len(gains) == {"metamask_table1": 56, "metamask_table2": 19}[name]
+
+
+ACCURACY = re.compile(r"(?<![\d.+-])\d\d\.\d\d(?![\d%])")
+
+
+def test_what_docs_and_headers_quote_of_the_papers_is_in_the_reference():
+    known = {f"{row['value']:.2f}" for name in _shipped() for row in reference(None, name)}
+    page = (ROOT / "docs" / "results.md").read_text()
+    against = page[page.index("## Against the papers") : page.index("## All methods on CIFAR-10")]
+    quoted = [line.split("|")[3] for line in against.splitlines() if line.startswith("| ")]
+    headers = [
+        line
+        for path in (ROOT / "scripts").rglob("*.yaml")
+        for line in path.read_text().splitlines()
+        if line.startswith("#")
+    ]
+    numbers = {number for text in [*quoted, *headers] for number in ACCURACY.findall(text)}
+    assert {"86.01", "92.34", "79.09"} <= numbers
+    assert numbers <= known, numbers - known
