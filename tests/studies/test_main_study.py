@@ -100,7 +100,7 @@ def test_a_trial_that_fails_does_not_stop_the_others_and_is_run_again(fresh_stud
         assert stopped.value.code == 2
         (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
         assert message.startswith(
-            "error: 1 of 2 trials failed, the first (2, seed 5) as: backbone.name must be"
+            "error: 1 of 2 trials failed, the first (MetaMask, 2, seed 5) as: backbone.name must be"
         )
     assert len(fresh_studies.launched) == 1
     report = fresh_studies.folder / "studies" / "metamask_fig6-smoke" / "report.html"
