@@ -102,7 +102,10 @@ SUBSTITUTIONS = {
         (r"^from metamask_plugin\.host import release_kwargs\n", ""),
         (r"^from omegaconf import DictConfig, OmegaConf$", "from omegaconf import DictConfig"),
         (r'(?s)        if kwargs\.preset == "official":.*?(?=        check\(kwargs\.alpha)', ""),
-        (r"the release's, what the rest defaults to; of\s+``official``.*?pixels;", "what the rest defaults to;"),
+        (
+            r"the release's, what the rest defaults to; of\s+``off.*?pixels;",
+            "what the rest defaults to;",
+        ),
     ],
     # timm's models are no backbones
     "tests/methods/test_icl_msr_gradient.py": [(r'^ *\("test_\w+",.*\),\n', "")],

@@ -118,11 +118,13 @@ def format_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> str:
 def evaluation_in_words(ks: Sequence[int], temperature: float | None, protocol: LinearProtocol) -> str:
     """How the numbers of a table come about, in one line.
 
-    >>> from metamask_plugin.evaluation.linear import PROTOCOLS
-    >>> evaluation_in_words([5, 20], None, PROTOCOLS["paper"])
-    'kNN: cosine, votes exp(cos / T), T = 1 (k = 5), 0.07 (k = 20). Probe: standardised features, 500 epochs.'
+    >>> print(evaluation_in_words([5, 20], None, PROTOCOLS["fast"]))
+    kNN: cosine, votes exp(cos / T), T = 1 (k = 5), 0.07 (k = 20). Probe: standardised features, 100 epochs.
     """
-    votes = ", ".join(f"{vote_temperature(k, temperature):g} (k = {k})" for k in ks)
+    by_temperature: dict[float, list[str]] = {}
+    for k in ks:
+        by_temperature.setdefault(vote_temperature(k, temperature), []).append(str(k))
+    votes = ", ".join(f"{value:g} (k = {', '.join(own)})" for value, own in by_temperature.items())
     scaled = {"standardise": "standardised features", "l2": "features of unit length"}[protocol.scaling]
     return f"kNN: cosine, votes exp(cos / T), T = {votes}. Probe: {scaled}, {protocol.epochs} epochs."
 

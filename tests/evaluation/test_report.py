@@ -10,8 +10,13 @@ from torch import nn
 
 from metamask_plugin.evaluation.features import extract_features, raw_pixels
 from metamask_plugin.evaluation.knn import knn_accuracy, masked_features
-from metamask_plugin.evaluation.linear import LinearProtocol, linear_probe
-from metamask_plugin.evaluation.report import evaluate_rows, format_table, write_summary
+from metamask_plugin.evaluation.linear import PROTOCOLS, LinearProtocol, linear_probe
+from metamask_plugin.evaluation.report import (
+    evaluate_rows,
+    evaluation_in_words,
+    format_table,
+    write_summary,
+)
 
 PROBE = LinearProtocol("adam", lr=1e-2, epochs=3, batch_size=32)
 
@@ -120,3 +125,10 @@ def test_an_interrupted_write_leaves_the_old_summary(tmp_path, monkeypatch):
         write_summary(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1}
     assert os.listdir(tmp_path) == ["summary.json"]
+
+
+def test_a_table_says_how_its_numbers_come_about():
+    said = evaluation_in_words([5, 20, 200], None, PROTOCOLS["paper"])
+    assert "T = 1 (k = 5), 0.07 (k = 20, 200)" in said and "standardised features, 500 epochs" in said
+    assert "T = 0.2 (k = 5, 20)" in evaluation_in_words([5, 20], 0.2, PROTOCOLS["paper"])
+    assert "features of unit length" in evaluation_in_words([5], None, PROTOCOLS["icl_msr"])
