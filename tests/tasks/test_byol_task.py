@@ -143,6 +143,6 @@ def test_settings():
 
 def test_config_is_the_defaults():
     kwargs = OmegaConf.to_container(OmegaConf.load(CONFIG)).pop("task_kwargs")
-    ours, default = BYOL(6, 8, 4, **kwargs), BYOL(6, 8, 4)
+    ours, default = BYOL(6, **kwargs), BYOL(6)
     assert str(ours) == str(default)
     assert (ours.base_momentum, ours.final_momentum) == (default.base_momentum, default.final_momentum)

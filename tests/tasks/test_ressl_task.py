@@ -141,7 +141,7 @@ def test_config_is_the_defaults():
     kwargs = OmegaConf.to_container(OmegaConf.load(SCRIPTS / "task/ressl.yaml")).pop("task_kwargs")
     defaults = {name: p.default for name, p in inspect.signature(ReSSL).parameters.items()}
     assert kwargs == {name: defaults[name] for name in kwargs}
-    assert ReSSL(6, 8, 4, **kwargs).projection_dim == 4
+    assert ReSSL(6, **kwargs).projection_dim == kwargs["proj_output_dim"]
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("views/ressl.yaml")), ids=lambda path: path.parts[-3])

@@ -191,4 +191,4 @@ def test_settings():
 
 def test_config_is_the_defaults():
     kwargs = OmegaConf.to_container(OmegaConf.load(CONFIG)).pop("task_kwargs")
-    assert str(SimSiam(6, 7, 8, **kwargs)) == str(SimSiam(6, 7, 8))
+    assert str(SimSiam(6, **kwargs)) == str(SimSiam(6))
