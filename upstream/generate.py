@@ -107,6 +107,7 @@ SUBSTITUTIONS = {
             "what the rest defaults to;",
         ),
     ],
+    "tests/methods/test_joint_batch.py": [(r'^    "supervised": .*\n', ""), (r", Supervised$", "")],
     # timm's models are no backbones
     "tests/methods/test_icl_msr_gradient.py": [(r'^ *\("test_\w+",.*\),\n', "")],
     "tests/methods/test_metamask_gradient.py": [(r'^ *\("test_\w+",.*\),\n', "")],

@@ -113,7 +113,8 @@ def sweep(cfg: DictConfig, launch: Launch) -> Path | None:
             print(f"interrupted; the same command goes on. So far: {report}")
             raise SystemExit(130) from None
         report = write_results(study, runs)
-        print(f"\n{(study.folder / 'tables.md').read_text()}\nreport: {report}")
+        shown = (study.folder / "tables.md").read_text()
+        print(f"\n{shown}\nreport: {report}" if shown else f"\nreport: {report}")
         records = [run.record for run in runs]
         failed = [record for record in records if record is not None and record["state"] == "failed"]
         if failed:
@@ -139,6 +140,8 @@ def _validated(cfg: DictConfig) -> Study:
     node = {key: value for key, value in plain(own).items() if key in STUDY or f"${{{key}}}" not in text}
     validate(node, STUDY)
     study = study_of(cfg)
+    for path in study.measures.get("few_labels", {}).get("subset_files") or ():
+        check(Path(path).is_file(), "measures.few_labels.subset_files", "files that are there", path)
     for name, options in study.measures.items():
         check_keywords(f"measures.{name}", options, MEASURES[choose("measures", name, MEASURES)])
     return study

@@ -12,8 +12,15 @@ from metamask_plugin.errors import UserError, check
 
 READABLE_FORMATS = ("image_folder", "dali", None)
 DATASET_KEYS = (
-    *("train_path", "val_path", "kwargs", "fraction", "download", "verify", "invalid_images"),
-    *("mean", "std"),
+    "train_path",
+    "val_path",
+    "kwargs",
+    "fraction",
+    "download",
+    "verify",
+    "invalid_images",
+    "mean",
+    "std",
 )
 # what an encoder saw of its images; an evaluation reads them whole and cuts out regions itself
 REGION_KEYS = ("region", "region_form")

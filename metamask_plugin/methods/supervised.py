@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import nn
 
+from metamask_plugin.bilevel import DistributedBatch, OneProcess
 from metamask_plugin.methods.bare import Bare
 from metamask_plugin.tasks import Projections, Task
 
@@ -20,7 +21,6 @@ class LabelTask(Task):
     """
 
     source = "labels"
-    joint_batch = False  # images do not meet in the loss: DDP's mean over processes is the joint batch's
 
     def __init__(self, features_dim: int, num_classes: int):
         super().__init__(features_dim)
@@ -28,7 +28,8 @@ class LabelTask(Task):
         self.classifier = nn.Linear(features_dim, num_classes)
 
     def observe(self, indexes: torch.Tensor, labels: torch.Tensor, number: int) -> None:
-        self._labels = labels
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._labels = (DistributedBatch() if several else OneProcess()).gather(labels)
 
     def project(self, feats: torch.Tensor) -> torch.Tensor:
         return self.classifier(feats)

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from metamask_plugin import SCRIPTS
-from metamask_plugin.errors import check
+from metamask_plugin.errors import check, choose
 
 FORM = "a grid like {columns: {metric: [knn5]}, arm: {SimCLR: [81.7]}}, or a list of them"
 
@@ -24,8 +24,10 @@ def reference(given: Any, name: str) -> list[dict[str, Any]]:
         Rows with the levels that a number is of, its ``metric`` and its ``value``.
 
     Raises:
-        UserError: for a grid whose rows have not as many numbers as it has columns.
+        UserError: for a study without numbers, or a grid whose rows have not as many as it has columns.
     """
+    if isinstance(given, str):
+        choose("paper", given, _shipped())
     grids = _shipped().get(given or name, []) if given is None or isinstance(given, str) else given
     return [row for grid in (grids if isinstance(grids, list) else [grids]) for row in _rows(grid)]
 

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -20,11 +20,11 @@ def dataset_of(config: str, overrides: Sequence[str]) -> str | None:
     return asked[-1] if asked else _dataset_in(config)
 
 
-def located(root: str) -> tuple[str, str]:
+def located(root: str) -> tuple[str, ...]:
     """Overrides of the pretraining config for a data set in ``root``.
 
     A root with subfolders ``train`` and ``val`` (or ``test``, or COCO's) has the splits in them; else it is
-    where both are, as torchvision downloads them.
+    where both are, as torchvision downloads them. COCO's annotations lie beside its splits.
     """
     folder = Path(root).expanduser()
     train, test = (
@@ -33,7 +33,23 @@ def located(root: str) -> tuple[str, str]:
     )
     if train is None or test is None:
         train = test = str(folder) if root.startswith("~") else root
-    return f"data.train_path={_quoted(train)}", f"data.val_path={_quoted(test)}"
+    paths = [f"data.train_path={_quoted(train)}", f"data.val_path={_quoted(test)}"]
+    boxes = folder / "annotations"  # COCO's
+    if boxes.is_dir():
+        for split, year in (("train", "train2017"), ("val", "val2017")):
+            paths.append(f"data.kwargs.{split}_annotations={_quoted(str(boxes / f'instances_{year}.json'))}")
+    return tuple(paths)
+
+
+def of_one_folder(roots: Mapping[str, str]) -> list[str]:
+    """Names of two data sets whose splits would be the same images; none where there are no such."""
+    first: dict[str, str] = {}
+    for name, root in roots.items():
+        place = located(root)[0]
+        if place in first and place != located(root)[1].replace("val_path", "train_path"):
+            return [first[place], name]
+        first[place] = name
+    return []
 
 
 def paths_in(overrides: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from metamask_plugin import SCRIPTS
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.studies.reference import reference
-from metamask_plugin.studies.roots import dataset_of, located, paths_in, remedy
+from metamask_plugin.studies.roots import dataset_of, located, of_one_folder, paths_in, remedy
 
 SEEDS = (5, 6, 7)
 """Of a study that names none: three, so that every number has an interval."""
@@ -242,9 +242,9 @@ def _of_datasets(trials: Sequence[Trial], node: Mapping[str, Any]) -> list[Trial
         UserError: for one that the study has not, or one folder for several.
     """
     there, asked = _datasets(trials), node.get("datasets")
+    for name in asked or ():
+        choose("datasets", name, there or node.get("roots") or {})
     if asked and there:
-        for name in asked:
-            choose("datasets", name, there)
         kept = [trial for trial in trials if trial.dataset in (None, *asked)]
         trials = [replace(trial, index=index) for index, trial in enumerate(kept)]
         there = _datasets(trials)
@@ -256,6 +256,14 @@ def _of_datasets(trials: Sequence[Trial], node: Mapping[str, Any]) -> list[Trial
         expected,
         " ".join(paths),
         remedy(there, there[:1]),
+    )
+    both = [] if paths else of_one_folder({name: node["roots"][name] for name in there})
+    check(
+        not both,
+        f"roots.{both[-1] if both else ''}",
+        f"another folder than roots.{both[0] if both else ''}, as it has images by class",
+        both and node["roots"][both[0]],
+        remedy(both[1:], both[:1]) if both else "",
     )
     return list(trials)
 
@@ -295,6 +303,7 @@ def _trials(
             ]
             dataset = None if checkpoint else dataset_of(config, [*overrides, *user])
             root = (node.get("roots") or {}).get(dataset)
+            check(root is None or isinstance(root, str), f"roots.{dataset}", "a folder", root)
             if root is not None and not paths_in(user):
                 overrides += located(root)
             trials.append(

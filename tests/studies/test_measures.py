@@ -113,8 +113,8 @@ def test_labelled_images_are_those_of_the_lists_or_drawn(subject, tmp_path):
     protocol = {"epochs": 1, "batch_size": 32}
     drawn = MEASURES["few_labels"](subject, fractions=[0.05, 0.1], **protocol)
     assert drawn.about == "5 %, 10 % of the labels: drawn class by class, seed 0"
-    with pytest.raises(UserError, match=r"subset_files must be keyed by \[0.1\], got \[0.01\]"):
-        MEASURES["few_labels"](subject, fractions=[0.1], subset_files={0.01: "x"}, **protocol)
+    with pytest.raises(UserError, match=r"subset_files must be a list of 1 files, one for each of \[0.1\]"):
+        MEASURES["few_labels"](subject, fractions=[0.1], subset_files=["x", "y"], **protocol)
 
 
 def test_labelled_images_of_a_list(run, tmp_path):
@@ -129,7 +129,7 @@ def test_labelled_images_of_a_list(run, tmp_path):
     }
     images = LabelledData({"dataset": "custom", "num_workers": 0, **paths}, 16)
     subject = Subject("mine", 0, {"last": load_pretrained(run)}, images)
-    found = MEASURES["few_labels"](subject, [0.5], epochs=1, subset_files={0.5: str(tmp_path / "list.txt")})
+    found = MEASURES["few_labels"](subject, [0.5], epochs=1, subset_files=[str(tmp_path / "list.txt")])
     assert values(found)["labelled_images"] == 3
     assert found.about == f"50 % of the labels: those in {tmp_path}/list.txt"
 

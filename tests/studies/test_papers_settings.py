@@ -110,9 +110,9 @@ def test_every_documented_command_composes(command):
 
 
 def test_documented_overrides_compose():
-    lists = "measures.few_labels.subset_files={0.01:1percent.txt,0.1:10percent.txt}"
+    lists = "measures.few_labels.subset_files=[1percent.txt,10percent.txt]"
     files = study("icl_msr_table4", lists).measures["few_labels"]["subset_files"]
-    assert files == {0.01: "1percent.txt", 0.1: "10percent.txt"}
+    assert files == ["1percent.txt", "10percent.txt"]
     widths = ["redundancy.proj_hidden_dim", "task_kwargs.proj_hidden_dim", "task_kwargs.proj_output_dim"]
     words = ["factors.dimension=[128]", "--", *(f"++method_kwargs.{width}={{dimension}}" for width in widths)]
     found = study("metamask_fig4", *with_pretraining_overrides(["main_study.py", *words])[1:])

@@ -96,9 +96,16 @@ def test_every_data_set_has_its_own_root(tmp_path):
     assert found["cifar100"] == ("/c100", "/c100")
     assert found["stl10"] == (f"{tmp_path}/stl/train", f"{tmp_path}/stl/test")
     assert found["tiny_imagenet"] == ("./datasets/tiny-imagenet-200",) * 2
+    class_folders = [f"roots.{name}={tmp_path}/stl" for name in ("stl10", "cifar10")]
+    with pytest.raises(UserError, match="roots.stl10 must be another folder than roots.cifar10"):
+        study("icl_msr_table1", "seeds=[5]", arm, *class_folders)
     quoted = "roots.coco='" + f"{tmp_path}/it's'".replace("it's", r"it\'s")
     found = paths_of(study("icl_msr_fig1", "seeds=[5]", quoted))
     assert found == {"coco": (f"{tmp_path}/it's/train2017", f"{tmp_path}/it's/val2017")}
+    (tmp_path / "it's/annotations").mkdir()
+    trial = study("icl_msr_fig1", "seeds=[5]", quoted).trials[0]
+    boxes = pretraining_config(study("icl_msr_fig1", "seeds=[5]", quoted), trial).data["kwargs"]
+    assert boxes.val_annotations == f"{tmp_path}/it's/annotations/instances_val2017.json"
     assert paths_of(study("icl_msr_fig5a", "size=digits", "seeds=[5]")) == {None: ("None", "None")}
 
 

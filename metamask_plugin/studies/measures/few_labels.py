@@ -1,6 +1,6 @@
 """Fine-tuning on a fixed share of the labels, after ICL-MSR's Table 4."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ def few_labels(
     batch_size: int | None = None,
     lr: float | None = None,
     subset_seed: int = FRACTION_SEED,
-    subset_files: Mapping[float, str] | None = None,
+    subset_files: Sequence[str] | None = None,
 ) -> Measured:
     """Rows ``finetuned``, ``finetuned_best`` (epoch), ``finetuned_top5``, by share in the column ``labels``.
 
@@ -27,12 +27,13 @@ def few_labels(
         batch_size: instead of 256; the learning rate goes with it.
         lr: instead of the protocol's, as it is used.
         subset_seed: which images are labelled: the same for all encoders and seeds.
-        subset_files: lists of file names by share, such as SimCLR's ``1percent.txt``: what is labelled where
-            there is one.
+        subset_files: lists of file names, one for each of ``fractions``, such as SimCLR's ``1percent.txt``:
+            what is labelled instead of a draw.
     """
-    files = {float(fraction): path for fraction, path in (subset_files or {}).items()}
-    unused = sorted(set(files) - {float(fraction) for fraction in fractions})
-    check(not unused, "measures.few_labels.subset_files", f"keyed by {list(fractions)}", unused)
+    several = f"a list of {len(fractions)} files, one for each of {list(fractions)}"
+    fits = subset_files is None or not isinstance(subset_files, str) and len(subset_files) == len(fractions)
+    check(fits, "measures.few_labels.subset_files", several, subset_files)
+    files = dict(zip(fractions, subset_files or ()))
 
     def rows(checkpoint: str) -> list[dict[str, Any]]:
         found = []
@@ -48,7 +49,7 @@ def few_labels(
                 seed=subject.seed,
                 device=subject.device,
                 subset_seed=subset_seed,
-                subset_file=files.get(float(fraction)),
+                subset_file=files.get(fraction),
             )
             values = {
                 "finetuned": result.acc1_last,
@@ -62,7 +63,7 @@ def few_labels(
             ]
         return found
 
-    drawn = [_percent(fraction) for fraction in fractions if float(fraction) not in files]
+    drawn = [_percent(fraction) for fraction in fractions if fraction not in files]
     about = [f"{_percent(fraction)} of the labels: those in {path}" for fraction, path in files.items()]
     if drawn:
         about.append(f"{', '.join(drawn)} of the labels: drawn class by class, seed {subset_seed}")
