@@ -9,11 +9,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from report_page import check_page
 
-from metamask_plugin.cli import study as study_command
 from metamask_plugin.cli.study import catalogue, shipped_studies, sweep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,12 +201,21 @@ def test_the_list_has_every_study_with_its_settings():
     assert "setting=metamask_table1" in text
 
 
-def _loaded_in_a_worker():
-    """Called in one of joblib's processes: a loader that starts a worker of its own."""
-    study_command._let_loaders_start_workers()
+UNDER_JOBLIB = """
+import joblib, torch
+from metamask_plugin.cli.study import _let_loaders_start_workers
+
+def loaded():
+    _let_loaders_start_workers()
     return [batch.tolist() for batch in torch.utils.data.DataLoader(torch.arange(4), 2, num_workers=1)]
+
+if __name__ == "__main__":
+    print(joblib.Parallel(n_jobs=2)([joblib.delayed(loaded)()]))
+"""
 
 
 def test_under_joblib_loaders_may_have_workers():
-    joblib = pytest.importorskip("joblib", reason="Hydra's joblib launcher is not installed")
-    assert joblib.Parallel(n_jobs=2)([joblib.delayed(_loaded_in_a_worker)()]) == [[[0, 1], [2, 3]]]
+    pytest.importorskip("joblib", reason="Hydra's joblib launcher is not installed")
+    # a process of its own: joblib's workers outlive the call
+    done = subprocess.run([sys.executable, "-c", UNDER_JOBLIB], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[[[0, 1], [2, 3]]]", done.stderr
