@@ -140,7 +140,8 @@ def _validated(cfg: DictConfig) -> Study:
     node = {key: value for key, value in plain(own).items() if key in STUDY or f"${{{key}}}" not in text}
     validate(node, STUDY)
     study = study_of(cfg)
-    for path in study.measures.get("few_labels", {}).get("subset_files") or ():
+    lists = study.measures.get("few_labels", {}).get("subset_files") or []
+    for path in [lists] if isinstance(lists, str) else lists:
         check(Path(path).is_file(), "measures.few_labels.subset_files", "files that are there", path)
     for name, options in study.measures.items():
         check_keywords(f"measures.{name}", options, MEASURES[choose("measures", name, MEASURES)])

@@ -45,10 +45,10 @@ def of_one_folder(roots: Mapping[str, str]) -> list[str]:
     """Names of two data sets whose splits would be the same images; none where there are no such."""
     first: dict[str, str] = {}
     for name, root in roots.items():
-        place = located(root)[0]
-        if place in first and place != located(root)[1].replace("val_path", "train_path"):
-            return [first[place], name]
-        first[place] = name
+        train, test = (word.partition("=")[2] for word in located(root)[:2])
+        if train != test and train in first:
+            return [first[train], name]
+        first[train] = name
     return []
 
 

@@ -60,10 +60,5 @@ def predictor_parameters(dim: int) -> int:
 
 def _head_widths(model: nn.Module) -> list[int]:
     """Output widths of the task's projection head and of MetaMask's second one."""
-    heads = [getattr(model.task, "projector", None), getattr(model, "redundancy_head", None)]
-    linear = [
-        [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
-        for head in heads
-        if head is not None
-    ]
-    return [layers[-1].out_features for layers in linear]
+    second = [model.redundancy.proj_output_dim] if hasattr(model, "redundancy_head") else []
+    return [model.task.projection_dim, *second]

@@ -63,11 +63,9 @@ def few_labels(
             ]
         return found
 
-    drawn = [_percent(fraction) for fraction in fractions if fraction not in files]
-    about = [f"{_percent(fraction)} of the labels: those in {path}" for fraction, path in files.items()]
-    if drawn:
-        about.append(f"{', '.join(drawn)} of the labels: drawn class by class, seed {subset_seed}")
-    return Measured(subject.by_checkpoint(rows), about="; ".join(about))
+    shares = ", ".join(map(_percent, fractions))
+    which = f"those in {', '.join(files.values())}" if files else f"drawn class by class, seed {subset_seed}"
+    return Measured(subject.by_checkpoint(rows), about=f"{shares} of the labels: {which}")
 
 
 def _percent(fraction: float) -> str:
