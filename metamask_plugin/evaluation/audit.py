@@ -153,6 +153,7 @@ def random_mask_rows(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    accuracies: Callable[[torch.Tensor], Sequence[float]] | None = None,
 ) -> list[dict[str, Any]]:
     """The points of MetaMask's Figs. 2, 8 and 9, on all test images.
 
@@ -161,11 +162,12 @@ def random_mask_rows(
         test: (N, D).
         rates: shares of the dimensions to drop. 0, and 1 of ``among``, have one mask only.
         draws: masks of each other rate.
-        metric: ``knn<k>`` or ``linear``.
+        metric: ``knn<k>`` or ``linear``, or the name of ``accuracies``.
         among: only these may be dropped, bool (D,) or indices; Fig. 9 takes ``below_average(weights)``.
         seed: of the masks.
         device: where to classify; by default where the features are.
         progress: called with (masks done, masks in all).
+        accuracies: another classifier: from masks, bool (R, D), to percent of each.
 
     Returns:
         Rows ``rate``, ``draw``, ``split`` (``"all"``), ``metric`` and ``value`` in percent.
@@ -176,11 +178,15 @@ def random_mask_rows(
     masks = torch.cat(
         [random_masks(dim, rate, count, generator, among) for rate, count in zip(rates, counts)]
     )
-    values = 100 * masked_correct(train, test, masks, metric, device, progress).double().mean(dim=1)
+    if accuracies is None:
+        correct = masked_correct(train, test, masks, metric, device, progress)
+        values = (100 * correct.double().mean(dim=1)).tolist()
+    else:
+        values = accuracies(masks)
     points = [(rate, draw) for rate, count in zip(rates, counts) for draw in range(count)]
     return [
         {"rate": float(rate), "draw": draw, "split": "all", "metric": metric, "value": value}
-        for (rate, draw), value in zip(points, values.tolist())
+        for (rate, draw), value in zip(points, values)
     ]
 
 

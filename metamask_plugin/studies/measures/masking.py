@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from metamask_plugin.errors import check
 from metamask_plugin.evaluation.audit import audit, random_mask_rows
-from metamask_plugin.evaluation.dimension_masks import below_average, random_masks
+from metamask_plugin.evaluation.dimension_masks import below_average
 from metamask_plugin.evaluation.features import Progress
 from metamask_plugin.evaluation.linear import linear_probe
 from metamask_plugin.evaluation.mask_figures import audit_figure
@@ -140,37 +140,29 @@ def _points(
 ) -> list[dict[str, Any]]:
     """Rows ``rate``, ``draw`` and ``value``: the accuracy under each mask."""
     train, test = subject.features("train"), subject.features("test")
+
+    def mlp(masks: torch.Tensor) -> list[float]:
+        found = []
+        for mask in masks:
+            where = (subject.seed, subject.device, mask.float())
+            result = linear_probe(train, test, subject.data.num_classes, protocol, "mlp", *where)
+            found.append(result.acc1_last)
+            progress(len(found), len(masks))
+        return found
+
     with _shown(f"masks, {classifier}") as progress:
-        if classifier == "mlp":
-            return _mlp_points(subject, rates, draws, protocol, progress)
         return random_mask_rows(
-            train, test, rates, draws, classifier, among, subject.seed, subject.device, progress
+            train,
+            test,
+            rates,
+            draws,
+            classifier,
+            among,
+            subject.seed,
+            subject.device,
+            progress,
+            mlp if classifier == "mlp" else None,
         )
-
-
-def _mlp_points(
-    subject: Subject, rates: Sequence[float], draws: int, protocol: str, progress: Progress
-) -> list[dict[str, Any]]:
-    train, test = subject.features("train"), subject.features("test")
-    generator = torch.Generator().manual_seed(subject.seed)
-    rows = []
-    for rate in rates:
-        for draw, mask in enumerate(
-            random_masks(train.feats.shape[1], rate, draws if rate else 1, generator)
-        ):
-            result = linear_probe(
-                train,
-                test,
-                subject.data.num_classes,
-                protocol,
-                "mlp",
-                subject.seed,
-                subject.device,
-                mask.float(),
-            )
-            rows.append({"rate": float(rate), "draw": draw, "value": result.acc1_last})
-            progress(len(rows), None)
-    return rows
 
 
 def _summarised(points: Sequence[Mapping[str, Any]], classifier: str) -> list[dict[str, Any]]:
