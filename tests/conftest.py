@@ -79,3 +79,5 @@ def _counted(request, record_property):
         marker = request.node.get_closest_marker(name)
         if marker is not None:
             record_property(name, marker.args[0])
+            if "source" in marker.kwargs:
+                record_property("source", marker.kwargs["source"])

@@ -4,7 +4,8 @@
     python tools/fault_table.py faults.xml [more.xml ...]
 
 A test, or each of its cases, injects one fault; it is survived where the test passes, lost where it does not.
-Of a test that stands in several files the last one counts.
+Of a test that stands in several files the last one counts. A fault known from a public report names it:
+``@pytest.mark.fault("data", source="pytorch/vision#2831")``.
 """
 
 import sys
@@ -30,7 +31,7 @@ def tests_of(junit: Path) -> dict[tuple[str, str], tuple[dict[str, str], str]]:
 
 
 def table(tests: list[tuple[dict[str, str], str]]) -> str:
-    """Faults by area, inputs tried, and loads held; as Markdown."""
+    """Faults by area, inputs tried, public reports tried, and loads held; as Markdown."""
     counts, inputs = Counter(), Counter()
     for recorded, state in tests:
         area = recorded.get("fault")
@@ -52,6 +53,14 @@ def table(tests: list[tuple[dict[str, str], str]]) -> str:
         lines.append(
             f"| {area} | {passed + failed} | {passed} | {failed} | {skipped} | {tried:,} | {shown} |"
         )
+    reports: dict[tuple[str, str], Counter[str]] = {}
+    for recorded, state in tests:
+        if "source" in recorded:
+            reports.setdefault((recorded["fault"], recorded["source"]), Counter())[state] += 1
+    lines += ["", "| area | public reports | tried | survived |", "|---|---|---|---|"]
+    for (area, source), states in sorted(reports.items()):
+        tried = states["passed"] + states["failed"]
+        lines.append(f"| {area} | {source} | {tried} | {states['passed']} |")
     loads = {recorded["load"]: state for recorded, state in tests if "load" in recorded}
     lines += ["", "| load | outcome |", "|---|---|"]
     lines += [f"| {what} | {state} |" for what, state in loads.items()]
