@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from metamask_plugin.errors import UserError, printable
+from metamask_plugin.retry import TRANSIENT
 
 RESUMES = "the same command goes on with what is saved"
 REMEDIES = {
@@ -16,6 +17,7 @@ REMEDIES = {
     errno.EROFS: "the file system cannot be written: set another checkpoint.dir, or mount it for writing",
     errno.EACCES: "permission is missing: change the permissions, or name another folder",
     errno.EPERM: "permission is missing: change the permissions, or name another folder",
+    **dict.fromkeys(TRANSIENT, f"the file system does not answer: look after it, and {RESUMES}"),
 }
 """Faults of the machine that the user can mend, and how."""
 

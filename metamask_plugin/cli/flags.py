@@ -6,6 +6,7 @@ import re
 from typing import NoReturn
 
 from metamask_plugin.cli.errors import fail
+from metamask_plugin.cli.paths import expanded
 from metamask_plugin.errors import nearest
 
 
@@ -22,6 +23,15 @@ class FlagParser(argparse.ArgumentParser):
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """Expands ``~`` and ``$HOME`` in what was given."""
+        found = super().parse_args(args, namespace)
+        for flag, value in vars(found).items():
+            several = isinstance(value, list)
+            values = [expanded(entry, f"--{flag}") for entry in (value if several else [value])]
+            setattr(found, flag, values if several else values[0])
+        return found
 
     def error(self, message: str) -> NoReturn:
         """What argparse found, without its usage: ``--help`` has that."""

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.free_form import check_data_kwargs
+from metamask_plugin.cli.paths import expand_paths
 from metamask_plugin.cli.schema_linear import LINEAR
 from metamask_plugin.cli.validate import blocks_of, plain, validate, without_empty_blocks
 from metamask_plugin.data.augmentations import parse_augmentations
@@ -174,6 +175,7 @@ def _finetune(cfg: DictConfig) -> FineTuneResult:
 def _complete(cfg: DictConfig) -> None:
     """Checks keys and values, fills in defaults, in place, and refuses what is not there."""
     OmegaConf.set_struct(cfg, False)
+    expand_paths(cfg)
     without_empty_blocks(cfg, blocks_of(LINEAR))
     node = plain(cfg)
     if node.get("pretrained_feature_extractor") == "":

@@ -127,6 +127,7 @@ BLOCKS: dict[str, Setting] = {
     "checkpoint.every_n_steps": whole("steps between checkpoints within an epoch", 1, null=True),
     "checkpoint.keep_prev": flag("solo-learn's", null=True, unused=True),
     "auto_resume.enabled": flag("the same command goes on with its run", null=True),
+    "auto_resume.extend": flag("goes on from a run that was to be shorter", null=True),
     "auto_resume.max_hours": number("solo-learn's", 0, null=True, unused=True),
     "numbers.nonfinite": word("what a loss or gradient that is not finite does", ("stop", "skip"), null=True),
     "numbers.max_skipped": whole("steps in a row that may be skipped", 0, null=True),

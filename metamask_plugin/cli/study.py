@@ -18,6 +18,7 @@ from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.config import complete
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.free_form import check_keywords
+from metamask_plugin.cli.paths import expand_paths
 from metamask_plugin.cli.pretrain import pretrain
 from metamask_plugin.cli.schema_study import STUDY
 from metamask_plugin.cli.validate import plain, validate
@@ -65,7 +66,7 @@ def run_trial(cfg: DictConfig) -> None:
     print(f"\n[{cfg.trial + 1} of {len(study.trials)}] {run.trial.title}", flush=True)
     silence = log_file(run.record_path.with_suffix(".log")) if cfg.quiet else contextlib.nullcontext()
     with silence:
-        record = run.run(Pretraining(lambda pretraining: pretrain(complete(pretraining)), _build))
+        record = run.run(Pretraining(lambda pretraining: pretrain(complete(pretraining), wait=True), _build))
     if record["state"] == "failed":
         print(f"failed: {run.trial.title}: {record['error']}", flush=True)
     else:
@@ -135,6 +136,7 @@ def _validated(cfg: DictConfig) -> Study:
 
     A key of the study's own, which others refer to (``${small_arms}``), is no mistake.
     """
+    expand_paths(cfg)
     own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
     text = OmegaConf.to_yaml(own, resolve=False)
     node = {key: value for key, value in plain(own).items() if key in STUDY or f"${{{key}}}" not in text}

@@ -171,7 +171,11 @@ class MetaUpdate:
             OmegaConf.to_container(cfg.optimizer.kwargs),
         )
         if self._state is not None:
+            (group,) = self.optimizer.param_groups
+            wanted = {key: value for key, value in group.items() if key != "params"}
             self.optimizer.load_state_dict(self._state)
+            if not cfg.follow_schedule:  # the checkpoint has settings of its own; the config's apply
+                self.optimizer.param_groups[0] |= wanted
 
     @staticmethod
     def _step_is_lr(main: torch.optim.Optimizer) -> bool:

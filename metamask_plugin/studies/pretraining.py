@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from metamask_plugin import SCRIPTS
 from metamask_plugin.errors import UserError
 from metamask_plugin.studies.spec import Study, Trial
-from metamask_plugin.training.run_folder import NOT_THE_EXPERIMENT
+from metamask_plugin.training.experiment import NOT_THE_EXPERIMENT
 
 
 def pretraining_config(study: Study, trial: Trial) -> DictConfig:
@@ -31,7 +31,7 @@ def pretraining_config(study: Study, trial: Trial) -> DictConfig:
     OmegaConf.set_struct(cfg, False)
     cfg.checkpoint.dir = str(Path(study.config["runs_dir"]))
     OmegaConf.update(cfg, "evaluation.final_report", False, force_add=True)
-    cfg.auto_resume.enabled = True
+    cfg.auto_resume = {"enabled": True, "extend": False}  # trials of other lengths are compared
     return cfg
 
 

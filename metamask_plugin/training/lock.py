@@ -76,6 +76,23 @@ def locked(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
             os.close(handle)
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the folder's lock."""
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(folder / NAME, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return error.errno == errno.EWOULDBLOCK
+    finally:
+        os.close(handle)
+
+
 def _acquired(handle: int, folder: Path, what: str, wait: bool) -> bool:
     """Whether the lock is held now; False where the file system has no locks."""
     said = False
