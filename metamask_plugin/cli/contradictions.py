@@ -66,8 +66,9 @@ def _machine(cfg: DictConfig) -> None:
             f"precision={precision!r} must be one of {', '.join(PRECISIONS)}"
             + (f"; did you mean {hint!r}?" if hint else "")
         )
-    if on_cpu(cfg) and str(precision) in ("16", "16-mixed"):
-        check(False, "precision", "another than 16-mixed on the CPU", precision,
+    if on_cpu(cfg) and str(precision) in ("16", "16-mixed", "16-true"):
+        # Lightning has no 16-mixed there; 16-true has no gradient scaler and is NaN after a step
+        check(False, "precision", "another than 16-mixed and 16-true on the CPU", precision,
               "set precision=32-true or bf16-mixed")  # fmt: skip
     deterministic = cfg.get("deterministic")
     check(

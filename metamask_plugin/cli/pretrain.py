@@ -175,6 +175,7 @@ def _completed(
             folder.finish(trainer.current_epoch, trainer.global_step, seconds)
         if evaluation is not None:
             device = trainer.strategy.root_device
+            model = model.float()  # as an evaluator loads it, whatever the precision of the training
             final_report(cfg, folder, data, initial, model, callbacks["history"], seconds, device)
     return folder
 
