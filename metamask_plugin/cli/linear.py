@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from metamask_plugin import SCRIPTS
+from metamask_plugin.cli.devices import device_type
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.free_form import check_data_kwargs
 from metamask_plugin.cli.paths import expand_paths
@@ -86,7 +87,7 @@ def _run(cfg: DictConfig) -> LinearResult | FineTuneResult:
     if cfg.finetune:
         return _finetune(cfg)
     protocol_name, protocol = _protocol(cfg)
-    device = _device(cfg.accelerator)
+    device = torch.device(device_type(cfg.accelerator))
     pretrained = _pretrained(cfg)
     if cfg.masked:
         method = pretrained.args.get("method", "its method")
@@ -125,7 +126,7 @@ def _run(cfg: DictConfig) -> LinearResult | FineTuneResult:
 def _finetune(cfg: DictConfig) -> FineTuneResult:
     for key, expected in (("masked", False), ("head", "linear")):
         check(cfg[key] == expected, key, f"{expected} with finetune=True", cfg[key])
-    device = _device(cfg.accelerator)
+    device = torch.device(device_type(cfg.accelerator))
     pretrained = _pretrained(cfg)
     node, view = _data_node(cfg, pretrained)
     # the few labels are chosen here, from all images, where their seed is free and a list of them is known
@@ -258,14 +259,6 @@ def _optimizer_block(cfg: DictConfig) -> dict[str, Any]:
         "lr_end": cfg.scheduler.min_lr,
         "lr_decay_steps": tuple(cfg.scheduler.lr_decay_steps),
     }
-
-
-def _device(accelerator: str) -> torch.device:
-    choose("accelerator", accelerator, ("auto", "cpu", "cuda", "gpu"))
-    if accelerator in ("gpu", "cuda"):
-        found = torch.cuda.is_available()
-        check(found, "accelerator", "auto or cpu where no GPU is found", accelerator, "set accelerator=cpu")
-    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _pretrained(cfg: DictConfig) -> Pretrained:
