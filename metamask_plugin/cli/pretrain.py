@@ -131,7 +131,7 @@ def prepared(cfg: DictConfig) -> tuple[PretrainDataModule, pl.LightningModule, d
     experiment = experiment_of(
         model.cfg,
         devices=device_count(cfg),
-        device="cpu" if on_cpu(cfg) else "cuda",
+        device=device_type(cfg.accelerator),
         pipeline=datamodule.pipeline,
         images_fingerprint=datamodule.full.fingerprint(),
     )
