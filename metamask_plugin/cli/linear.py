@@ -95,7 +95,7 @@ def _run(cfg: DictConfig) -> LinearResult | FineTuneResult:
     node, view = _data_node(cfg, pretrained)
     listed = node.get("subset_file")
     check(listed is None, "data.subset_file", "left out without finetune=True", listed)
-    data = _data(node, view)
+    data = _data(pretrained, node, view)
     print(
         f"{pretrained.path}: {cfg.head} head, protocol {protocol_name}, {protocol.epochs} epochs, "
         f"{data.sizes['train']} training and {data.sizes['test']} test images",
@@ -135,7 +135,7 @@ def _finetune(cfg: DictConfig) -> FineTuneResult:
         "subset_seed": node.pop("subset_seed", FRACTION_SEED),
         "subset_file": node.pop("subset_file", None),
     }
-    data = _data(node, view)
+    data = _data(pretrained, node, view)
     images, of = len(labelled_subset(data.images("train"), **choice)), data.sizes["train"]
     share = images / of if choice["subset_file"] else choice["fraction"]
     protocol_name, protocol = _finetune_protocol(cfg, share)
@@ -289,7 +289,7 @@ def _data_node(cfg: DictConfig, pretrained: Pretrained) -> tuple[dict[str, Any],
     return merged_data(pretrained.args, given), view
 
 
-def _data(node: dict[str, Any], view: dict[str, Any]) -> LabelledData:
+def _data(pretrained: Pretrained, node: dict[str, Any], view: dict[str, Any]) -> LabelledData:
     crop_size = view.get("crop_size")
     check(
         isinstance(crop_size, int) and crop_size >= 1,
@@ -297,6 +297,7 @@ def _data(node: dict[str, Any], view: dict[str, Any]) -> LabelledData:
         "an integer >= 1",
         crop_size,
     )
+    pretrained.check_side(crop_size, "data.augmentations.crop_size")
     return LabelledData(node, crop_size, view.get("mean"), view.get("std"))
 
 

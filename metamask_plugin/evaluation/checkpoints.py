@@ -365,10 +365,14 @@ def _filled(
         remedy = f"the checkpoint's own encoder is {own_name!r}: set backbone.name={own_name}"
     elif own_name is not None:
         remedy = (
-            "it has the right name, so set backbone.kwargs and data.augmentations.crop_size as in training"
+            "it has the right name, so set backbone.kwargs and data.augmentations.crop_size as in training "
+            "(main_knn.py: --backbone_kwargs, --crop_size)"
         )
     else:
-        remedy = "set backbone.name and backbone.kwargs as in the training that wrote it"
+        remedy = (
+            "set backbone.name and backbone.kwargs as in the training that wrote it (main_knn.py: "
+            "--backbone, --backbone_kwargs stem=cifar)"
+        )
     raise UserError(f"checkpoint {path} does not fit backbone.name={name!r}: {mismatch}; {remedy}")
 
 
