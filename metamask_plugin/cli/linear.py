@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from metamask_plugin import SCRIPTS
+from metamask_plugin.cli.devices import device_type
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.free_form import check_data_kwargs
 from metamask_plugin.cli.paths import expand_paths
@@ -86,7 +87,7 @@ def _run(cfg: DictConfig) -> LinearResult | FineTuneResult:
     if cfg.finetune:
         return _finetune(cfg)
     protocol_name, protocol = _protocol(cfg)
-    device = _device(cfg.accelerator)
+    device = torch.device(device_type(cfg.accelerator))
     pretrained = _pretrained(cfg)
     if cfg.masked:
         method = pretrained.args.get("method", "its method")
@@ -94,7 +95,7 @@ def _run(cfg: DictConfig) -> LinearResult | FineTuneResult:
     node, view = _data_node(cfg, pretrained)
     listed = node.get("subset_file")
     check(listed is None, "data.subset_file", "left out without finetune=True", listed)
-    data = _data(node, view)
+    data = _data(pretrained, node, view)
     print(
         f"{pretrained.path}: {cfg.head} head, protocol {protocol_name}, {protocol.epochs} epochs, "
         f"{data.sizes['train']} training and {data.sizes['test']} test images",
@@ -125,7 +126,7 @@ def _run(cfg: DictConfig) -> LinearResult | FineTuneResult:
 def _finetune(cfg: DictConfig) -> FineTuneResult:
     for key, expected in (("masked", False), ("head", "linear")):
         check(cfg[key] == expected, key, f"{expected} with finetune=True", cfg[key])
-    device = _device(cfg.accelerator)
+    device = torch.device(device_type(cfg.accelerator))
     pretrained = _pretrained(cfg)
     node, view = _data_node(cfg, pretrained)
     # the few labels are chosen here, from all images, where their seed is free and a list of them is known
@@ -134,7 +135,7 @@ def _finetune(cfg: DictConfig) -> FineTuneResult:
         "subset_seed": node.pop("subset_seed", FRACTION_SEED),
         "subset_file": node.pop("subset_file", None),
     }
-    data = _data(node, view)
+    data = _data(pretrained, node, view)
     images, of = len(labelled_subset(data.images("train"), **choice)), data.sizes["train"]
     share = images / of if choice["subset_file"] else choice["fraction"]
     protocol_name, protocol = _finetune_protocol(cfg, share)
@@ -260,14 +261,6 @@ def _optimizer_block(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def _device(accelerator: str) -> torch.device:
-    choose("accelerator", accelerator, ("auto", "cpu", "cuda", "gpu"))
-    if accelerator in ("gpu", "cuda"):
-        found = torch.cuda.is_available()
-        check(found, "accelerator", "auto or cpu where no GPU is found", accelerator, "set accelerator=cpu")
-    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def _pretrained(cfg: DictConfig) -> Pretrained:
     path = cfg.get("pretrained_feature_extractor")
     # solo-learn's YAMLs write None, which YAML reads as a word
@@ -296,7 +289,7 @@ def _data_node(cfg: DictConfig, pretrained: Pretrained) -> tuple[dict[str, Any],
     return merged_data(pretrained.args, given), view
 
 
-def _data(node: dict[str, Any], view: dict[str, Any]) -> LabelledData:
+def _data(pretrained: Pretrained, node: dict[str, Any], view: dict[str, Any]) -> LabelledData:
     crop_size = view.get("crop_size")
     check(
         isinstance(crop_size, int) and crop_size >= 1,
@@ -304,6 +297,7 @@ def _data(node: dict[str, Any], view: dict[str, Any]) -> LabelledData:
         "an integer >= 1",
         crop_size,
     )
+    pretrained.check_side(crop_size, "data.augmentations.crop_size")
     return LabelledData(node, crop_size, view.get("mean"), view.get("std"))
 
 

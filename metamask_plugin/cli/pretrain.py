@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from metamask_plugin import SCRIPTS
-from metamask_plugin.cli.config import complete, device_count, on_cpu, with_own_task_settings
+from metamask_plugin.cli.config import complete, device_count, with_own_task_settings
+from metamask_plugin.cli.devices import device_title, device_type
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.output import surviving_output
 from metamask_plugin.data import PretrainDataModule, load_dataset
@@ -130,7 +131,7 @@ def prepared(cfg: DictConfig) -> tuple[PretrainDataModule, pl.LightningModule, d
     experiment = experiment_of(
         model.cfg,
         devices=device_count(cfg),
-        device="cpu" if on_cpu(cfg) else "cuda",
+        device=device_type(cfg.accelerator),
         pipeline=datamodule.pipeline,
         images_fingerprint=datamodule.full.fingerprint(),
     )
@@ -175,6 +176,7 @@ def _completed(
             folder.finish(trainer.current_epoch, trainer.global_step, seconds)
         if evaluation is not None:
             device = trainer.strategy.root_device
+            model = model.float()  # as an evaluator loads it, whatever the precision of the training
             final_report(cfg, folder, data, initial, model, callbacks["history"], seconds, device)
     return folder
 
@@ -232,11 +234,12 @@ def _callbacks(
 
 def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: dict[str, pl.Callback]) -> pl.Trainer:
     kwargs = {key: cfg[key] for key in TRAINER_KEYS if cfg.get(key) is not None}
+    kwargs["accelerator"] = device_type(cfg.accelerator)  # Lightning's auto and gpu may be another one
     if device_count(cfg) * cfg.num_nodes > 1:
         kwargs["strategy"] = with_timeout(cfg.strategy, OmegaConf.select(cfg, "process_timeout"))
     if OmegaConf.is_list(cfg.devices):
         kwargs["devices"] = list(cfg.devices)
-    if on_cpu(cfg):  # configs written for one GPU name it; the CPU only has a count
+    if kwargs["accelerator"] != "cuda":  # configs written for one GPU name it; others only have a count
         kwargs["devices"] = device_count(cfg)
     try:
         return pl.Trainer(
@@ -293,10 +296,9 @@ def _wandb_id(folder: RunFolder) -> str:
 
 def _announce(cfg: DictConfig, folder: RunFolder, model: nn.Module, checkpoint: Path | None) -> None:
     parameters = sum(p.numel() for p in model.parameters())
-    device = "CPU" if on_cpu(cfg) else f"{device_count(cfg)} x {torch.cuda.get_device_name()}"
     print(
         f"{cfg.method} on {cfg.data.dataset}: {cfg.backbone.name}, {parameters / 1e6:.2f} M parameters, "
-        f"{cfg.max_epochs} epochs of batch {cfg.optimizer.batch_size}, {device}\n"
+        f"{cfg.max_epochs} epochs of batch {cfg.optimizer.batch_size}, {device_title(cfg)}\n"
         f"{'resuming ' + str(checkpoint) if checkpoint else 'run folder'} {folder.path}",
         flush=True,
     )

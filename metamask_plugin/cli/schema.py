@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from lightning.pytorch import Trainer
 
+from metamask_plugin.cli.devices import ACCELERATORS
 from metamask_plugin.cli.settings import (
     MOST_WHOLE,
     Setting,
@@ -32,7 +33,6 @@ from metamask_plugin.methods.task_method import MATMUL_PRECISIONS
 from metamask_plugin.modules.compiled import MODES
 
 LARGEST_SEED = 2**32 - 1
-ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 COMPILE = tuple(mode for mode in MODES if mode not in ("True", "False"))
 
 FOLDER_NAME = Setting("name of the run's folder, without its digest", "folder name", null=True)
@@ -45,7 +45,9 @@ RUN: dict[str, Setting] = {
     "max_epochs": whole("passes over the training images", 1, null=True),
     "max_steps": whole("optimiser steps after which training ends", 1, also=(-1,), null=True),
     "resume_from_checkpoint": path("a last.ckpt to go on from", null=True),
-    "accelerator": word("auto takes a GPU if there is one", ACCELERATORS, null=True),
+    "accelerator": word(
+        "auto: CUDA if there is a device, else the CPU; mps is untested", ACCELERATORS, null=True
+    ),
     "devices": Setting('a number ("1"), a list ([0, 1]) or auto'),
     "num_nodes": whole("machines", 1, 10_000, null=True),
     "strategy": text("Lightning's: auto, ddp ...", null=True),

@@ -159,7 +159,10 @@ class PretrainDataModule(LightningDataModule):
             batch = self._resident.batch(batch.indexes)
         if not isinstance(batch, RawBatch):
             return batch
-        return [batch.indexes, self.views(batch.images), batch.targets]
+        views = self.views(batch.images)
+        if self.trainer:  # it converts a batch before this hook, where there are no views yet
+            views = self.trainer.precision_plugin.convert_input(views)
+        return [batch.indexes, views, batch.targets]
 
     def teardown(self, stage: str | None = None) -> None:
         """After a training: the evaluation may need the device's memory."""

@@ -14,6 +14,7 @@ from metamask_plugin.data.coco import coco_splits
 from metamask_plugin.data.confounded_digits import confounded_digits
 from metamask_plugin.data.digits import digits
 from metamask_plugin.data.fingerprint import fingerprint
+from metamask_plugin.data.memory import check_generated
 from metamask_plugin.data.regions import region_of
 from metamask_plugin.data.splits import FolderImages, ImageSplit, MemoryImages, stratified_subset
 from metamask_plugin.data.tiny_imagenet import tiny_imagenet_splits
@@ -129,6 +130,7 @@ def _generated(build: Callable[..., Splits], node: Mapping[str, Any]) -> Splits:
     options = dict(node.get("kwargs") or {})
     for option in options:
         choose(f"data.kwargs key of {build.__name__}", option, inspect.signature(build).parameters)
+    check_generated(options)
     return build(**options)
 
 
