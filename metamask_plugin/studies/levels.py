@@ -52,12 +52,12 @@ def levels_of(node: Node, size: Node) -> dict[str, list[Level]]:
         UserError: for what is no level, a level of the user's that changes nothing, and an override behind
             ``--`` that makes all labels of a factor wrong.
     """
-    shipped = _shipped(node)
+    factors_shipped = shipped(node, "factors")
     factors, labels = {}, {}
     for name, given in node["factors"].items():
         reduced = (size.get("factors") or {}).get(name)
-        known = _known(shipped.get(name), reduced)
-        factors[name] = _levels(name, given, size, node, shipped.get(name, given), known)
+        known = _known(factors_shipped.get(name), reduced)
+        factors[name] = _levels(name, given, size, node, factors_shipped.get(name, given), known)
         labels[name] = [str(label) for label in known]
     common = [*(node.get("settings") or ()), *(size.get("settings") or ())]
     user = node.get("overrides") or ()
@@ -66,17 +66,17 @@ def levels_of(node: Node, size: Node) -> dict[str, list[Level]]:
     return factors
 
 
-def _levels(name: str, given: Any, size: Node, node: Node, shipped: Any, known: Node) -> list[Level]:
+def _levels(name: str, given: Any, size: Node, node: Node, own: Any, known: Node) -> list[Level]:
     check(name not in RESERVED, "factors", f"named other than {', '.join(RESERVED)}", name)
     if name == "encoder" and node.get("checkpoint"):
         paths = node["checkpoint"] if isinstance(node["checkpoint"], list) else [node["checkpoint"]]
         return [Level(_short(path), checkpoint=path) for path in paths]
-    users = given != shipped
+    users = given != own
     if not users:
         given = (size.get("factors") or {}).get(name, given)
     expected = "a list of levels like {label: mine, overrides: ['key=value']}"
     check(isinstance(given, list) and len(given) > 0, f"factors.{name}", expected, given)
-    most = size.get("levels") or len(given)
+    most = len(given) if users else size.get("levels") or len(given)
     levels = []
     for entry in [*given[:most], *given[most:][-1:]]:
         if not isinstance(entry, Mapping):
@@ -163,19 +163,24 @@ def _key(override: Any) -> str:
     return str(override).lstrip("+~").partition("=")[0].partition("@")[0]
 
 
-def _shipped(node: Node) -> Node:
-    """The factors as the study's own file has them, or what it shares with others."""
+def shipped(node: Node, key: str) -> Node:
+    """A block as the study's own file has it, or what it shares with others: before the user's changes.
+
+    Args:
+        node: the resolved study config.
+        key: the block, e.g. ``factors``.
+    """
     path = SCRIPTS / "study" / f"{node['name']}.yaml"
     if not path.exists():
         return {}
     own = OmegaConf.load(path)
     shared = [str(entry).split("@")[0] for entry in own.get("defaults", ()) if "@_global_" in str(entry)]
     files = [*(OmegaConf.load(path.parent / f"{name}.yaml") for name in shared), own]
-    factors = [file.factors for file in files if "factors" in file]
+    blocks = [file[key] for file in files if key in file]
     # their interpolations are of the study's other keys
-    return OmegaConf.to_container(
-        OmegaConf.create({**node, "factors": OmegaConf.merge(*factors)}), resolve=True
-    )["factors"]
+    return OmegaConf.to_container(OmegaConf.create({**node, key: OmegaConf.merge(*blocks)}), resolve=True)[
+        key
+    ]
 
 
 def _short(path: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin.errors import UserError, check, choose
-from metamask_plugin.studies.levels import Level, levels_of
+from metamask_plugin.studies.levels import Level, levels_of, shipped
 from metamask_plugin.studies.reference import reference
 from metamask_plugin.studies.roots import dataset_of, located, of_one_folder, paths_in, remedy
 
@@ -130,10 +130,7 @@ def study_of(cfg: DictConfig) -> Study:
         "a list of different integers like [5,6,7]",
         seeds,
     )
-    measures = {
-        name: {**(options or {}), **((size.get("measures") or {}).get(name) or {})}
-        for name, options in node["measures"].items()
-    }
+    measures = _measures(node, size)
     values = {name: {level.value for level in levels} for name, levels in factors.items()}
     baseline = node.get("baseline") or {}
     paper = []
@@ -162,6 +159,17 @@ def study_of(cfg: DictConfig) -> Study:
         data=node.get("data") or {},
         config=node,
     )
+
+
+def _measures(node: Mapping[str, Any], size: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Options by measure: the user's, else those of this size, else the study's own."""
+    own = shipped(node, "measures")
+    measures = {}
+    for name, given in node["measures"].items():
+        options, before = given or {}, own.get(name) or {}
+        users = {key: value for key, value in options.items() if own and value != before.get(key)}
+        measures[name] = {**options, **((size.get("measures") or {}).get(name) or {}), **users}
+    return measures
 
 
 def _filled(override: str, values: Mapping[str, Any]) -> str:

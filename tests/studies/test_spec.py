@@ -86,6 +86,17 @@ def test_a_label_of_other_data_is_none_of_a_size_that_has_its_own():
 
 
 @pytest.mark.fault("studies")
+def test_the_users_options_of_a_measure_and_all_levels_win_over_those_of_a_size():
+    assert study("metamask_fig6", "size=smoke").measures["accuracy"]["protocol"] == "fast"
+    found = study(
+        "metamask_fig6", "size=smoke", "measures.accuracy.protocol=solo", "+measures.accuracy.ks=[3]"
+    )
+    assert found.measures["accuracy"] == {"protocol": "solo", "ks": [3]}
+    levels = study("metamask_fig6", "size=smoke", "seeds=[5]", "factors.alpha=[1,2,3,4]").trials
+    assert [trial.factors["alpha"] for trial in levels] == [1, 2, 3, 4]
+
+
+@pytest.mark.fault("studies")
 def test_an_override_of_what_every_level_sets_is_refused():
     with pytest.raises(
         UserError, match=r"every level of alpha sets, got 'method_kwargs.alpha=7'; .*factors.alpha"
@@ -199,6 +210,9 @@ def test_a_checkpoint_that_was_written_anew_is_another_trial(tmp_path, spec):
     found = study("metamask_fig2", f"checkpoint=['{spec.format(file)}']")
     before = digest(found, found.trials[0], None)
     os.utime(file, ns=(1, 1))
+    assert digest(found, found.trials[0], None) == before, "a date is no content"
+    file.write_bytes(b"2")
+    os.utime(file, ns=(1, 1))
     assert digest(found, found.trials[0], None) != before
 
 
@@ -224,7 +238,7 @@ def test_what_cannot_be_is_one_line(overrides, message):
 
 def test_an_override_that_does_not_compose_is_one_line():
     found = study("metamask_fig6", "overrides=['backbone.nam=x']")
-    with pytest.raises(UserError, match="backbone.nam=x seed=5 must compose, got") as error:
+    with pytest.raises(UserError, match="backbone.nam=x must compose, got") as error:
         pretraining_config(found, found.trials[0])
     assert "\n" not in str(error.value)
 
