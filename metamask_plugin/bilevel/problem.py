@@ -77,6 +77,14 @@ class BilevelProblem:
     encoded: EncoderPass | None = None
     processes: Processes = field(default_factory=OneProcess)
 
+    def __post_init__(self) -> None:
+        # a tensor would be taken for the tuple of its rows, and its gradient be one number a row
+        if not isinstance(self.weights, tuple) or not all(torch.is_tensor(w) for w in self.weights):
+            kind = type(self.weights).__name__
+            raise ValueError(
+                f"BilevelProblem: weights must be a tuple of tensors, got a {kind}; write weights=(mask,)"
+            )
+
     @property
     def first_order_encode(self) -> Callable[[Params], torch.Tensor]:
         """``encode_once`` where there is one."""

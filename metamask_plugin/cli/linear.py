@@ -1,6 +1,10 @@
 """``main_linear.py``: a probe on a frozen encoder, or fine-tuning it, with solo-learn's config keys."""
 
+import hashlib
+import io
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,9 @@ from metamask_plugin.data.augmentations import parse_augmentations
 from metamask_plugin.data.registry import FRACTION_SEED
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.checkpoints import Pretrained, find_checkpoint, load_pretrained, read_args
+from metamask_plugin.evaluation.checksums import content_digest
 from metamask_plugin.evaluation.features import Features, extract_features
+from metamask_plugin.evaluation.files import replacing
 from metamask_plugin.evaluation.finetune import (
     ALL,
     BATCH_SIZE,
@@ -63,10 +69,11 @@ ELSEWHERE = ("mixup", "cutmix", "label_smoothing", "auto_augment")
 def run(cfg: DictConfig) -> LinearResult | FineTuneResult:
     """Trains the probe, prints its accuracies, writes ``args.json``, ``summary.json`` and ``head.pt``.
 
-    They lie in ``<checkpoint.dir>/linear/<name>``; another run of that name replaces them. With
-    ``finetune=True`` the encoder is trained, too, on ``data.fraction`` of the labels; the folder is
-    ``<checkpoint.dir>/finetune/<name>`` then, and the network is in ``finetuned.pt``. Bad input ends it with
-    one line and exit code 2.
+    They lie in ``<checkpoint.dir>/linear/<name>-<digest>``, where the digest is of the encoder's weights, the
+    data and the protocol: the same command replaces its own files, and no other does. With ``finetune=True``
+    the encoder is trained, too, on ``data.fraction`` of the labels; the folder is
+    ``<checkpoint.dir>/finetune/<name>-<digest>`` then, and the network is in ``finetuned.pt``. Bad input ends
+    it with one line and exit code 2.
 
     Args:
         cfg: the composed config.
@@ -115,11 +122,10 @@ def _run(cfg: DictConfig) -> LinearResult | FineTuneResult:
     }
     print(format_table([row]))
     if cfg.checkpoint.enabled:
-        folder = Path(cfg.checkpoint.dir) / "linear" / cfg.name
+        folder = _folder("linear", cfg, pretrained, [node, view, vars(protocol)])
         settings = {"best_epoch": result.best_epoch, "protocol_settings": vars(protocol)}
+        _save(folder / "head.pt", {"state_dict": result.state_dict, "head": cfg.head})
         _write(folder, cfg, pretrained, {**row, **settings})
-        torch.save({"state_dict": result.state_dict, "head": cfg.head}, folder / "head.pt")
-        print(f"written to {folder}")
     return result
 
 
@@ -165,11 +171,10 @@ def _finetune(cfg: DictConfig) -> FineTuneResult:
     }
     print(format_table([row]))
     if cfg.checkpoint.enabled:
-        folder = Path(cfg.checkpoint.dir) / "finetune" / cfg.name
+        folder = _folder("finetune", cfg, pretrained, [node, view, choice, vars(protocol)])
         settings = {"best_epoch": result.best_epoch, "steps": result.steps, "curve": result.curve}
+        _save(folder / "finetuned.pt", {"state_dict": result.state_dict})
         _write(folder, cfg, pretrained, {**row, **choice, **settings, "protocol_settings": vars(protocol)})
-        torch.save({"state_dict": result.state_dict}, folder / "finetuned.pt")
-        print(f"written to {folder}")
     return result
 
 
@@ -307,6 +312,21 @@ def _extract(pretrained: Pretrained, data: LabelledData, split: str, device: tor
         return extract_features(pretrained.backbone, loader, device, lambda done, total: bar.update())
 
 
+def _folder(kind: str, cfg: DictConfig, pretrained: Pretrained, settings: Sequence[Any]) -> Path:
+    """A folder for each encoder and protocol: what decides the numbers is in its digest."""
+    decisive = [content_digest(pretrained.path), cfg.head, cfg.masked, cfg.seed, *settings]
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return Path(cfg.checkpoint.dir) / kind / f"{cfg.name}-{digest}"
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    """Writes what ``torch.save`` makes whole or not at all; in memory first, as torch hides a full disk."""
+    made = io.BytesIO()
+    torch.save(content, made)
+    with replacing(path) as file:
+        file.write(made.getbuffer())
+
+
 def _write(folder: Path, cfg: DictConfig, pretrained: Pretrained, results: dict[str, Any]) -> None:
     write_summary(folder / "args.json", OmegaConf.to_container(cfg, resolve=True))
     summary = {
@@ -316,3 +336,4 @@ def _write(folder: Path, cfg: DictConfig, pretrained: Pretrained, results: dict[
         "seed": cfg.seed,
     }
     write_summary(folder / "summary.json", summary)
+    print(f"written to {folder}")

@@ -1,6 +1,10 @@
 """Every key of a study's config. One entry a key; factors, tables and figures have a grammar of their own."""
 
-from metamask_plugin.cli.settings import Setting, block, flag, number, path, sequence, text, whole
+from metamask_plugin.cli.settings import Setting, block, flag, number, path, sequence, text, whole, word
+from metamask_plugin.data.regions import FORMS
+from metamask_plugin.evaluation.audit import REMOVALS
+from metamask_plugin.evaluation.linear import HEADS, PROTOCOLS
+from metamask_plugin.evaluation.regions import FIT_ON
 
 STUDY: dict[str, Setting] = {
     "name": Setting("of its folder", "folder name"),
@@ -35,3 +39,53 @@ STUDY: dict[str, Setting] = {
     "small_arms": Setting("levels that other keys refer to"),
     "smoke_arms": Setting("levels that other keys refer to"),
 }
+
+KNN_OR_LINEAR = text("of the features", matches=r"knn[1-9]\d*|linear", expected="knn<k> or linear")
+ANY_CLASSIFIER = text("of the features", matches=r"knn[1-9]\d*|linear|mlp", expected="knn<k>, linear or mlp")
+RATES = sequence("shares of the dimensions to drop", number("a share", 0, 1))
+DRAWS = whole("masks of each rate", 1)
+PROTOCOL = word("of the probe", PROTOCOLS)
+
+MEASURE_OPTIONS: dict[str, dict[str, Setting]] = {
+    "accuracy": {
+        "ks": sequence("numbers of neighbours", whole("a number of neighbours", 1), expected="a list of k"),
+        "temperature": number("of the votes", above=0),
+        "protocol": PROTOCOL,
+        "head": word("of the probe", HEADS),
+    },
+    "confounder_audit": {
+        "classifier": KNN_OR_LINEAR,
+        "rates": RATES,
+        "draws": DRAWS,
+        "banzhaf_masks": whole("random sets of dimensions", 3),
+        "removal": word("the order of the removal", REMOVALS),
+    },
+    "cost": {},
+    "few_labels": {
+        "fractions": sequence("shares of the labels", number("a share", above=0, most=1)),
+        "epochs": whole("instead of the protocol's", 1),
+        "batch_size": whole("instead of the protocol's", 1),
+        "lr": number("instead of the protocol's", above=0),
+        "subset_seed": whole("of the draw", 0, 2**32 - 1),
+    },
+    "learned_mask": {
+        "rates": RATES,
+        "draws": DRAWS,
+        "classifier": ANY_CLASSIFIER,
+        "protocol": PROTOCOL,
+    },
+    "random_masking": {
+        "rates": RATES,
+        "draws": DRAWS,
+        "classifiers": sequence("of the features", ANY_CLASSIFIER),
+        "protocol": PROTOCOL,
+    },
+    "regions": {
+        "fit_on": word("what the classifier learns from", FIT_ON),
+        "k": whole("neighbours", 1),
+        "protocol": PROTOCOL,
+        "form": word("how a foreground is shown", FORMS),
+    },
+    "similarity": {},
+}
+"""Options of the measures, by measure; whether null is accepted is in their signatures."""

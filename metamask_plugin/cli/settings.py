@@ -1,6 +1,7 @@
 """What the value of a config key may be: the vocabulary of the tables in ``schema*.py``."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ class Setting:
         also: values that are accepted besides.
         null: whether null is accepted.
         of: what the entries of a ``list`` are.
+        matches: a regular expression for all of a ``text``; ``expected`` says it in words.
         expected: completes "must be ...", in place of what the rest of the setting says.
         unused: whether the key is solo-learn's alone: accepted, and without effect here.
     """
@@ -45,6 +47,7 @@ class Setting:
     also: tuple = ()
     null: bool = False
     of: "Setting | None" = None
+    matches: str = ""
     expected: str = ""
     unused: bool = False
 
@@ -193,6 +196,9 @@ def _word(name: str, value: Any, setting: Setting) -> None:
 
 def _text(name: str, value: Any, setting: Setting) -> None:
     check(isinstance(value, str), name, _with_others(setting.expected or "text", setting), value)
+    check(
+        not setting.matches or re.fullmatch(setting.matches, value) is not None, name, setting.expected, value
+    )
     check(len(value) <= MOST_CHARACTERS, name, f"at most {MOST_CHARACTERS} characters long", value)
     check(value.isprintable() or all(c.isprintable() or c in "\t\n" for c in value), name,
           "text without control characters", value)  # fmt: skip

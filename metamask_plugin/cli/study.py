@@ -5,32 +5,48 @@ import multiprocessing
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.config import complete
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.free_form import check_keywords
+from metamask_plugin.cli.hydra_errors import told
 from metamask_plugin.cli.paths import expand_paths
 from metamask_plugin.cli.pretrain import pretrain
-from metamask_plugin.cli.schema_study import STUDY
+from metamask_plugin.cli.rehearse_study import rehearse_trials
+from metamask_plugin.cli.schema_study import MEASURE_OPTIONS, STUDY
 from metamask_plugin.cli.validate import plain, validate
 from metamask_plugin.data import load_dataset
 from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.evaluation.files import remove_unfinished
 from metamask_plugin.methods import METHODS
-from metamask_plugin.studies.equal_time import calibrated, calibration, is_measured, write_calibration
+from metamask_plugin.studies.equal_time import (
+    calibrated,
+    calibration,
+    is_calibrated,
+    is_measured,
+    write_calibration,
+)
 from metamask_plugin.studies.measures import MEASURES
+from metamask_plugin.studies.pretraining import check_different
 from metamask_plugin.studies.results import write_results
-from metamask_plugin.studies.roots import remedy
 from metamask_plugin.studies.spec import Study, study_of
 from metamask_plugin.studies.trial import Pretraining, TrialRun, log_file
+from metamask_plugin.training.lock import locked
+
+ALIKE = 3
+"""Trials that fail alike from the beginning before the study stops."""
 
 Launch = Callable[[list[list[str]], int], Sequence[Any]]
 """Runs a job for each list of overrides of the study's config, numbered from the second argument on."""
@@ -85,7 +101,7 @@ def _let_loaders_start_workers() -> None:
 def sweep(cfg: DictConfig, launch: Launch) -> Path | None:
     """Launches the trials that are not finished, then writes results and report.
 
-    The report is also written when it is interrupted; the same command goes on with what is left.
+    The report is also written when something ends the study early; the same command goes on.
 
     Args:
         cfg: the composed study config.
@@ -97,33 +113,73 @@ def sweep(cfg: DictConfig, launch: Launch) -> Path | None:
     with one_line_errors():
         check(len(cfg) > 1, "--config-name", f"one of {', '.join(shipped_studies())}", None)
         study = _validated(cfg)
-        first = 0
-        if is_measured(study) and not (study.folder / "calibration.json").exists() and not cfg.report_only:
-            print(f"{study.title}: what an epoch of each costs")
-            runs = _runs(calibration(study))
+        runs = _runs(calibrated(study))
+        check_different((run.trial, run.cfg) for run in runs)
+        if cfg.report_only:
+            print(f"{study.title} ({study.size}), {study.source}\n{_progress(runs)}")
+            return _reported(calibrated(study), runs)
+        rehearse_trials(runs, configs="submitit" not in _launcher(cfg))
+        with locked(study.folder, "the study's folder"):
+            for folder in (study.folder, study.folder / "trials"):
+                remove_unfinished(folder)
+            return _swept(study, cfg, launch)
+
+
+def _swept(study: Study, cfg: DictConfig, launch: Launch) -> Path:
+    first = 0
+    if is_measured(study) and not is_calibrated(study):
+        print(f"{study.title}: what an epoch of each costs")
+        runs = _runs(calibration(study))
+        with _said_when_ended():
             _run_missing(runs, launch, 0, cfg, ["calibrating=True"])
-            write_calibration(study, [run.record for run in runs])
-            first = len(runs)
-        study = calibrated(study)
-        print(f"{study.title} ({study.size}), {study.source}")
-        runs = _runs(study)
-        try:
-            _run_missing(runs, launch, first, cfg)
-        except (KeyboardInterrupt, SystemExit):
-            report = write_results(study, runs)
-            print(f"interrupted; the same command goes on. So far: {report}")
+        write_calibration(study, [run.record for run in runs])
+        first = len(runs)
+    study = calibrated(study)
+    print(f"{study.title} ({study.size}), {study.source}")
+    runs = _runs(study)
+    with _said_when_ended(lambda: write_results(study, runs)):
+        _run_missing(runs, launch, first, cfg)
+    return _reported(study, runs)
+
+
+@contextlib.contextmanager
+def _said_when_ended(report: Callable[[], Path] | None = None) -> Iterator[None]:
+    """Around the trials: whatever ends them early, there is a report over what is finished."""
+    try:
+        yield
+    except BaseException as error:
+        what = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "stopped"
+        so_far = ""
+        with contextlib.suppress(Exception):  # what ended the study must be said, whatever the report says
+            so_far = "" if report is None else f". So far: {report()}"
+        print(f"{what}; the same command goes on{so_far}", flush=True)
+        if isinstance(error, KeyboardInterrupt):
             raise SystemExit(130) from None
-        report = write_results(study, runs)
-        shown = (study.folder / "tables.md").read_text()
-        print(f"\n{shown}\nreport: {report}" if shown else f"\nreport: {report}")
-        records = [run.record for run in runs]
-        failed = [record for record in records if record is not None and record["state"] == "failed"]
-        if failed:
+        if isinstance(error, BrokenExecutor):
             raise UserError(
-                f"{len(failed)} of {len(study.trials)} trials failed, the first ({failed[0]['title']}) as: "
-                f"{failed[0]['error']}"
-            )
-        return report
+                f"a process of hydra/launcher must live as long as its trial, got: {error}; free memory or "
+                "lower hydra.launcher.n_jobs"
+            ) from None
+        raise
+
+
+def _reported(study: Study, runs: Sequence[TrialRun]) -> Path:
+    """Writes the report and prints its tables.
+
+    Raises:
+        UserError: a trial has failed.
+    """
+    report = write_results(study, runs)
+    shown = (study.folder / "tables.md").read_text()
+    print(f"\n{shown}\nreport: {report}" if shown else f"\nreport: {report}")
+    records = [run.record for run in runs]
+    failed = [record for record in records if record is not None and record["state"] == "failed"]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(study.trials)} trials failed, the first ({failed[0]['title']}) as: "
+            f"{failed[0]['error']}"
+        )
+    return report
 
 
 def _study(cfg: DictConfig) -> Study:
@@ -146,58 +202,66 @@ def _validated(cfg: DictConfig) -> Study:
     for path in [lists] if isinstance(lists, str) else lists:
         check(Path(path).is_file(), "measures.few_labels.subset_files", "files that are there", path)
     for name, options in study.measures.items():
-        check_keywords(f"measures.{name}", options, MEASURES[choose("measures", name, MEASURES)])
+        measure = MEASURES[choose("measures", name, MEASURES)]
+        check_keywords(f"measures.{name}", options, measure, MEASURE_OPTIONS[name], aside=("subject",))
     return study
 
 
 def _runs(study: Study) -> list[TrialRun]:
-    """All trials, with their pretraining configs composed."""
-    return [TrialRun(study, trial) for trial in study.trials]
+    """All trials, with their pretraining configs composed.
+
+    Raises:
+        UserError: for an override that their config does not take, as ``main_pretrain.py`` says it.
+    """
+    runs = []
+    for trial in study.trials:
+        try:
+            runs.append(TrialRun(study, trial))
+        except UserError as error:
+            if not isinstance(error.__cause__, HydraException | OmegaConfBaseException):
+                raise
+            line = str(told(error.__cause__, "pretrain"))
+            for word in trial.overrides:  # the remedy, ready to be pasted
+                line = line.replace(f"++{word.partition('=')[0]}=...", f"-- ++{word}")
+            raise UserError(f"{trial.title}: {line}") from error
+    return runs
+
+
+def _progress(runs: Sequence[TrialRun]) -> str:
+    return f"{sum(run.finished for run in runs)} of {len(runs)} trials are finished"
 
 
 def _run_missing(
     runs: Sequence[TrialRun], launch: Launch, first: int, cfg: DictConfig, overrides: Sequence[str] = ()
 ) -> None:
-    """Launches what is not finished."""
-    missing = [] if cfg.report_only else [run.trial.index for run in runs if not run.finished]
-    print(
-        f"{len(runs) - len(missing)} of {len(runs)} trials are finished, {len(missing)} to make", flush=True
-    )
-    _require_data([run for run in runs if run.trial.index in missing])
-    jobs = [[*overrides, f"trial={index}"] for index in missing]
-    # with a time limit one after the other, as a launcher takes all it is given
-    together = 1 if cfg.minutes is not None else max(1, len(jobs))
-    started = time.monotonic()
-    for start in range(0, len(jobs), together):
-        if cfg.minutes is not None and time.monotonic() - started > 60 * cfg.minutes:
-            left = len(jobs) - start
-            print(f"{cfg.minutes} minutes are over; {left} trials are left, the same command goes on")
-            break
-        for job in launch(jobs[start : start + together], first + start):
-            _ = job.return_value  # raises what the job raised
-
-
-def _require_data(runs: Sequence[TrialRun]) -> None:
-    """Looks at each data set once, before the first trial.
+    """Launches what is not finished.
 
     Raises:
-        UserError: with all that are missing.
+        UserError: the first trials all failed by the same error.
     """
-    first: dict[str, TrialRun] = {}
-    for run in runs:
-        if run.trial.dataset is not None:
-            first.setdefault(run.trial.dataset, run)
-    faults = {}
-    for name, run in first.items():
-        try:
-            load_dataset(run.cfg.data)
-        except UserError as error:
-            faults[name] = (run.cfg.data.train_path, error)
-    if faults:
-        where = ", ".join(f"{name} in {path}" for name, (path, _) in faults.items())
-        reason = next(iter(faults.values()))[1]
-        there = [name for name in first if name not in faults]
-        raise UserError(f"data must be there, missing: {where} ({reason}); {remedy(list(faults), there)}")
+    missing = [run for run in runs if not run.finished]
+    print(f"{_progress(runs)}, {len(missing)} to make", flush=True)
+    # a launcher takes all that it is given: one after the other, the study can stop in between
+    together = 1 if cfg.minutes is not None or "BasicLauncher" in _launcher(cfg) else max(1, len(missing))
+    started = time.monotonic()
+    errors = []
+    for start in range(0, len(missing), together):
+        if cfg.minutes is not None and time.monotonic() - started > 60 * cfg.minutes:
+            left = len(missing) - start
+            print(f"{cfg.minutes} minutes are over; {left} trials are left, the same command goes on")
+            break
+        some = missing[start : start + together]
+        jobs = [[*overrides, f"trial={run.trial.index}"] for run in some]
+        for job in launch(jobs, first + start):
+            _ = job.return_value  # raises what the job raised
+        errors += [(run.record or {}).get("error") for run in some]
+        if len(errors) == ALIKE < len(missing) and None not in errors and len(set(errors)) == 1:
+            raise UserError(f"the study stops, as its first {ALIKE} trials failed alike: {errors[0]}")
+
+
+def _launcher(cfg: DictConfig) -> str:
+    """The launcher's class; Hydra's own runs one job after the other, in this process."""
+    return OmegaConf.select(cfg, "hydra.launcher._target_", default=None) or "BasicLauncher"
 
 
 def _build(cfg: DictConfig) -> nn.Module:

@@ -88,9 +88,7 @@ def audit(
         UserError: for features that do not fit, or a setting out of range.
     """
     dim = train.feats.shape[1]
-    choose("removal", removal, REMOVALS)
-    check(dim >= 2, "features", "of two or more dimensions", dim)
-    check(draws >= 1, "draws", ">= 1", draws)
+    check_options(dim, draws, banzhaf_masks, removal)
     check(0 < keep < 1, "keep", "between 0 and 1", keep)
     check(max_removed is None or max_removed >= 1, "max_removed", ">= 1", max_removed)
     check(0 < level < 1, "level", "between 0 and 1", level, "0.05 is the usual value")
@@ -98,7 +96,6 @@ def audit(
         weights = weights.detach().cpu().double().flatten()
         check(weights.shape == (dim,), "weights", f"one for each of {dim} dimensions", tuple(weights.shape))
     banzhaf_masks = banzhaf_masks if banzhaf_masks is not None else max(2000, 4 * dim)
-    check(banzhaf_masks > dim + 1, "banzhaf_masks", f"more than {dim + 1}", banzhaf_masks)
     most = min(dim - 1, max_removed or (16 if removal == "greedy" else dim // 2))
     rates = [rate for rate in rates if 0 < round(rate * dim) < dim]
     generator = torch.Generator().manual_seed(seed)
@@ -188,6 +185,27 @@ def random_mask_rows(
         {"rate": float(rate), "draw": draw, "split": "all", "metric": metric, "value": value}
         for (rate, draw), value in zip(points, values)
     ]
+
+
+def check_options(dim: int, draws: int, banzhaf_masks: int | None, removal: str) -> None:
+    """Refuses what :func:`audit` would refuse, before there are features.
+
+    Args:
+        dim: dimensions of the features.
+        draws: see :func:`audit`, as for the rest.
+        banzhaf_masks: as there.
+        removal: as there.
+
+    Raises:
+        UserError: for a setting out of range.
+    """
+    choose("removal", removal, REMOVALS)
+    check(dim >= 2, "features", "of two or more dimensions", dim)
+    check(draws >= 1, "draws", ">= 1", draws)
+    enough = banzhaf_masks is None or banzhaf_masks > dim + 1
+    check(
+        enough, "banzhaf_masks", f"more than {dim + 1}, as the features have {dim} dimensions", banzhaf_masks
+    )
 
 
 class _Judge:

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from metamask_plugin.errors import check
+from metamask_plugin.evaluation.files import replacing
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#9B5B9B", "#6F6F6F"
 
@@ -190,14 +191,14 @@ def save(figure: Figure, path: str | Path, dpi: int = 150) -> None:
 
     Args:
         figure: one of this module's.
-        path: the file; its directory is made.
+        path: the file, which is replaced at once; its directory is made.
         dpi: dots an inch.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     _take_names_as_they_are(figure)
     if path.suffix != ".png":
-        figure.savefig(path, dpi=dpi, facecolor="white")
+        with replacing(path) as file:
+            figure.savefig(file, format=path.suffix[1:] or None, dpi=dpi, facecolor="white")
         return
     rendered = BytesIO()
     figure.savefig(rendered, format="png", dpi=dpi, facecolor="white")
@@ -205,7 +206,8 @@ def save(figure: Figure, path: str | Path, dpi: int = 150) -> None:
     # 256 colours are enough for lines and colour maps, and a third of the bytes; not for photographs
     if not any(picture.get_array().ndim == 3 for axes in figure.axes for picture in axes.images):
         image = image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
-    image.save(path, optimize=True, dpi=(dpi, dpi))
+    with replacing(path) as file:
+        image.save(file, "PNG", optimize=True, dpi=(dpi, dpi))
 
 
 def _take_names_as_they_are(figure: Figure) -> None:

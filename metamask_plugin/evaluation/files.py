@@ -1,4 +1,4 @@
-"""Writes files that hold the old content or the new one at every moment, and reads back what may be damaged."""
+"""Replaces files at once, so that a path holds the old content or the new one, and reads them back."""
 
 import contextlib
 import errno

@@ -25,7 +25,7 @@ from metamask_plugin.data.registry import FRACTION_SEED
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.evaluation.features import Features, Progress, extract_features
 from metamask_plugin.evaluation.labelled_data import LabelledData
-from metamask_plugin.evaluation.linear import LinearProtocol
+from metamask_plugin.evaluation.linear import LinearProtocol, warn_of_divergence
 
 ALL = -1
 """The fraction that stands for all labels, as in ``data.fraction``."""
@@ -206,10 +206,11 @@ def finetune(
         loader = batches.train_dataloader()
         for epoch in range(protocol.epochs):
             loader.sampler.set_epoch(epoch)
-            _train_epoch(network, batches, loader, optimizer, protocol, epoch, batch_size)
+            loss = _train_epoch(network, batches, loader, optimizer, protocol, epoch, batch_size)
             curve.append(_accuracies(extract_features(network, data.evaluation_loader("test"), device)))
             if progress is not None:
                 progress(epoch + 1, protocol.epochs)
+    warn_of_divergence("fine-tuning", loss, data.num_classes, protocol.lr)
     best = max(range(len(curve)), key=lambda epoch: curve[epoch][0])
     return FineTuneResult(
         *curve[-1],
@@ -304,7 +305,8 @@ def _train_epoch(
     protocol: FineTuneProtocol,
     epoch: int,
     batch_size: int,
-) -> None:
+) -> float:
+    """Returns the mean loss of the epoch."""
     device = next(network.parameters()).device
     network.train()
     total = torch.zeros((), device=device)
@@ -323,6 +325,7 @@ def _train_epoch(
             f"optimizer.lr must keep the loss of fine-tuning finite, got {protocol.lr!r} and a loss of "
             f"{loss.item()} in epoch {epoch + 1}; lower optimizer.lr"
         )
+    return total.item() / len(loader)
 
 
 def _accuracies(logits: Features) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Linear and MLP probes on frozen features that were extracted once."""
 
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ SCALINGS = ("standardise", "l2")
 # The paper (Section 6.1) re-trains "an MLP" and gives no sizes; one hidden layer of 200 units is the
 # classifier of Deep InfoMax (Hjelm et al., ICLR 2019), where its conv and fc encoders come from.
 MLP_HIDDEN_DIM = 200
+
+# a training that ends with so many times the loss of guessing has diverged
+DIVERGED = 2
 
 # multiplications in the first layer for a batch; 256 features into an MLP at batch 1000 are half of it
 SINGLE_THREAD_BELOW = 100_000_000
@@ -287,7 +291,27 @@ def _train(
         with torch.no_grad():
             logits = classifier(test.feats)
         curve.append(_accuracy(logits, test.labels, top=1))
+    with torch.no_grad():
+        loss = F.cross_entropy(classifier(train.feats), train.labels).item()
+    warn_of_divergence("the probe", loss, logits.shape[1], protocol.lr)
     return curve, _accuracy(logits, test.labels, top=5)
+
+
+def warn_of_divergence(what: str, loss: float, num_classes: int, lr: float) -> None:
+    """Warns of a training that ended far worse than guessing, whose loss is the logarithm of the classes.
+
+    Args:
+        what: is trained.
+        loss: cross-entropy of the training images at the end.
+        num_classes: C.
+        lr: the learning rate.
+    """
+    if not loss <= DIVERGED * math.log(num_classes):
+        print(
+            f"warning: {what} ends with a training loss of {loss:.3g}, where guessing has "
+            f"{math.log(num_classes):.3g}: optimizer.lr={lr:g} is too high, the accuracy means nothing",
+            file=sys.stderr,
+        )
 
 
 def _accuracy(logits: torch.Tensor, labels: torch.Tensor, top: int) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.evaluation.files import read_json
 from metamask_plugin.evaluation.report import write_summary
 from metamask_plugin.studies.spec import Study, Trial
 
@@ -39,12 +40,17 @@ def calibration(study: Study) -> Study:
     return replace(study, folder=study.folder / "calibration", trials=tuple(trials), measures={"cost": {}})
 
 
+def is_calibrated(study: Study) -> bool:
+    """Whether there is a calibration, and it is not damaged."""
+    return _read(study) is not None
+
+
 def calibrated(study: Study) -> Study:
     """The study with the epochs that its calibration found; as it is where there is none yet."""
-    path = _path(study)
-    if not is_measured(study) or not path.exists():
+    found = _read(study) if is_measured(study) else None
+    if found is None:
         return study
-    factors = {_key(entry["factors"]): entry["epochs"] for entry in json.loads(path.read_text())["epochs"]}
+    factors = {_key(entry["factors"]): entry["epochs"] for entry in found["epochs"]}
     return replace(study, trials=tuple(_with_epochs(trial, factors) for trial in study.trials))
 
 
@@ -79,6 +85,21 @@ def write_calibration(study: Study, records: Sequence[Mapping[str, Any]]) -> Pat
 
 def _path(study: Study) -> Path:
     return study.folder / "calibration.json"
+
+
+def _read(study: Study) -> dict[str, Any] | None:
+    return read_json(_path(study), _fault_of, "what an epoch costs is measured again")
+
+
+def _fault_of(found: Any) -> str | None:
+    entries = found.get("epochs") if isinstance(found, dict) else None
+    if not isinstance(entries, list) or not entries:
+        return "it has no epochs"
+    for entry in entries:
+        epochs = entry.get("epochs") if isinstance(entry, dict) else None
+        if not (isinstance(epochs, int | float) and epochs > 0 and isinstance(entry.get("factors"), dict)):
+            return "an entry has no factors or no epochs"
+    return None
 
 
 def _key(factors: Mapping[str, Any]) -> str:

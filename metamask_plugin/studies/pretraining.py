@@ -1,11 +1,13 @@
 """From a trial to its pretraining config, and to the command that makes the same run by hand."""
 
+import functools
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -14,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from metamask_plugin import SCRIPTS
-from metamask_plugin.errors import UserError
+from metamask_plugin.errors import UserError, shown
+from metamask_plugin.evaluation.checksums import content_digest
 from metamask_plugin.studies.spec import Study, Trial
 from metamask_plugin.training.experiment import NOT_THE_EXPERIMENT
 
@@ -25,10 +28,11 @@ def pretraining_config(study: Study, trial: Trial) -> DictConfig:
     Raises:
         UserError: when the config or an override does not exist.
     """
-    cfg = _composed(trial.config, (*trial.overrides, f"seed={trial.seed}"))
+    cfg = _composed(trial.config, trial.overrides).copy()
+    OmegaConf.set_struct(cfg, False)
+    cfg.seed = trial.seed
     if trial.epochs != 1:
         cfg.max_epochs = max(1, round(cfg.max_epochs * trial.epochs))
-    OmegaConf.set_struct(cfg, False)
     cfg.checkpoint.dir = str(Path(study.config["runs_dir"]))
     OmegaConf.update(cfg, "evaluation.final_report", False, force_add=True)
     cfg.auto_resume = {"enabled": True, "extend": False}  # trials of other lengths are compared
@@ -49,23 +53,52 @@ def digest(study: Study, trial: Trial, cfg: DictConfig | None) -> str:
         content["checkpoint"] = _identity(trial.checkpoint)
         content["data"] = study.data
     else:
-        content["pretraining"] = {
-            key: value
-            for key, value in OmegaConf.to_container(cfg, resolve=True).items()
-            if key not in NOT_THE_EXPERIMENT
-        }
+        content["pretraining"] = _settings(cfg)
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    """What of a config decides what is trained."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    return {key: value for key, value in container.items() if key not in NOT_THE_EXPERIMENT}
+
+
+def check_different(trials: Iterable[tuple[Trial, DictConfig | None]]) -> None:
+    """Refuses two trials that train the same encoder: their levels would differ in name alone.
+
+    Args:
+        trials: with their pretraining configs; None for an encoder that is there already.
+
+    Raises:
+        UserError: with the first two.
+    """
+    seen: dict[str, Trial] = {}
+    for trial, cfg in trials:
+        if cfg is None:
+            continue
+        same = seen.setdefault(json.dumps(_settings(cfg), sort_keys=True, default=str), trial)
+        if same is not trial:
+            factors = [name for name, value in trial.factors.items() if value != same.factors[name]]
+            names = [" and ".join(f"{shown(one.factors[name])}" for name in factors) for one in (same, trial)]
+            raise UserError(
+                f"factors.{factors[0]} must be levels that train different encoders, got {names[0]} and "
+                f"{names[1]} with the same settings; take one of them out, or take out of the overrides "
+                "(behind --) what they differ in"
+            )
+
+
 def _identity(checkpoint: str) -> list[str]:
-    """A checkpoint's path, and the age of its files: one that was trained on is another."""
+    """A checkpoint's path, and what its files hold: their dates may be those of other files (rsync -t)."""
     path = Path(checkpoint)
     if checkpoint.startswith("timm:") and "=" in checkpoint:
         path = Path(checkpoint.partition("=")[2])
     files = sorted(path.glob("*.ckpt")) if path.is_dir() else [path] if path.is_file() else []
-    return [checkpoint, *(f"{file.name} {file.stat().st_mtime_ns}" for file in files)]
+    beside = (path if path.is_dir() else path.parent) / "args.json"
+    files += [beside] if files and beside.is_file() else []
+    return [checkpoint, *(f"{file.name} {content_digest(file)}" for file in files)]
 
 
+@functools.cache
 def _composed(config: str, overrides: tuple[str, ...]) -> DictConfig:
     with _own_hydra():
         try:

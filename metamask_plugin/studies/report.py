@@ -173,7 +173,10 @@ def write_index(folder: str | Path) -> Path:
     reports = []
     for path in sorted(folder.glob("*/report.html")):
         meta = _Meta()
-        meta.feed(path.read_text(encoding="utf-8", errors="replace"))
+        try:
+            meta.feed(path.read_text(encoding="utf-8", errors="replace"))
+        except OSError:  # another user's, or moved at this moment
+            continue
         reports.append(
             {
                 "link": f"{quote(path.parent.name)}/report.html",

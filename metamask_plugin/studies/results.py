@@ -1,6 +1,7 @@
 """From the trials' records to what a study leaves: rows, statistics, tables, figures, the report."""
 
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from metamask_plugin.errors import choose
+from metamask_plugin.errors import UserError, choose
 from metamask_plugin.evaluation.figures import save
 from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.mask_figures import confounder_scatter, encoder_scatter, random_mask_scatter
@@ -19,7 +20,7 @@ from metamask_plugin.studies.report import Picture, Report, TrialLine, write_ind
 from metamask_plugin.studies.spec import Study
 from metamask_plugin.studies.statistics import paired, summarise
 from metamask_plugin.studies.tables import Table, markdown, tables, write_rows
-from metamask_plugin.studies.trial import TrialRun, environment
+from metamask_plugin.studies.trial import TrialRun, environment, read_record
 from metamask_plugin.studies.verdicts import verdicts
 
 Row = Mapping[str, Any]
@@ -49,6 +50,7 @@ def write_results(study: Study, runs: Sequence[TrialRun]) -> Path:
         The report's path.
     """
     records = [run.record for run in runs]
+    _say_left_out(study, runs)
     rows = [row for record in records if record is not None for row in record["rows"]]
     summary = summarise(rows, study.factors)
     differences = paired(rows, study.factors, study.baseline) if study.baseline else []
@@ -76,6 +78,22 @@ def write_results(study: Study, runs: Sequence[TrialRun]) -> Path:
     path = write_report(study.folder / "report.html", report)
     write_index(study.folder.parent)
     return path
+
+
+def _say_left_out(study: Study, runs: Sequence[TrialRun]) -> None:
+    """The report is about this command's trials: says so where the folder has finished ones of others."""
+    own = {run.record_path for run in runs}
+    others = [path for path in (study.folder / "trials").glob("*.json") if path not in own]
+    records = [record for record in map(read_record, others) if record and record["state"] == "finished"]
+    if not records:
+        return
+    seeds = sorted({record["seed"] for record in records} - set(study.seeds))
+    both = ",".join(map(str, sorted({*study.seeds, *seeds})))
+    remedy = f"; seeds=[{both}] reports on all seeds" if seeds else ""
+    print(
+        f"note: the report leaves out {len(records)} finished trials in {study.folder} whose seeds or "
+        f"settings are not this command's{remedy}"
+    )
 
 
 def _tables(study: Study, entries: Sequence[Row], paper: Sequence[Row]) -> list[Table]:
@@ -115,10 +133,16 @@ def _drawings(
 def _trial_pictures(study: Study, runs: Iterable[TrialRun]) -> Iterator[Picture]:
     """What the measures drew of the first seed's encoders; the other seeds' lie beside their records."""
     for run in runs:
-        if run.trial.seed == study.seeds[0] and run.finished:
-            for name in run.record["pictures"]:
-                path = run.record_path.parent / name
-                yield Picture(run.trial.title, f"A picture of the encoder {run.trial.title}.", path)
+        record = run.record if run.trial.seed == study.seeds[0] else None
+        for name in () if record is None or record["state"] != "finished" else record["pictures"]:
+            path = run.record_path.parent / name
+            picture = Picture(run.trial.title, f"A picture of the encoder {run.trial.title}.", path)
+            try:
+                picture.embedded()
+            except UserError as error:  # a picture that was lost must not cost the report
+                print(f"warning: left out of the report: {error}", file=sys.stderr)
+                continue
+            yield picture
 
 
 def _comparisons(study: Study, differences: Sequence[Row]) -> list[str]:

@@ -9,35 +9,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from metamask_plugin import SCRIPTS
 from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.studies.levels import Level, levels_of, shipped
 from metamask_plugin.studies.reference import reference
 from metamask_plugin.studies.roots import dataset_of, located, of_one_folder, paths_in, remedy
 
 SEEDS = (5, 6, 7)
 """Of a study that names none: three, so that every number has an interval."""
-
-RESERVED = ("seed", "checkpoint", "metric", "value")
-"""Columns of the results that no factor may be called."""
-
-
-@dataclass(frozen=True)
-class Level:
-    """One value of a factor, and what it changes.
-
-    Attributes:
-        value: what stands in the results: the label, or the number where the factor is one.
-        overrides: of the pretraining config, as on its command line.
-        config: the pretraining config, where it is another than the study's.
-        epochs: factor on the config's ``max_epochs``: how much longer this level trains than the others.
-        checkpoint: an encoder that is there already, in place of a pretraining.
-    """
-
-    value: str | int | float
-    overrides: tuple[str, ...] = ()
-    config: str | None = None
-    epochs: float = 1.0
-    checkpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +115,12 @@ def study_of(cfg: DictConfig) -> Study:
             bool(node.get(key)), key, "set", node.get(key), "give --config-name one of main_study.py --list"
         )
     size = node["sizes"][choose("size", node["size"], node["sizes"])] or {}
-    factors = {name: _levels(name, given, size, node) for name, given in node["factors"].items()}
+    user = node.get("overrides") or []
+    if not isinstance(user, list):
+        raise UserError(
+            f"overrides must be a list, got {user!r}; give them behind --: -- task=byol optimizer.lr=1e-3"
+        )
+    factors = levels_of(node, size)
     seeds = node.get("seeds") or size.get("seeds") or node.get("paper_seeds") or SEEDS
     check(
         isinstance(seeds, list | tuple)
@@ -147,10 +130,7 @@ def study_of(cfg: DictConfig) -> Study:
         "a list of different integers like [5,6,7]",
         seeds,
     )
-    measures = {
-        name: {**(options or {}), **((size.get("measures") or {}).get(name) or {})}
-        for name, options in node["measures"].items()
-    }
+    measures = _measures(node, size)
     values = {name: {level.value for level in levels} for name, levels in factors.items()}
     baseline = node.get("baseline") or {}
     paper = []
@@ -181,46 +161,15 @@ def study_of(cfg: DictConfig) -> Study:
     )
 
 
-def _levels(name: str, given: Any, size: Mapping[str, Any], node: Mapping[str, Any]) -> list[Level]:
-    """The levels of a factor: the user's, else its own at this size, else those of the paper."""
-    check(name not in RESERVED, "factors", f"named other than {', '.join(RESERVED)}", name)
-    if name == "encoder" and node.get("checkpoint"):
-        paths = node["checkpoint"] if isinstance(node["checkpoint"], list) else [node["checkpoint"]]
-        return [Level(_short(path), checkpoint=path) for path in paths]
-    if given == _shipped(node).get(name, given):  # not what the user asked for instead
-        given = (size.get("factors") or {}).get(name, given)
-    expected = "a list of levels like {label: mine, overrides: [key=value]}"
-    check(isinstance(given, list) and len(given) > 0, f"factors.{name}", expected, given)
-    levels = []
-    most = size.get("levels") or len(given)
-    for entry in [*given[:most], *given[most:][-1:]]:
-        entry = entry if isinstance(entry, Mapping) else {"value": entry}
-        unknown = set(entry) - {"label", "value", "overrides", "config", "epochs", "checkpoint"}
-        check(not unknown, f"factors.{name}", expected, entry, f"unknown: {', '.join(sorted(unknown))}")
-        value = entry.get("value", entry.get("label"))
-        check(value is not None, f"factors.{name}", expected, entry)
-        overrides = tuple(entry.get("overrides", ()))
-        levels.append(
-            Level(value, overrides, entry.get("config"), entry.get("epochs", 1.0), entry.get("checkpoint"))
-        )
-    twice = [level.value for level in levels if sum(other.value == level.value for other in levels) > 1]
-    check(not twice, f"factors.{name}", "levels with different labels", twice[:1])
-    return levels
-
-
-def _shipped(node: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The factors as the study's own file has them, or what it shares with others."""
-    path = SCRIPTS / "study" / f"{node['name']}.yaml"
-    if not path.exists():
-        return {}
-    own = OmegaConf.load(path)
-    shared = [str(entry).split("@")[0] for entry in own.get("defaults", ()) if "@_global_" in str(entry)]
-    files = [*(OmegaConf.load(path.parent / f"{name}.yaml") for name in shared), own]
-    factors = [file.factors for file in files if "factors" in file]
-    # their interpolations are of the study's other keys
-    return OmegaConf.to_container(
-        OmegaConf.create({**node, "factors": OmegaConf.merge(*factors)}), resolve=True
-    )["factors"]
+def _measures(node: Mapping[str, Any], size: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Options by measure: the user's, else those of this size, else the study's own."""
+    own = shipped(node, "measures")
+    measures = {}
+    for name, given in node["measures"].items():
+        options, before = given or {}, own.get(name) or {}
+        users = {key: value for key, value in options.items() if own and value != before.get(key)}
+        measures[name] = {**options, **((size.get("measures") or {}).get(name) or {}), **users}
+    return measures
 
 
 def _filled(override: str, values: Mapping[str, Any]) -> str:
@@ -228,11 +177,6 @@ def _filled(override: str, values: Mapping[str, Any]) -> str:
     for name, value in values.items():
         override = override.replace(f"{{{name}}}", str(value))
     return override
-
-
-def _short(path: str) -> str:
-    """A checkpoint's title: the end of its path."""
-    return "/".join(str(path).rstrip("/").split("/")[-2:])
 
 
 def _of_datasets(trials: Sequence[Trial], node: Mapping[str, Any]) -> list[Trial]:
@@ -279,10 +223,6 @@ def _trials(
     seeds: Sequence[int],
 ) -> list[Trial]:
     user = node.get("overrides") or []
-    if not isinstance(user, list):
-        raise UserError(
-            f"overrides must be a list, got {user!r}; give them behind --: -- task=byol optimizer.lr=1e-3"
-        )
     trials = []
     for seed in seeds:
         for combination in itertools.product(*factors.values()):

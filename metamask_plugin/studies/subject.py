@@ -20,6 +20,8 @@ from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
 from metamask_plugin.host.solo_backbones import solo_factories
 from metamask_plugin.training.run_folder import RunFolder
 
+ANEW = "remove that folder, and the trial is trained anew"
+
 
 @dataclass
 class Measured:
@@ -69,6 +71,12 @@ class Subject:
         """The learned mask after the last epoch, (D,), or None."""
         return self.encoders["last"].mask
 
+    @property
+    def dimensions(self) -> int:
+        """Of the features; found from two images."""
+        x, y = next(iter(self.data.evaluation_loader("test")))
+        return extract_features(self.encoders["last"].backbone, [(x[:2], y[:2])], self.device).feats.shape[1]
+
     def features(self, split: str, checkpoint: str = "last") -> Features:
         """Of the ``train`` or ``test`` images, extracted once."""
         key = (split, checkpoint)
@@ -93,13 +101,16 @@ class Subject:
     def history(self) -> list[dict[str, str]]:
         """The epochs in the run's ``metrics.csv``."""
         check(self.folder is not None, "measures", "ones of a frozen encoder for a checkpoint", "cost")
-        with (self.folder / "metrics.csv").open(newline="") as file:
+        path = self.folder / "metrics.csv"
+        check(path.is_file(), "metrics.csv", f"in the run folder {self.folder}", None, ANEW)
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
             return list(csv.DictReader(file))
 
 
 def subject_of_run(run: RunFolder, seed: int, title: str, model: nn.Module | None = None) -> Subject:
     """The encoder of a finished run, on the data it was trained on."""
     paths = {"last": run.last_checkpoint, "best": run.best_checkpoint}
+    check(paths["last"].exists(), "the trial's run", "one with a last.ckpt to measure", str(run.path), ANEW)
     encoders = {
         name: load_pretrained(path, solo_factories=solo_factories)
         for name, path in paths.items()

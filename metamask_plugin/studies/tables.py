@@ -23,6 +23,7 @@ from metamask_plugin.studies.statistics import Entry, Row, columns_of, levels
 
 LAYOUT = {"rows", "columns", "metric", "metrics", "checkpoint", "title"}
 COLUMNS = ("seed", "checkpoint", "metric", "value")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 MISSING = "–"
 
 
@@ -135,7 +136,8 @@ def write_rows(rows: Sequence[Row], folder: str | Path) -> None:
     """Writes ``results.csv`` and ``results.json`` (``{"rows": [...]}``), each at once.
 
     Args:
-        rows: tidy rows. The CSV has the union of their columns, and an empty cell where a row lacks one.
+        rows: tidy rows. The CSV has the union of their columns, and an empty cell where a row lacks one. A
+            text that a spreadsheet would run as a formula has an apostrophe before it there.
         folder: where; it is made.
     """
     folder = Path(folder)
@@ -143,9 +145,13 @@ def write_rows(rows: Sequence[Row], folder: str | Path) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _as_text(cell) for key, cell in row.items()} for row in rows)
     write_whole(folder / "results.csv", text.getvalue())
     write_summary(folder / "results.json", {"rows": list(rows)})
+
+
+def _as_text(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
 
 
 def papers_number(paper: Iterable[Row], entry: Row) -> float | None:

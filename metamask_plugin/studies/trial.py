@@ -1,7 +1,6 @@
 """One trial: an encoder is trained, or taken from a checkpoint, and measured; a record is written."""
 
 import contextlib
-import json
 import platform
 import subprocess
 import time
@@ -19,6 +18,7 @@ from torch import nn
 import metamask_plugin
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.figures import save
+from metamask_plugin.evaluation.files import read_json
 from metamask_plugin.evaluation.report import write_summary
 from metamask_plugin.studies.measures import MEASURES
 from metamask_plugin.studies.pretraining import command, digest, pretraining_config
@@ -56,8 +56,8 @@ class TrialRun:
 
     @property
     def record(self) -> dict[str, Any] | None:
-        """What was written when the trial finished or failed; None before."""
-        return json.loads(self.record_path.read_text()) if self.record_path.exists() else None
+        """What was written when the trial finished or failed; None before, and where the file is damaged."""
+        return read_record(self.record_path)
 
     @property
     def finished(self) -> bool:
@@ -89,6 +89,9 @@ class TrialRun:
             record["seconds"] = {"encoder": trained - started, "measures": time.monotonic() - trained}
         except UserError as error:
             record |= {"state": "failed", "error": str(error), "rows": []}
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            reason = f"the memory is used up ({error}); lower optimizer.batch_size, or free some"
+            record |= {"state": "failed", "error": reason, "rows": []}
         record["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         write_summary(self.record_path, record)
         return record
@@ -121,6 +124,46 @@ class TrialRun:
                 save(figure, path)
                 pictures.append(path.name)
         return {"rows": rows, "pictures": pictures, "details": details}
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A trial's record; None where there is none, or a damaged one, which is moved aside."""
+    return read_json(path, _fault_of, "the trial is made again")
+
+
+OF_EVERY_RECORD = {"title": str, "factors": dict, "seed": int, "environment": dict, "date": str, "rows": list}
+OF_A_STATE = {
+    "finished": {"seconds": dict, "about": str, "pictures": list, "details": dict},
+    "failed": {"error": str},
+}
+"""What a record has, and of which type."""
+
+PLAIN = str | int | float | None
+
+
+def _fault_of(record: Any) -> str | None:
+    """What is wrong with a record; None where it is as :meth:`TrialRun.run` writes it."""
+    state = record.get("state") if isinstance(record, dict) else None
+    if not isinstance(state, str) or state not in OF_A_STATE:
+        return "it is no trial's record"
+    for key, kind in (OF_EVERY_RECORD | OF_A_STATE[state]).items():
+        if not isinstance(record.get(key), kind):
+            return f"its {key} is missing or of another type"
+    if not all(_is_row(row) for row in record["rows"]):
+        return "a row is none"
+    if state == "finished" and not record["rows"]:
+        return "it has no rows"
+    if not all(isinstance(seconds, int | float) for seconds in record.get("seconds", {}).values()):
+        return "its seconds are no numbers"
+    if not all(isinstance(name, str) and Path(name).name == name for name in record.get("pictures", ())):
+        return "a picture is no file's name"
+    return None
+
+
+def _is_row(row: Any) -> bool:
+    plain = isinstance(row, dict) and all(isinstance(cell, PLAIN) for cell in row.values())
+    numbers = plain and isinstance(row.get("seed"), int) and not isinstance(row.get("value"), str)
+    return numbers and isinstance(row.get("metric"), str)
 
 
 def environment() -> dict[str, Any]:

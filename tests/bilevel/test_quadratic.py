@@ -1,5 +1,7 @@
 """A bi-level problem whose meta-gradient is known in closed form."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -60,6 +62,16 @@ def test_learning_rates_of_encoder_and_heads_may_differ():
     v = theta_t * w + phi_t - b
     expected = v * theta_t - 0.3 * v * w * (residual + w * theta) - 0.7 * v * theta
     torch.testing.assert_close(result.weights[0], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.fault("numbers")
+@pytest.mark.parametrize("weights", [torch.ones(3), [torch.ones(3)], (1.0,), None])
+def test_weights_that_are_no_tuple_of_tensors_are_refused(weights):
+    bilevel, *_ = problem()
+    with pytest.raises(
+        ValueError, match=r"weights must be a tuple of tensors, got a .*; write weights=\(mask,\)"
+    ):
+        replace(bilevel, weights=weights)
 
 
 def test_first_order_is_the_direct_term_alone():

@@ -1,5 +1,6 @@
 """``main_linear.py finetune=True``: what it writes, which protocol it means, and its one-line errors."""
 
+import contextlib
 import json
 
 import pytest
@@ -32,7 +33,7 @@ def configured(run_folder, **changes):
 
 def test_files_hold_the_numbers_and_a_network_that_is_read_again(run_folder, capsys):
     result = run(configured(run_folder))
-    folder = run_folder.parent / "out" / "finetune" / "few"
+    (folder,) = (run_folder.parent / "out" / "finetune").glob("few-*")
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["acc@1"], summary["acc@5"]) == (result.acc1_last, result.acc5_last)
     assert (summary["best acc@1"], summary["best_epoch"]) == (result.acc1_best, result.best_epoch)
@@ -51,7 +52,18 @@ def test_files_hold_the_numbers_and_a_network_that_is_read_again(run_folder, cap
     assert torch.equal(weight, result.state_dict[f"backbone.{key}"])
     assert not torch.equal(weight, trained.state_dict()[key])
     run(configured(run_folder, name="unwritten", checkpoint__enabled=False))
-    assert not (folder.parent / "unwritten").exists()
+    assert not list(folder.parent.glob("unwritten*"))
+    run(configured(run_folder, data__fraction=0.2))
+    assert len(list(folder.parent.iterdir())) == 2
+
+
+@pytest.mark.fault("numbers")
+def test_a_fine_tuning_that_diverges_is_said_or_refused(run_folder, capsys):
+    for lr in (100, 1e6):
+        with contextlib.suppress(SystemExit):
+            run(configured(run_folder, optimizer__lr=lr))
+        err = capsys.readouterr().err
+        assert "optimizer.lr" in err and err.startswith(("warning: fine-tuning ends with ", "error: ")), err
 
 
 def meant(cfg, monkeypatch):

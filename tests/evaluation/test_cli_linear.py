@@ -1,6 +1,7 @@
 """``main_linear.py``: every shipped config, the protocol it means, its files, and its one-line errors."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_every_config_composes_to_the_same_both_ways_and_steps_once(name, run_fo
     assert result.acc1_last > 50
     assert result.epochs == (100 if shortened or name == "confounded_digits" else 2)
     kind = "finetune" if name in FINETUNED else "linear"
-    assert (run_folder.parent / kind / cfg.name / "summary.json").exists()
+    assert list((run_folder.parent / kind).glob(f"{cfg.name}-*/summary.json"))
 
 
 def test_the_shipped_optimizer_blocks_are_solo_learns_protocol(run_folder, monkeypatch):
@@ -106,7 +107,7 @@ def test_the_shipped_optimizer_blocks_are_solo_learns_protocol(run_folder, monke
 
 def test_files_hold_the_numbers_and_a_head_that_fits(run_folder, capsys):
     result = run(configured(run_folder, head="mlp"))
-    folder = run_folder.parent / "out" / "linear" / "probe"
+    (folder,) = (run_folder.parent / "out" / "linear").glob("probe-*")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["acc@1"] == result.acc1_last > 50
     assert summary["checkpoint"] == str(run_folder / "last.ckpt")
@@ -117,7 +118,52 @@ def test_files_hold_the_numbers_and_a_head_that_fits(run_folder, capsys):
     table = capsys.readouterr().out
     assert f"{result.acc1_last:.2f}" in table
     run(configured(run_folder, name="unwritten", checkpoint__enabled=False))
-    assert not (folder.parent / "unwritten").exists()
+    assert not list(folder.parent.glob("unwritten*"))
+
+
+@pytest.mark.fault("studies")
+def test_another_encoder_or_protocol_has_a_folder_of_its_own_and_the_same_command_the_same(run_folder):
+    probes = run_folder.parent / "out" / "linear"
+    run(configured(run_folder))
+    (first,) = probes.iterdir()
+    before = (first / "summary.json").read_bytes()
+    run(configured(run_folder, name="probe"))
+    assert list(probes.iterdir()) == [first] and (first / "summary.json").read_bytes() == before
+    for change in ({"masked": True}, {"seed": 6}, {"max_epochs": 2}, {"data__dataset": "digits"}):
+        run(configured(run_folder, **change))
+    found = len(list(probes.iterdir()))
+    assert found >= 4
+    checkpoint = torch.load(run_folder / "last.ckpt", weights_only=True)
+    key = next(iter(checkpoint["state_dict"]))
+    checkpoint["state_dict"][key] *= 1.01
+    torch.save(checkpoint, run_folder / "last.ckpt")
+    run(configured(run_folder))
+    assert len(list(probes.iterdir())) == found + 1
+    assert (first / "summary.json").read_bytes() == before
+
+
+@pytest.mark.fault("studies")
+def test_a_head_is_written_whole_or_not_at_all(run_folder, monkeypatch):
+    run(configured(run_folder))
+    (head,) = (run_folder.parent / "out" / "linear").glob("probe-*/head.pt")
+    before = head.read_bytes()
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(configured(run_folder))
+    assert head.read_bytes() == before and not list(head.parent.glob(".*"))
+
+
+@pytest.mark.fault("numbers")
+def test_a_probe_that_diverges_is_said(run_folder, capsys):
+    run(configured(run_folder))
+    assert "warning" not in capsys.readouterr().err
+    run(configured(run_folder, optimizer__lr=1e9, optimizer__batch_size=1024))
+    err = capsys.readouterr().err
+    assert "warning: the probe ends with a training loss of " in err and "is too high" in err
 
 
 def test_masked_dimensions_are_not_used(run_folder):
@@ -182,7 +228,7 @@ def test_the_script_finds_its_configs_from_anywhere(run_folder):
     done = subprocess.run(command, capture_output=True, text=True, cwd=run_folder)
     assert done.returncode == 0, done.stderr
     assert "protocol fast" in done.stdout
-    assert (run_folder / "trained_models/linear/confounded_digits-linear/summary.json").exists()
+    assert list(run_folder.glob("trained_models/linear/confounded_digits-linear-*/summary.json"))
     assert not (run_folder / "outputs").exists()
 
 

@@ -80,7 +80,7 @@ def test_data_that_are_missing_are_said_once_before_the_first_trial(fresh_studie
         (tmp_path / "cifar10" / split / label).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "cifar10" / split / label / "0.png")
     cfg = fresh_studies.compose(
-        "icl_msr_table1", "size=paper", f"roots.cifar10={tmp_path}/cifar10", "factors.arm=[x]"
+        "icl_msr_table1", "size=paper", f"roots.cifar10={tmp_path}/cifar10", "factors.arm=[SimCLR]"
     )
     with pytest.raises(SystemExit):
         sweep(cfg, lambda jobs, first: pytest.fail("a trial began"))

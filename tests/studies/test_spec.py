@@ -1,6 +1,7 @@
 """What a study config means: factors, sizes, placeholders, and one line for what cannot be."""
 
 import os
+import shlex
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -44,10 +45,66 @@ def test_size_digits_takes_the_embedded_data_and_drops_the_papers_numbers():
 
 @pytest.mark.parametrize("name", ["metamask_fig6", "comparison_cpu"])
 def test_the_users_levels_win_over_those_of_a_size(name):
-    factor = {"metamask_fig6": "alpha", "comparison_cpu": "arm"}[name]
-    reduced, asked = study(name, "size=digits"), study(name, "size=digits", f"factors.{factor}=[7]")
+    factor, levels = {
+        "metamask_fig6": ("alpha", "[7]"),
+        "comparison_cpu": ("arm", "[{label: 7, overrides: []}]"),
+    }[name]
+    reduced, asked = study(name, "size=digits"), study(name, "size=digits", f"factors.{factor}={levels}")
     assert len({trial.factors[factor] for trial in reduced.trials}) > 1
     assert {trial.factors[factor] for trial in asked.trials} == {7}
+
+
+@pytest.mark.fault("studies")
+def test_a_bare_value_that_changes_nothing_is_refused_with_a_remedy_that_can_be_pasted():
+    with pytest.raises(UserError) as refused:
+        study("metamask_table5", "size=smoke", "factors.dropout=[0.1]")
+    message = str(refused.value)
+    assert message.startswith(
+        "factors.dropout must be levels that change something, got 0.1; name one of none, "
+    )
+    change = "method_kwargs.feature_dropout.rate=0.1"
+    pasted = shlex.split(message.replace("key=value", change))[-1]
+    found = study("metamask_table5", "size=smoke", pasted)
+    assert found.trials[0].factors == {"dropout": 0.1} and change in found.trials[0].overrides
+    nothing = study("metamask_table5", "size=smoke", "factors.dropout=[{label: 0.1, overrides: []}]")
+    assert nothing.trials[0].factors == {"dropout": 0.1}
+
+
+@pytest.mark.fault("studies")
+@pytest.mark.parametrize("size", ["smoke", "digits", "paper"])
+def test_a_bare_label_of_the_study_is_its_level_of_that_name(size):
+    (trial,) = study("metamask_table5", f"size={size}", "seeds=[5]", "factors.dropout=['0.1 shared']").trials
+    assert trial.factors == {"dropout": "0.1 shared"}
+    assert "ablation=shared_feature_dropout" in trial.overrides
+    arms = study("icl_msr_table2", f"size={size}", "seeds=[5]", "factors.arm=[SimCLR]").trials
+    assert {"task=simclr", "method=bare"} <= set(arms[0].overrides)
+
+
+def test_a_label_of_other_data_is_none_of_a_size_that_has_its_own():
+    with pytest.raises(UserError, match="factors.dataset must be levels .* name one of confounded digits"):
+        study("metamask_table2", "size=digits", "factors.dataset=[CIFAR-10]")
+
+
+@pytest.mark.fault("studies")
+def test_the_users_options_of_a_measure_and_all_levels_win_over_those_of_a_size():
+    assert study("metamask_fig6", "size=smoke").measures["accuracy"]["protocol"] == "fast"
+    found = study(
+        "metamask_fig6", "size=smoke", "measures.accuracy.protocol=solo", "+measures.accuracy.ks=[3]"
+    )
+    assert found.measures["accuracy"] == {"protocol": "solo", "ks": [3]}
+    levels = study("metamask_fig6", "size=smoke", "seeds=[5]", "factors.alpha=[1,2,3,4]").trials
+    assert [trial.factors["alpha"] for trial in levels] == [1, 2, 3, 4]
+
+
+@pytest.mark.fault("studies")
+def test_an_override_of_what_every_level_sets_is_refused():
+    with pytest.raises(
+        UserError, match=r"every level of alpha sets, got 'method_kwargs.alpha=7'; .*factors.alpha"
+    ):
+        study("metamask_fig6", "overrides=['method_kwargs.alpha=7']")
+    with pytest.raises(UserError, match="every level of encoder sets, got 'backbone.name=resnet18'"):
+        study("metamask_fig10", "size=digits", "overrides=['backbone.name=resnet18']")
+    assert study("metamask_fig6", "overrides=['++method_kwargs.task_kwargs.proj_output_dim={alpha}']").trials
 
 
 def test_what_stands_behind_the_dashes_wins_over_the_studys_settings():
@@ -153,6 +210,9 @@ def test_a_checkpoint_that_was_written_anew_is_another_trial(tmp_path, spec):
     found = study("metamask_fig2", f"checkpoint=['{spec.format(file)}']")
     before = digest(found, found.trials[0], None)
     os.utime(file, ns=(1, 1))
+    assert digest(found, found.trials[0], None) == before, "a date is no content"
+    file.write_bytes(b"2")
+    os.utime(file, ns=(1, 1))
     assert digest(found, found.trials[0], None) != before
 
 
@@ -178,7 +238,7 @@ def test_what_cannot_be_is_one_line(overrides, message):
 
 def test_an_override_that_does_not_compose_is_one_line():
     found = study("metamask_fig6", "overrides=['backbone.nam=x']")
-    with pytest.raises(UserError, match="backbone.nam=x seed=5 must compose, got") as error:
+    with pytest.raises(UserError, match="backbone.nam=x must compose, got") as error:
         pretraining_config(found, found.trials[0])
     assert "\n" not in str(error.value)
 

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from metamask_plugin.errors import check
-from metamask_plugin.evaluation.audit import audit, random_mask_rows
+from metamask_plugin.evaluation.audit import audit, check_options, random_mask_rows
 from metamask_plugin.evaluation.dimension_masks import below_average
 from metamask_plugin.evaluation.features import Progress
 from metamask_plugin.evaluation.linear import linear_probe
@@ -101,6 +101,7 @@ def confounder_audit(
     The options are those of :func:`~metamask_plugin.evaluation.audit.audit`. All it finds is in the details,
     the verdict in words, too; the rows have its main numbers, gains in percentage points.
     """
+    check_options(subject.dimensions, draws, banzhaf_masks, removal)
     with _shown("masks") as progress:
         result = audit(
             subject.features("train"),
