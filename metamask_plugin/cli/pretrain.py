@@ -23,6 +23,7 @@ from metamask_plugin.data.worker_failure import worker_failures
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.report import write_summary
 from metamask_plugin.methods import METHODS
+from metamask_plugin.signals import Preempted, say
 from metamask_plugin.training.checkpoint_io import WholeCheckpointIO
 from metamask_plugin.training.checkpointer import Checkpointer
 from metamask_plugin.training.data_wait import DataWait
@@ -32,10 +33,11 @@ from metamask_plugin.training.final_report import final_report
 from metamask_plugin.training.history import History
 from metamask_plugin.training.nonfinite_report import NonFiniteReport
 from metamask_plugin.training.online_knn import OnlineKNN
-from metamask_plugin.training.preemption import Preempted, Preemption
+from metamask_plugin.training.preemption import Preemption, preemption_told_from_failure
 from metamask_plugin.training.process_group import with_timeout
 from metamask_plugin.training.progress import Progress
 from metamask_plugin.training.rank_failure import watched_ranks
+from metamask_plugin.training.ranks import RankDraws
 from metamask_plugin.training.resume import asked_for, resumable
 from metamask_plugin.training.run_folder import RunFolder, experiment_of
 from metamask_plugin.training.torch_flags import torch_flags_kept
@@ -109,7 +111,7 @@ def pretrain(cfg: DictConfig) -> RunFolder:
         print("Train it anew with auto_resume.enabled=False.")
         return folder
 
-    datamodule = PretrainDataModule(dataset, cfg)
+    datamodule = PretrainDataModule(dataset, cfg, device_count(cfg) * cfg.num_nodes)
     datamodule.setup("fit")  # what cannot be is found before a run folder is made
     identity["data"]["images_fingerprint"] = datamodule.full.fingerprint()
     model = METHODS[cfg.method](cfg)
@@ -162,7 +164,7 @@ def _callbacks(
     callbacks["progress"] = Progress()
     callbacks["nonfinite"] = NonFiniteReport(folder)
     if cfg.checkpoint.enabled:
-        callbacks["preemption"] = Preemption()
+        callbacks["preemption"] = Preemption(position)
         callbacks["checkpointer"] = Checkpointer(
             folder,
             cfg.checkpoint.frequency,
@@ -172,6 +174,7 @@ def _callbacks(
             cfg.checkpoint.get("every_n_steps"),
             identity,
         )
+    callbacks["rank_draws"] = RankDraws(cfg.seed)
     return callbacks
 
 
@@ -255,11 +258,13 @@ def _fit(
     """Trains; an interruption ends with where to go on from, not with a traceback."""
     kwargs = {"ckpt_path": None if checkpoint is None else str(checkpoint)}
     try:
-        trainer.fit(model, datamodule=data, **kwargs)
+        with preemption_told_from_failure(trainer):
+            trainer.fit(model, datamodule=data, **kwargs)
     except Preempted as preempted:
-        where = f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
-        print(f"{preempted.signal.name} in {where}; {_way_on(folder)}")
-        raise SystemExit(128 + preempted.signal) from None
+        if trainer.is_global_zero:
+            epoch = trainer.current_epoch + (not trainer.fit_loop.done)
+            say(f"{preempted.signal.name} in epoch {epoch} of {trainer.max_epochs}; {_way_on(folder)}")
+        raise SystemExit(preempted.exit_code) from None
     except KeyboardInterrupt:
         pass
     except SystemExit:
