@@ -1,6 +1,7 @@
 """The signals that ask a process to end, and how a command ends upon one."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -69,6 +70,8 @@ def ended_by_signals() -> Iterator[None]:
     """
     before = install(_end)
     try:
+        with held():
+            pass  # a resource tracker that starts here survives what ends this process
         yield
     except Preempted as preempted:
         if is_first_process():
@@ -80,6 +83,29 @@ def ended_by_signals() -> Iterator[None]:
 
 def _end(number: int, frame: FrameType | None) -> None:
     raise Preempted(number)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Blocks the signals in this thread, and in the processes that it starts.
+
+    multiprocessing starts processes of its own where workers are not forked: the resource tracker here, the
+    fork server with the first worker.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        methods = multiprocessing.get_all_start_methods()
+        if (multiprocessing.get_start_method(allow_none=True) or methods[0]) != "fork":
+            from multiprocessing import resource_tracker
+
+            resource_tracker.ensure_running()  # it unblocks SIGTERM and SIGINT here
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def say(line: str) -> None:

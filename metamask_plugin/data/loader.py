@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Listener
 from tempfile import gettempdir
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from metamask_plugin.errors import UserError
-from metamask_plugin.signals import SIGNALS
+from metamask_plugin.signals import SIGNALS, held
 
 
 class ShieldedLoader(DataLoader):
@@ -29,7 +28,7 @@ class ShieldedLoader(DataLoader):
         # not in __init__: Lightning seeds the workers by this function only where a loader has none
         if not isinstance(self.worker_init_fn, WorkerStart):
             self.worker_init_fn = WorkerStart(self.worker_init_fn)
-        with _signals_held():
+        with held():  # a worker inherits that, and is safe until it has shielded itself
             return super().__iter__()
 
 
@@ -72,27 +71,6 @@ def _end_when_terminated(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Blocks the signals in this thread: a worker inherits that, and is safe until it has shielded itself.
-
-    So are multiprocessing's fork server and resource tracker, which the first worker starts.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        if multiprocessing.get_start_method() != "fork":
-            from multiprocessing import resource_tracker
-
-            resource_tracker.ensure_running()  # it unblocks SIGTERM and SIGINT here
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def check_worker_sockets() -> None:
