@@ -22,13 +22,13 @@ from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.config import complete, device_count, with_own_task_settings
 from metamask_plugin.cli.devices import device_title, device_type
 from metamask_plugin.cli.errors import one_line_errors
-from metamask_plugin.cli.output import surviving_output
 from metamask_plugin.data import PretrainDataModule, load_dataset
 from metamask_plugin.data.batches import EpochPosition
 from metamask_plugin.data.worker_failure import worker_failures
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.methods import METHODS
+from metamask_plugin.signals import Preempted
 from metamask_plugin.training.checkpoint_io import WholeCheckpointIO
 from metamask_plugin.training.checkpointer import BestCheckpoint, Checkpointer
 from metamask_plugin.training.data_wait import DataWait
@@ -40,10 +40,11 @@ from metamask_plugin.training.history import History
 from metamask_plugin.training.lock import locked
 from metamask_plugin.training.nonfinite_report import NonFiniteReport
 from metamask_plugin.training.online_knn import OnlineKNN
-from metamask_plugin.training.preemption import Preempted, Preemption
+from metamask_plugin.training.preemption import Preemption, preemption_told_from_failure
 from metamask_plugin.training.process_group import with_timeout
 from metamask_plugin.training.progress import Progress
 from metamask_plugin.training.rank_failure import watched_ranks
+from metamask_plugin.training.ranks import RankDraws
 from metamask_plugin.training.resume import adopt_best, asked_for_elsewhere, checkpoint_for, folder_for
 from metamask_plugin.training.run_folder import RunFolder, SameFolder
 from metamask_plugin.training.settings_apply import SettingsApply
@@ -77,7 +78,7 @@ def run(cfg: DictConfig) -> RunFolder:
     Returns:
         The run's folder.
     """
-    with surviving_output(), one_line_errors(), worker_failures(), torch_flags_kept():
+    with one_line_errors(), worker_failures(), torch_flags_kept():
         check(len(cfg) > 0, "--config-name", f"one of {', '.join(shipped_configs())}", None)
         cfg = complete(with_own_task_settings(cfg))
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -123,7 +124,7 @@ def prepared(cfg: DictConfig) -> tuple[PretrainDataModule, pl.LightningModule, d
     dataset = load_dataset(cfg.data)
     cfg.data.num_classes = dataset.num_classes
     pl.seed_everything(cfg.seed, workers=True)
-    datamodule = PretrainDataModule(dataset, cfg)
+    datamodule = PretrainDataModule(dataset, cfg, device_count(cfg) * cfg.num_nodes)
     datamodule.setup("fit")  # what cannot be is found before a run folder is made
     model = METHODS[cfg.method](cfg)
     if not model.no_channel_last:  # the images are laid out so, and convolutions want their weights alike
@@ -214,7 +215,7 @@ def _callbacks(
         "nonfinite": NonFiniteReport(folder),
     }
     if cfg.checkpoint.enabled:
-        callbacks["preemption"] = Preemption()
+        callbacks["preemption"] = Preemption(position)
         callbacks["checkpointer"] = Checkpointer(
             folder,
             cfg.checkpoint.frequency,
@@ -223,6 +224,7 @@ def _callbacks(
             cfg.checkpoint.get("every_n_steps"),
             identity,
         )
+    callbacks["rank_draws"] = RankDraws(cfg.seed)
     if cfg.evaluation.enabled and data.available:
         knn = cfg.evaluation.knn
         callbacks["knn"] = OnlineKNN(data, callbacks["history"], knn.k, knn.every_n_epochs, knn.temperature)
@@ -314,11 +316,13 @@ def _fit(
     """Trains; an interruption ends with where to go on from, not with a traceback."""
     kwargs = {"ckpt_path": None if checkpoint is None else str(checkpoint)}
     try:
-        trainer.fit(model, datamodule=data, **kwargs)
+        with preemption_told_from_failure(trainer):
+            trainer.fit(model, datamodule=data, **kwargs)
     except Preempted as preempted:
-        where = f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
-        print(f"{preempted.signal.name} in {where}; {_way_on(folder)}")
-        raise SystemExit(128 + preempted.signal) from None
+        if trainer.is_global_zero:
+            epoch = trainer.current_epoch + (not trainer.fit_loop.done)
+            print(f"{preempted.signal.name} in epoch {epoch} of {trainer.max_epochs}; {_way_on(folder)}")
+        raise SystemExit(preempted.exit_code) from None
     except FileNotFoundError as error:
         if folder.path.exists():
             raise

@@ -104,7 +104,7 @@ BLOCKS: dict[str, Setting] = {
     "dali.device": word("where DALI works", ("cpu", "gpu"), null=True),
     "dali.encode_indexes_into_labels": flag("solo-learn's", null=True, unused=True),
     "optimizer.name": word("of encoder and heads", OPTIMIZERS),
-    "optimizer.batch_size": whole("images a step and process", 1, 10**7),
+    "optimizer.batch_size": whole("images a step and process; BatchNorm needs two", 2, 10**7),
     "optimizer.lr": number("learning rate of a batch of 256", 0, 1e6),
     "optimizer.classifier_lr": number("of the online classifier, likewise", 0, 1e6, null=True),
     "optimizer.weight_decay": number("of all parameters of encoder and heads", 0, 1e6, null=True),

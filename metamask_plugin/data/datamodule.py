@@ -22,6 +22,7 @@ from metamask_plugin.data.batches import (
     whole,
 )
 from metamask_plugin.data.dali_batches import DaliBatches, require_dali
+from metamask_plugin.data.loader import ShieldedLoader, check_worker_sockets
 from metamask_plugin.data.regions import region_of
 from metamask_plugin.data.registry import Dataset
 from metamask_plugin.data.resident import IndexBatch, IndexBatches, ResidentImages, fits
@@ -65,7 +66,8 @@ class PretrainDataModule(LightningDataModule):
         cfg: the run's configuration; read are ``data.format``, ``data.pipeline``, ``data.on_device``,
             ``data.num_workers``, ``data.region``, ``data.region_form``, ``data.verify``,
             ``data.invalid_images`` (see :mod:`~metamask_plugin.data.verify`), ``dali.device``,
-            ``augmentations``, ``optimizer.batch_size`` and ``seed``.
+            ``augmentations``, ``optimizer.batch_size``, ``limit_train_batches`` and ``seed``.
+        processes: how many train together; each has its share of the training images.
 
     Attributes:
         dataset: the data set as it is used: in memory for ``kornia``; for ``custom`` with the mean and std of
@@ -77,12 +79,13 @@ class PretrainDataModule(LightningDataModule):
         position: where in its epoch the training is.
 
     Raises:
-        UserError: a setting is unknown or out of range, the batch is larger than the training split, or an
-            image file cannot be read and is not to be skipped.
+        UserError: a setting is unknown or out of range, the batch is larger than a process's share of the
+            training split, an epoch has no batch, workers cannot send batches, or an image file cannot be
+            read and is not to be skipped.
             What DALI cannot do is found in :meth:`setup`: an evaluator needs no DALI.
     """
 
-    def __init__(self, dataset: Dataset, cfg: DictConfig) -> None:
+    def __init__(self, dataset: Dataset, cfg: DictConfig, processes: int = 1) -> None:
         super().__init__()
         entries = parse_augmentations(cfg.augmentations)
         in_memory = isinstance(dataset.train, MemoryImages)
@@ -91,11 +94,15 @@ class PretrainDataModule(LightningDataModule):
         )
         if choose("data.format", cfg.data.get("format") or FORMATS[0], FORMATS) == "dali":
             self.pipeline = "dali"
-        self.batch_size = _checked_batch_size(cfg.optimizer.get("batch_size"), len(dataset.train))
+        limit = cfg.get("limit_train_batches")
+        self.batch_size = cfg.optimizer.get("batch_size")
+        _check_batches(self.batch_size, len(dataset.train), processes, self.pipeline, limit)
         workers = cfg.data.get("num_workers")
         self.num_workers = NUM_WORKERS if workers is None else workers
         found = isinstance(self.num_workers, int) and self.num_workers >= 0
         check(found, "data.num_workers", "a whole number of at least 0", self.num_workers)
+        if self.num_workers and self.pipeline != "kornia":
+            check_worker_sockets()
         self.on_device = _checked_on_device(cfg.data.get("on_device"), self.pipeline)
         seed = cfg.get("seed")
         self.seed = SEED if seed is None else seed
@@ -110,7 +117,8 @@ class PretrainDataModule(LightningDataModule):
             self.full, dataset = _in_memory(
                 self.full, dataset, max(entry.crop_size for entry in entries), how
             )
-        _checked_batch_size(self.batch_size, len(dataset.train))  # without those that were skipped
+        # without those that were skipped
+        _check_batches(self.batch_size, len(dataset.train), processes, self.pipeline, limit)
         self.dataset = dataset
         self.view = EvaluationView(entries[0].crop_size, dataset.mean, dataset.std)
         draw = KorniaViews if self.pipeline == "kornia" else TorchvisionViews
@@ -137,13 +145,14 @@ class PretrainDataModule(LightningDataModule):
             images, options = self._memory_batches(split), {"collate_fn": whole}
         else:
             images, options = IndexedViews(split, self.views), self._worker_options()
-        sampler = EpochShuffle(images, self.seed)
+        order = EpochShuffle(images, self.seed)
         return LazyLoader(
             images,
             self.batch_size,
             position=self.position,
-            sampler=sampler,
-            generator=sampler.worker_seeds,
+            order=order,
+            sampler=order,
+            generator=order.worker_seeds,
             drop_last=True,
             pin_memory=torch.cuda.is_available(),
             **options,
@@ -180,9 +189,9 @@ class PretrainDataModule(LightningDataModule):
         pin = torch.cuda.is_available()
         if isinstance(split, MemoryImages):
             images = MemoryBatches(split, self._evaluation_batch)
-            return DataLoader(images, batch_size, collate_fn=whole, generator=generator, pin_memory=pin)
+            return ShieldedLoader(images, batch_size, collate_fn=whole, generator=generator, pin_memory=pin)
         images = EvaluationImages(split, self.view)
-        return DataLoader(
+        return ShieldedLoader(
             images, batch_size, generator=generator, pin_memory=pin, num_workers=self.num_workers
         )
 
@@ -258,19 +267,40 @@ class PretrainDataModule(LightningDataModule):
         return {"num_workers": self.num_workers}
 
 
-def _checked_batch_size(batch_size: Any, images: int) -> int:
+def _check_batches(batch_size: Any, images: int, processes: int, pipeline: str, limit: Any) -> None:
+    """Raises a UserError unless an epoch of each process has at least one whole batch.
+
+    Args:
+        batch_size: images of a process's batch.
+        images: of the training split.
+        processes: how many share them.
+        pipeline: ``dali`` gives each process the same whole number of images; Lightning's sampler repeats
+            some, so that none has fewer.
+        limit: ``limit_train_batches``, of which a float is a share of the epoch's batches.
+    """
     whole_number = isinstance(batch_size, int) and not isinstance(batch_size, bool)
     check(
         whole_number and batch_size >= 1, "optimizer.batch_size", "a whole number of at least 1", batch_size
     )
+    share = images // processes if pipeline == "dali" else -(-images // processes)
+    whose = (
+        "the number of training images" if processes == 1 else f"the images of one of {processes} processes"
+    )
     check(
-        batch_size <= images,
+        batch_size <= share,
         "optimizer.batch_size",
-        f"at most {images}, the number of training images",
+        f"at most {share}, {whose}",
         batch_size,
         "lower optimizer.batch_size or raise data.fraction",
     )
-    return batch_size
+    batches = share // batch_size
+    check(
+        not isinstance(limit, float) or int(batches * limit) >= 1,
+        "limit_train_batches",
+        f"a share of at least one of the epoch's {batches} batches",
+        limit,
+        "set limit_train_batches=1, a number of batches",
+    )
 
 
 def _checked_on_device(on_device: Any, pipeline: str) -> bool | None:

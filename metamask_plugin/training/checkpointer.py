@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from metamask_plugin.data.batches import EpochPosition
+from metamask_plugin.signals import Preempted
 from metamask_plugin.training.online_knn import OnlineKNN
-from metamask_plugin.training.preemption import Preempted, Preemption
+from metamask_plugin.training.preemption import Preemption
 from metamask_plugin.training.ranks import of_all_ranks, of_this_rank
 from metamask_plugin.training.run_folder import RunFolder
 
