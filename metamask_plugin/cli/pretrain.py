@@ -21,6 +21,7 @@ from metamask_plugin.data import PretrainDataModule, load_dataset
 from metamask_plugin.data.batches import EpochPosition
 from metamask_plugin.data.worker_failure import worker_failures
 from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.evaluation.knn import within_bank
 from metamask_plugin.evaluation.report import write_summary
 from metamask_plugin.methods import METHODS
 from metamask_plugin.training.checkpoint_io import WholeCheckpointIO
@@ -118,6 +119,8 @@ def pretrain(cfg: DictConfig) -> RunFolder:
     initial = copy.deepcopy(model)
 
     evaluation = EvaluationData(datamodule)
+    if evaluation.available:
+        cfg.evaluation.knn.k = within_bank("evaluation.knn.k", cfg.evaluation.knn.k, evaluation.bank)
     callbacks = _callbacks(cfg, folder, evaluation, datamodule.position, identity)
     trainer = _trainer(cfg, folder, callbacks)
     checkpoint = _resume_from(cfg, folder, model, identity)
