@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "losses": set(),
     "bilevel": set(),
     "modules": {"errors"},
-    "data": {"errors", "signals"},
+    "data": {"errors", "retry", "signals"},
     "tasks": {"errors", "losses", "modules"},
     "evaluation": {"errors", "retry", "modules", "data"},
     "host": {"errors", "modules", "evaluation", "tasks"},

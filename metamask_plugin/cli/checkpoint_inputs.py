@@ -32,6 +32,8 @@ def add_input_flags(parser: argparse.ArgumentParser, training: str, test: str) -
     add("--data_fraction", type=finite, help="share of the training images to use, -1 for all")
     add("--mean", type=finite, nargs=3, help="per channel, for custom data")
     add("--std", type=finite, nargs=3, help="per channel, for custom data")
+    add("--bits", type=int, help="bits that 16-bit grey uses; by default as in training")
+    add("--evaluation_resize", type=int, help="shorter side before the centre crop, in pixels; likewise")
     add("--batch_size", type=int, default=256, help="images run through the encoder at once")
     add("--num_workers", type=int, help="processes that decode image files")
     add("--backbone", help="the encoder, where no args.json names it")
@@ -63,6 +65,8 @@ def labelled_data(args: argparse.Namespace, pretrained: Pretrained) -> LabelledD
         "format": args.data_format,
         "fraction": args.data_fraction,
         "num_workers": args.num_workers,
+        "bits": args.bits,
+        "evaluation_resize": args.evaluation_resize,
     }
     entry = next(iter(pretrained.args.get("augmentations") or []), {})
     if args.crop_size:

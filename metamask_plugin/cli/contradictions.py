@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin.cli.devices import device_count, device_type
+from metamask_plugin.data.registry import evaluation_resize
 from metamask_plugin.errors import UserError, check, nearest
 from metamask_plugin.host.solo_settings import is_solo_task
 
@@ -125,6 +126,8 @@ def _data(cfg: DictConfig) -> None:
     check(not dali or data.get("pipeline") is None, "data.pipeline", "left out with data.format=dali",
           data.get("pipeline"))  # fmt: skip
     check(not dali or region == "full", "data.region", "full with data.format=dali", region)
+    check(not dali or data.get("bits") is None, "data.bits", "null with data.format=dali", data.get("bits"))
+    evaluation_resize(name, cfg.augmentations[0].crop_size, data.get("evaluation_resize"))
     on_device = data.get("on_device")
     pipeline = data.get("pipeline")
     check(

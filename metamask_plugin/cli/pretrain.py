@@ -27,6 +27,7 @@ from metamask_plugin.data.batches import EpochPosition
 from metamask_plugin.data.worker_failure import worker_failures
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.files import write_whole
+from metamask_plugin.evaluation.knn import within_bank
 from metamask_plugin.methods import METHODS
 from metamask_plugin.signals import Preempted
 from metamask_plugin.training.checkpoint_io import WholeCheckpointIO
@@ -149,6 +150,8 @@ def _completed(
     """Does what is left to do of a run: nothing, a report, or a training."""
     data = EvaluationData(datamodule)
     reported = cfg.evaluation.enabled and cfg.evaluation.final_report and data.available
+    if data.available:
+        cfg.evaluation.knn.k = within_bank("evaluation.knn.k", cfg.evaluation.knn.k, data.bank)
     evaluation = evaluation_of(cfg, data) if reported else None
     elsewhere = asked_for_elsewhere(cfg, folder)
     if folder.is_complete(cfg.checkpoint.enabled, evaluation):

@@ -97,6 +97,13 @@ BLOCKS: dict[str, Setting] = {
         null=True,
     ),
     "data.std": sequence("what they are then divided by", number("of a channel", above=0), null=True),
+    "data.bits": whole("bits that 16-bit grey uses, e.g. 12; null: 16", 8, 16, null=True),
+    "data.evaluation_resize": whole(
+        "pixels of the shorter side before the evaluation's centre crop; null: solo-learn's",
+        1,
+        8192,
+        null=True,
+    ),
     "data.kwargs": block("options of the generated data sets; COCO's annotations", null=True),
     "data.num_classes": whole("written by a run", 1, null=True),
     "data.num_large_crops": whole("written by a run", 0, null=True),

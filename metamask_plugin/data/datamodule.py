@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from metamask_plugin.data.augmentations import parse_augmentations
+from metamask_plugin.data.augmentations import Augmentation, parse_augmentations
 from metamask_plugin.data.batches import (
     EpochPosition,
     EpochShuffle,
@@ -24,7 +24,8 @@ from metamask_plugin.data.batches import (
 from metamask_plugin.data.dali_batches import DaliBatches, require_dali
 from metamask_plugin.data.loader import ShieldedLoader, check_worker_sockets
 from metamask_plugin.data.regions import region_of
-from metamask_plugin.data.registry import Dataset
+from metamask_plugin.data.registry import Dataset, evaluation_resize
+from metamask_plugin.data.remarks import tell_unused_statistics
 from metamask_plugin.data.resident import IndexBatch, IndexBatches, ResidentImages, fits
 from metamask_plugin.data.splits import ImageSplit, MemoryImages
 from metamask_plugin.data.verify import Verification, decoded, verified
@@ -46,9 +47,10 @@ class PretrainDataModule(LightningDataModule):
     - ``torchvision``: image by image on ``data.num_workers`` workers.
     - ``kornia``: the images lie in memory as uint8 and a batch's views are made at once, on the device, in
       :meth:`on_after_batch_transfer`. Image files are decoded into memory first, resized to the largest crop
-      size. ``data.on_device`` says where that memory is: True, on the device, from the first batch on, so
-      that only indexes travel; False, on the host, pinned where there is CUDA. The default is the device if
-      that is a GPU whose free memory is three times what the images need. The batches are the same.
+      size, or to ``data.evaluation_resize`` where that is larger. ``data.on_device`` says where that memory
+      is: True, on the device, from the first batch on, so that only indexes travel; False, on the host,
+      pinned where there is CUDA. The default is the device if that is a GPU whose free memory is three times
+      what the images need. The batches are the same.
 
     The default is ``kornia`` if the training split is in memory, else ``torchvision``.
 
@@ -56,6 +58,9 @@ class PretrainDataModule(LightningDataModule):
     their views, on ``dali.device`` (``gpu`` or ``cpu``; default ``gpu`` where the run uses one) with
     ``data.num_workers`` threads, see :func:`~metamask_plugin.data.dali_views.dali_views`; evaluation stays
     with torchvision.
+
+    ``data.evaluation_resize`` says what the shorter side is resized to before the evaluation's centre crop,
+    see :func:`~metamask_plugin.data.registry.evaluation_resize`.
 
     ``data.region`` (``full``, ``foreground`` or ``background``; default ``full``) and ``data.region_form``
     (``fill`` or ``zoom``; default ``fill``) say what of the training and test images is to be seen, see
@@ -65,8 +70,9 @@ class PretrainDataModule(LightningDataModule):
         dataset: see :func:`load_dataset`.
         cfg: the run's configuration; read are ``data.format``, ``data.pipeline``, ``data.on_device``,
             ``data.num_workers``, ``data.region``, ``data.region_form``, ``data.verify``,
-            ``data.invalid_images`` (see :mod:`~metamask_plugin.data.verify`), ``dali.device``,
-            ``augmentations``, ``optimizer.batch_size``, ``limit_train_batches`` and ``seed``.
+            ``data.invalid_images`` (see :mod:`~metamask_plugin.data.verify`), ``data.evaluation_resize``,
+            ``data.mean``, ``data.std``, ``dali.device``, ``augmentations``, ``optimizer.batch_size``,
+            ``limit_train_batches`` and ``seed``.
         processes: how many train together; each has its share of the training images.
 
     Attributes:
@@ -108,19 +114,23 @@ class PretrainDataModule(LightningDataModule):
         self.seed = SEED if seed is None else seed
         if dataset.name == "custom":
             dataset = _with_configured_mean_std(dataset, cfg.augmentations[0])
+        if not isinstance(cfg.augmentations[0], Augmentation):
+            tell_unused_statistics(dataset.name, dataset.mean, dataset.std, cfg.augmentations, cfg.data)
+        crop_size = entries[0].crop_size
+        resize = evaluation_resize(dataset.name, crop_size, cfg.data.get("evaluation_resize"))
+        self.view = EvaluationView(crop_size, dataset.mean, dataset.std, resize)
+        largest = max(resize, *(entry.crop_size for entry in entries))
+        dataset = dataset.files_with(side=largest)
         how = Verification.of(cfg.data)
         if self.pipeline != "kornia":  # which decodes all files anyway
             dataset = verified(dataset, how)
         self.full = dataset
         dataset = dataset.in_region(cfg.data.get("region") or "full", cfg.data.get("region_form") or "fill")
         if self.pipeline == "kornia":
-            self.full, dataset = _in_memory(
-                self.full, dataset, max(entry.crop_size for entry in entries), how
-            )
+            self.full, dataset = _in_memory(self.full, dataset, largest, how)
         # without those that were skipped
         _check_batches(self.batch_size, len(dataset.train), processes, self.pipeline, limit)
         self.dataset = dataset
-        self.view = EvaluationView(entries[0].crop_size, dataset.mean, dataset.std)
         draw = KorniaViews if self.pipeline == "kornia" else TorchvisionViews
         self.views = draw(entries, dataset.mean, dataset.std)
         self.position = EpochPosition()

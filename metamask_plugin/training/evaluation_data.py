@@ -35,6 +35,11 @@ class EvaluationData:
         return fingerprint(self._data.full.test)
 
     @property
+    def bank(self) -> int:
+        """Number of the training images that kNN compares with."""
+        return len(self._splits["train"])
+
+    @property
     def has_boxes(self) -> bool:
         """Whether foreground and background of both splits are known."""
         full = self._data.full

@@ -90,6 +90,8 @@ def experiment_of(
     data["kwargs"] = {key: _name_of(value) for key, value in (data.get("kwargs") or {}).items()}
     if pipeline == "kornia":
         data.pop("num_workers", None)  # it has none
+    else:
+        data.pop("evaluation_resize", None)  # kornia keeps the images in this size
     return _canonical(node)
 
 

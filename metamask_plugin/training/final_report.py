@@ -33,6 +33,7 @@ def evaluation_of(cfg: DictConfig, data: EvaluationData) -> dict[str, Any]:
     return {
         "knn": {"k": list(cfg.evaluation.knn.k), "temperature": cfg.evaluation.knn.temperature},
         "linear": {"protocol": cfg.evaluation.linear.protocol},
+        "resize": cfg.data.get("evaluation_resize"),
         "images_fingerprint": data.fingerprint(),
     }
 

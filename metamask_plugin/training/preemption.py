@@ -56,10 +56,8 @@ class Preemption(pl.Callback):
         if self.received is None:
             self.received, self._since = number, time.monotonic()
             if is_first_process():
-                print(
-                    f"{signal.Signals(number).name}: finishing this batch, then saving; again to stop at once",
-                    flush=True,
-                )
+                name = signal.Signals(number).name
+                print(f"{name}: finishing this batch, then saving; again to stop at once", flush=True)
             if self.position is not None:
                 timer = threading.Timer(BATCH_SECONDS, self._end_waiting, [self.position.waiting_for])
                 timer.daemon = True
