@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
 from metamask_plugin.data.splits import ImageSplit, MemoryImages
 from metamask_plugin.data.views import EvaluationView
@@ -23,6 +23,12 @@ class RawBatch(NamedTuple):
     indexes: Tensor
     images: Tensor
     targets: Tensor
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A generator's seed that differs between epochs and between runs."""
+    # The factor keeps (seed, epoch + 1) and (seed + 1, epoch) apart; 2**63 is the generator's limit.
+    return (seed * 1_000_003 + epoch) % 2**63
 
 
 class EpochShuffle(RandomSampler):
@@ -43,8 +49,7 @@ class EpochShuffle(RandomSampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        # The factor keeps (seed, epoch + 1) and (seed + 1, epoch) apart; 2**63 is the generator's limit.
-        self._epoch_seed = (self.seed * 1_000_003 + epoch) % 2**63
+        self._epoch_seed = epoch_seed(self.seed, epoch)
         self.worker_seeds.manual_seed(self._epoch_seed)
 
     def __iter__(self) -> Iterator[int]:
@@ -99,6 +104,8 @@ class LazyLoader(DataLoader):
         self.position = position  # public, and of its parameter's name: Lightning makes such a loader anew
 
     def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.sampler, DistributedSampler):  # Lightning's, which does not seed workers by epoch
+            self.generator.manual_seed(epoch_seed(self.sampler.seed, self.sampler.epoch))
         yield from self.position.rest(super().__iter__())
 
 
