@@ -234,6 +234,10 @@ class TaskMethod(BaseMethod):
         super().on_train_start()
         self._last_step = self.trainer.global_step
         self.task.start_training(self.trainer)
+        batch = self.cfg.optimizer.batch_size * self.trainer.world_size
+        warning = self.task.own_negatives(self.trainer.num_training_batches * batch, self.num_crops)
+        if warning is not None and self.trainer.is_global_zero:
+            print(warning, flush=True)
 
     def on_train_end(self) -> None:
         super().on_train_end()

@@ -359,6 +359,32 @@ def test_images_that_several_processes_repeat_count_once(images):
     torch.testing.assert_close(mean, whole["loss"])
 
 
+@pytest.mark.fault(
+    "numbers", source="facebookresearch/moco#24, facebookresearch/moco#87, vturrisi/solo-learn#160"
+)
+@pytest.mark.parametrize(
+    ("task", "setting", "size", "warned"),
+    [
+        ("moco", "queue_size", 65536, True),
+        ("moco", "queue_size", 48, False),
+        ("simclr", "bank_size", 49, True),
+        ("simclr", "bank_size", 0, False),
+        ("cmc", "bank_size", 49, True),
+        ("nnclr", "queue_size", 49, False),  # a support set, no negatives
+        ("byol", None, None, False),
+    ],
+)
+def test_a_queue_that_holds_an_images_own_past_is_said(task, setting, size, warned, capfd):
+    """24 images of two views are 48 projections an epoch."""
+    settings = task_settings(task)
+    if setting is not None:
+        settings["method_kwargs__task_kwargs"] = {**settings["method_kwargs__task_kwargs"], setting: size}
+    train(Bare(bare_config(**settings)), steps=3)
+    out = capfd.readouterr().out
+    said = f"warning: method_kwargs.task_kwargs.{setting}={size} holds projections of more than one epoch (24"
+    assert (said in out) == warned and ("warning" in out) == warned
+
+
 @pytest.mark.fault("numbers", source="learnables/learn2learn#174, learnables/learn2learn#271")
 def test_the_exact_gradient_with_shared_and_with_frozen_weights(double):
     torch.manual_seed(0)
