@@ -255,6 +255,23 @@ class TaskMethod(BaseMethod):
         super().on_before_optimizer_step(optimizer)
         self.guard.before_step(self, optimizer)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the online classifier apart: in one norm, the labels would shorten the encoder's steps."""
+        classifier = set(self.classifier.parameters())
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for its_own in (True, False):
+            aside = {p: p.grad for p in parameters if (p in classifier) != its_own}
+            for p in aside:
+                p.grad = None
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            for p, gradient in aside.items():
+                p.grad = gradient
+
     def on_train_epoch_end(self) -> None:
         """Warns of a collapse: an encoder that gives all images the same features."""
         super().on_train_epoch_end()

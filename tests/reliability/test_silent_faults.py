@@ -311,6 +311,87 @@ def test_a_momentum_trial_step_that_is_not_the_optimisers_is_refused():
         train(MetaMask(cfg), steps=1)
 
 
+@pytest.mark.fault(
+    "numbers",
+    source="Philip-Bachman/amdim-public#2, google-research/simclr#151, Lightning-AI/pytorch-lightning#4667",
+)
+@pytest.mark.parametrize(
+    ("optimizer", "clipping"),
+    [
+        ("sgd", {}),
+        ("sgd", {"gradient_clip_val": 0.1}),
+        ("lars", {"gradient_clip_val": 0.1}),
+        ("adamw", {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}),
+    ],
+)
+def test_labels_do_not_reach_the_encoder(monkeypatch, optimizer, clipping):
+    """Not even through the gradients' common norm, by which clipping divides."""
+
+    def trained(shift):
+        class Shifted(Views):
+            def __getitem__(self, index):
+                number, views, label = super().__getitem__(index)
+                return number, views, (label * shift + 1) % 10
+
+        monkeypatch.setattr("method_training.Views", Shifted)
+        torch.manual_seed(0)
+        model = MetaMask(
+            method_config(
+                optimizer__name=optimizer,
+                optimizer__kwargs={},
+                method_kwargs__alpha=0.01,
+                method_kwargs__redundancy__weight=0,
+                method_kwargs__meta={"inner_lr": 0.1},
+            )
+        )
+        start = model.classifier.weight.detach().clone()
+        train(model, **clipping)
+        assert not torch.equal(model.classifier.weight, start)
+        return model.state_dict()
+
+    first, second = trained(1), trained(3)
+    differ = {name for name in first if not torch.equal(first[name], second[name])}
+    assert differ == {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.fault("numbers", source="Lightning-AI/pytorch-lightning#4667")
+def test_encoder_and_classifier_are_each_clipped_to_the_norm(monkeypatch):
+    norms = []
+
+    def measure(model):
+        rest = [p for group in model.learnable_params for p in group["params"]]
+        rest = [p for p in rest if all(p is not q for q in model.classifier.parameters())]
+        groups = ([*model.classifier.parameters()], rest)
+        norms.append([torch.stack([p.grad.norm() for p in group]).norm().item() for group in groups])
+
+    def clip(self, *args, plain=Bare.configure_gradient_clipping, **kwargs):
+        measure(self)
+        plain(self, *args, **kwargs)
+        measure(self)
+
+    monkeypatch.setattr(Bare, "configure_gradient_clipping", clip)
+    train(Bare(bare_config()), steps=1, gradient_clip_val=0.01)
+    before, after = norms
+    assert min(before) > 0.01 and after == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+@pytest.mark.fault("numbers", source="pytorch/pytorch#112583, pytorch/pytorch#142234, pytorch/pytorch#65766")
+@pytest.mark.parametrize("task", ["simsiam", "byol", "nnclr", "swav"])
+def test_every_weight_has_a_gradient_under_autocast(task):
+    """Autocast may hand out casts that were made under no_grad, and cut the graph."""
+    missing = []
+
+    class Look(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            trained = [(n, p) for n, p in pl_module.named_parameters() if p.requires_grad]
+            missing.extend(n for n, p in trained if p.grad is None or not p.grad.abs().sum() > 0)
+
+    torch.manual_seed(0)
+    model = MetaMask(method_config(**task_settings(task), method_kwargs__meta={"schedule": "shared"}))
+    train(model, steps=2, callbacks=[Look()], precision="bf16-mixed")
+    assert not missing
+
+
 @pytest.mark.fault("numbers", source="vturrisi/solo-learn#198")
 @embedded
 def test_accuracies_are_of_the_labelled_images():
