@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+from killed_runs import config
 from method_config import bare_config, method_config, task_settings
 from method_training import Views, train
 from torch import nn
@@ -22,6 +23,7 @@ from metamask_plugin.bilevel import (
     Trial,
     Unrolled,
 )
+from metamask_plugin.cli.config import complete
 from metamask_plugin.data.batches import EpochPosition, EpochShuffle, LazyLoader
 from metamask_plugin.errors import UserError
 from metamask_plugin.methods import Bare, MetaMask
@@ -438,6 +440,16 @@ def test_images_that_several_processes_repeat_count_once(images):
     whole = model._classify(torch.stack([x for x, _ in data]), torch.arange(images))
     mean = sum(metrics["val_loss"] * size for metrics, size in counted) / images
     torch.testing.assert_close(mean, whole["loss"])
+
+
+@pytest.mark.fault("config", source="d8ahazard/sd_dreambooth_extension#1415")
+def test_a_target_network_in_16_bits_is_refused(tmp_path):
+    """With m = 0.999, 1,000 steps move it by 2 % of the way in bfloat16, and should by 63 %."""
+    small = config(tmp_path, "precision=bf16-true", "task=byol")
+    expected = "precision must be 32-true or bf16-mixed for the task byol: .* got 'bf16-true'"
+    with pytest.raises(UserError, match=expected):
+        complete(small)
+    complete(config(tmp_path, "precision=bf16-mixed", "task=byol"))
 
 
 @pytest.mark.fault(
