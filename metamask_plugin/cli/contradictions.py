@@ -12,6 +12,8 @@ from metamask_plugin.cli.devices import device_count, device_type
 from metamask_plugin.data.registry import evaluation_resize
 from metamask_plugin.errors import UserError, check, nearest
 from metamask_plugin.host.solo_settings import is_solo_task
+from metamask_plugin.tasks import TASKS
+from metamask_plugin.tasks.base import MomentumTask
 
 WITH_BOXES = ("confounded_digits", "tiny_imagenet", "coco")
 PRECISIONS = (
@@ -19,6 +21,7 @@ PRECISIONS = (
     *("64", "32", "16", "bf16", "transformer-engine", "transformer-engine-float16"),
 )
 """Lightning's."""
+HALF = ("bf16-true", "16-true")
 DOWNLOADS = ("cifar10", "cifar100", "stl10")
 STEPPING = ("sgd", "lars")
 """Optimisers whose learning rate is the length of a gradient step, and which keep a momentum buffer."""
@@ -190,6 +193,13 @@ def _checkpoints(cfg: DictConfig) -> None:
 
 def _task(cfg: DictConfig, kwargs: DictConfig) -> None:
     settings = kwargs.get("task_kwargs") or {}
+    momentum = isinstance(TASKS.get(kwargs.task), type) and issubclass(TASKS[kwargs.task], MomentumTask)
+    check(
+        not (momentum and str(cfg.precision) in HALF),
+        "precision",
+        f"32-true or bf16-mixed for the task {kwargs.task}: 16 bits cannot hold its target network's steps",
+        cfg.precision,
+    )
     large = cfg.data.num_large_crops
     if kwargs.task == "cmc":
         check(large == 2, "augmentations", "pipelines of 2 large crops together for the task cmc", large)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, RandomSampler
+from torch.utils.data import Dataset, DistributedSampler, RandomSampler
 
 from metamask_plugin.data.loader import ShieldedLoader
 from metamask_plugin.data.splits import ImageSplit, MemoryImages
@@ -26,6 +26,12 @@ class RawBatch(NamedTuple):
     targets: Tensor
 
 
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A generator's seed that differs between epochs and between runs."""
+    # The factor keeps (seed, epoch + 1) and (seed + 1, epoch) apart; 2**63 is the generator's limit.
+    return (seed * 1_000_003 + epoch) % 2**63
+
+
 class EpochShuffle(RandomSampler):
     """A permutation that depends on the seed and the epoch only, so that a resumed run sees the same order.
 
@@ -33,7 +39,6 @@ class EpochShuffle(RandomSampler):
     processes; it is Lightning, too, that calls :meth:`set_epoch`.
 
     Attributes:
-        epoch: the epoch whose order it is.
         worker_seeds: give this to the ``DataLoader`` as its ``generator``: the seed of its workers, too, then
             depends on seed and epoch only, and is not drawn from the global generator.
     """
@@ -45,9 +50,7 @@ class EpochShuffle(RandomSampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-        # The factor keeps (seed, epoch + 1) and (seed + 1, epoch) apart; 2**63 is the generator's limit.
-        self._epoch_seed = (self.seed * 1_000_003 + epoch) % 2**63
+        self._epoch_seed = epoch_seed(self.seed, epoch)
         self.worker_seeds.manual_seed(self._epoch_seed)
 
     def __iter__(self) -> Iterator[int]:
@@ -104,21 +107,17 @@ class LazyLoader(ShieldedLoader):
 
     Args:
         position: where in its epoch the run is.
-        order: its sampler, and its generator's owner. Several processes have Lightning's sampler in its
-            place, which has the epoch and does not seed the workers.
         *args: of ``DataLoader``.
         **kwargs: of ``DataLoader``.
     """
 
-    def __init__(self, *args: Any, position: EpochPosition, order: EpochShuffle, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, position: EpochPosition, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # public, and of the parameters' names: Lightning makes such a loader anew
-        self.position, self.order = position, order
+        self.position = position  # public, and of its parameter's name: Lightning makes such a loader anew
 
     def __iter__(self) -> Iterator[Any]:
-        epoch = getattr(self.sampler, "epoch", None)
-        if epoch is not None and epoch != self.order.epoch:
-            self.order.set_epoch(epoch)
+        if isinstance(self.sampler, DistributedSampler):  # Lightning's, which does not seed workers by epoch
+            self.generator.manual_seed(epoch_seed(self.sampler.seed, self.sampler.epoch))
         yield from self.position.rest(super().__iter__())
 
 

@@ -160,7 +160,6 @@ class PretrainDataModule(LightningDataModule):
             images,
             self.batch_size,
             position=self.position,
-            order=order,
             sampler=order,
             generator=order.worker_seeds,
             drop_last=True,
