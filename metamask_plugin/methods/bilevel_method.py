@@ -85,6 +85,28 @@ class BilevelMethod(TaskMethod):
         self._rates: list[float] | None = None
         self._graph: CudaGraph | None = None
         self._captures = self._can_capture()
+        if self.trainer.is_global_zero:
+            self._warn_of_missing_meta_steps()
+
+    def _warn_of_missing_meta_steps(self) -> None:
+        """Says it where a run, or its last epoch, will have no meta step."""
+        trainer, every = self.trainer, self.meta.cfg.every_n_steps
+        batches, steps = trainer.num_training_batches, trainer.estimated_stepping_batches
+        of_an_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+        cut = self.meta.per_epoch and steps % of_an_epoch != 0
+        if every > (batches if self.meta.per_epoch else steps) or (cut and steps < of_an_epoch):
+            where = f"an epoch's {batches} batches" if self.meta.per_epoch else f"the run's {steps} steps"
+            print(
+                f"warning: method_kwargs.meta.every_n_steps={every} makes no meta step in {where}: what is "
+                "meta-learned stays as it is at the start; lower it, or train longer",
+                flush=True,
+            )
+        elif cut:
+            print(
+                f"warning: max_steps={trainer.max_steps} ends within an epoch of {of_an_epoch} steps, whose "
+                "meta steps (method_kwargs.meta.schedule=epoch) are not made; take a multiple",
+                flush=True,
+            )
 
     def check_processes(self, processes: int) -> None:
         """Raises a UserError for what several processes cannot do together."""

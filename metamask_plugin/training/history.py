@@ -39,6 +39,10 @@ class History(pl.Callback):
         if hasattr(pl_module, "mask") and self._initial_mask is None:  # a resumed run has brought it along
             self._initial_mask = pl_module.mask.values().cpu().clone()
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning keeps the last value of a metric; a row has those of its own epoch
+        trainer._logger_connector._callback_metrics.clear()
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch
         if self.rows and self.rows[-1]["epoch"] == epoch:  # max_steps had cut it short, and now it is whole
@@ -46,8 +50,6 @@ class History(pl.Callback):
             del self.masks[len(self.rows) :]
         pl_module.log("learning_rate", trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
-        # of kNN Lightning keeps showing the last values; this epoch's are added once they are measured
-        metrics = {name: value for name, value in metrics.items() if not is_knn(name)}
         row = {"epoch": epoch, "step": trainer.global_step, **metrics}
         if hasattr(pl_module, "mask"):
             self.masks.append(pl_module.mask.values().cpu().clone())

@@ -438,6 +438,27 @@ def test_max_steps_within_an_epoch(tmp_path, schedule, capsys):
     assert_same(read(on / "last.ckpt")["state_dict"], read(whole / "last.ckpt")["state_dict"])
 
 
+@pytest.mark.fault("numbers")
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("method_kwargs.meta.every_n_steps=1000",), "makes no meta step in the run's 12 steps"),
+        (
+            ("method_kwargs.meta.schedule=epoch", "method_kwargs.meta.every_n_steps=5"),
+            "makes no meta step in an epoch's 4 batches",
+        ),
+        (("method_kwargs.meta.schedule=epoch", "++max_steps=6"), "ends within an epoch of 4 steps"),
+        ((), None),
+    ],
+)
+def test_a_mask_that_will_not_be_learnt_is_said(tmp_path, capsys, words, said):
+    folder = pretrain.run(config(tmp_path, *words)).path
+    warned = [line for line in capsys.readouterr().out.splitlines() if "meta step" in line]
+    assert [said in line for line in warned] == ([] if said is None else [True])
+    cut = rows(folder)[-1]  # an epoch without meta steps has no value of the epoch before
+    assert bool(cut.get("train_outer_loss")) == (said is None)
+
+
 # the best checkpoint
 
 
