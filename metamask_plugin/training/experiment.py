@@ -77,7 +77,8 @@ def experiment_of(
         _take(node, key)
     for key, default in DEFAULTS.items():
         value = _take(node, key)
-        if value is not None and value != default:
+        one_batch = key == "limit_train_batches" and type(value) is int  # 1, where 1.0 is all of them
+        if value is not None and (value != default or one_batch):
             _put(node, key, value)
     precision = str(node.get("precision"))
     node |= {"devices": devices, "device": device, "precision": PRECISIONS.get(precision, precision)}

@@ -267,6 +267,7 @@ OTHERS = [
     ("devices='2'", "strategy=ddp"),
     ("++data.pipeline=torchvision",),
     ("++performance.compile=True",),
+    ("++limit_train_batches=1",),
     ("++limit_train_batches=2",),
     ("++data.kwargs.copies=3",),
 ]
