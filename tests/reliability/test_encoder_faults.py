@@ -31,13 +31,13 @@ def test_an_unseen_border(refused, overrides):  # noqa: F811
 
 @pytest.mark.fault("encoders", source=PATCHES)
 def test_an_unseen_border_of_small_crops_names_their_key():
-    cfg = config("accelerator=cpu", "backbone.name=conv")
+    cfg = config("accelerator=cpu", "backbone.name=conv", "augmentations.0.crop_size=64")
     small = cfg.augmentations[0].copy()
     small.crop_size = 28
     cfg.augmentations.append(small)
     with pytest.raises(
         UserError,
-        match=r"augmentations.1.crop_size must be a size whose border the encoder sees, got 28: .* outer 4",
+        match=r"augmentations.1.crop_size must be a size whose border the encoder sees, got 28: .* outer 5",
     ):
         complete(cfg)
 

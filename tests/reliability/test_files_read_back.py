@@ -180,7 +180,7 @@ def test_an_evaluation_at_a_size_whose_border_is_not_seen(run, tmp_path):
     encoder = build_encoder("test_vit", 64, dynamic_img_size=True)
     state = {f"backbone.{key}": value for key, value in encoder.state_dict().items()}
     kwargs = {"dynamic_img_size": True}
-    other = build_encoder("conv", 32)
+    other = build_encoder("conv", 64)
     args = {"backbone": {"name": "test_vit", "kwargs": kwargs}, "augmentations": [{"crop_size": 64}]}
     folder = run(args)
     torch.save({"state_dict": state}, folder / "last.ckpt")
