@@ -193,5 +193,5 @@ def test_an_evaluation_at_a_size_whose_border_is_not_seen(run, tmp_path):
         Pretrained(other, None, args).check_side(28, "--crop_size")
     path = tmp_path / "timm.pth"
     torch.save(encoder.state_dict(), path)
-    with pytest.raises(UserError, match="crop_size must be a multiple of the patch 16"):
+    with pytest.raises(UserError, match="crop_size must be a size that the encoder takes, got 72"):
         load_frozen(f"timm:test_vit={path}", image_size=72)
