@@ -110,8 +110,12 @@ def check_reach(encoder: nn.Module, side: int, setting: str) -> None:
         setting: the config key, or flag, of the side.
 
     Raises:
-        UserError: see :func:`unseen_beyond_tolerance`.
+        UserError: see :func:`unseen_beyond_tolerance`; or the encoder cannot take such images.
     """
-    unseen = unseen_border(encoder, side)
+    try:
+        unseen = unseen_border(encoder, side)
+    except Exception as error:  # whatever a network says of a size
+        reason = " ".join(f"{error}".split())[:160] or type(error).__name__
+        raise UserError(f"{setting} must be a size that the encoder takes, got {side}: {reason}") from error
     if unseen_beyond_tolerance(encoder, side, unseen):
         raise refusal(encoder, side, unseen, setting)

@@ -122,7 +122,7 @@ TOGETHER = {
     "scheduler.name=step ++scheduler.lr_decay_steps=[-5]": "scheduler.lr_decay_steps must be epochs >= 0",
     "evaluation.knn.k=[]": "evaluation.knn.k must be a list like [5, 20]",
     "checkpoint.enabled=False ++checkpoint.every_n_steps=5": "checkpoint.every_n_steps must be null",
-    "accelerator=cpu precision=16-mixed": "precision must be another than 16-mixed on the CPU",
+    "accelerator=cpu precision=16-mixed": "precision must be another than 16-mixed and 16-true on the CPU",
     "precision=8-bit": "precision='8-bit'",
     "accelerator=cpu strategy=dpp": "did you mean 'ddp'?",
     "accelerator=cpu devices=0": "devices must be at least one",
