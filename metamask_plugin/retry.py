@@ -1,4 +1,4 @@
-"""Repeats file operations that fail for a moment, as on network file systems."""
+"""Repeats an action that a busy or briefly absent file system refuses."""
 
 import errno
 import time
@@ -7,17 +7,24 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
-TRANSIENT = frozenset((errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EBUSY, errno.ETIMEDOUT, errno.EAGAIN))
-"""Errors of a file system that often pass by themselves."""
+TRANSIENT = frozenset(
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "ENOTCONN", "EBUSY", "ETIMEDOUT", "EAGAIN", "EREMOTEIO")
+    if hasattr(errno, name)
+)
+"""Errors of network file systems and failing disks, which may be gone a moment later."""
 
 
 def retried(action: Callable[[], Result], tries: int = 5, first_wait: float = 0.1) -> Result:
-    """Returns what ``action`` returns; repeats it while it raises an OSError of :data:`TRANSIENT`.
+    """Returns what ``action`` returns, and repeats it after an OSError of :data:`TRANSIENT`.
 
     Args:
-        action: safe to repeat.
-        tries: how often it is called at most.
-        first_wait: seconds before the second try; each later wait is twice as long.
+        action: what may be repeated without harm.
+        tries: calls of ``action`` at most.
+        first_wait: seconds before the second call; doubles with each further one.
+
+    Raises:
+        OSError: the last error, or the first of another kind.
     """
     for attempt in range(tries - 1):
         try:
@@ -25,5 +32,5 @@ def retried(action: Callable[[], Result], tries: int = 5, first_wait: float = 0.
         except OSError as error:
             if error.errno not in TRANSIENT:
                 raise
-            time.sleep(first_wait * 2**attempt)
+        time.sleep(first_wait * 2**attempt)
     return action()

@@ -1,6 +1,7 @@
 """Modules as pure functions of their parameters."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ class Functional:
     ``torch.func.functional_call`` alone is not pure: BatchNorm writes its running statistics in
     place, and dropout moves the random number generator. So every call gets copies of the buffers,
     and starts from the same generator state, which it also leaves behind: all evaluations of one
-    meta step draw the same dropout masks.
+    meta step draw the same dropout masks. Views of one evaluation draw different ones: :meth:`each`.
 
     Args:
         module: the module; its mode (train or eval) is kept.
@@ -34,10 +35,27 @@ class Functional:
         }
 
     def __call__(self, params: Params, *args, **kwargs):
+        with self._random_state_kept():
+            return self._call(params, *args, **kwargs)
+
+    def each(self, params: Params, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Calls the module on each input, such as the views of a batch, within one random state.
+
+        Inputs draw different dropout masks, one after the other, as in a regular step.
+        """
+        with self._random_state_kept():
+            return [self._call(params, x) for x in inputs]
+
+    def _call(self, params: Params, *args, **kwargs):
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        return torch.func.functional_call(self.module, {**params, **buffers}, args, kwargs)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where the module is, whichever of its parameters are exposed."""
+        return {tensor.device for tensor in (*self.module.parameters(), *self.module.buffers())}
+
+    def _random_state_kept(self) -> AbstractContextManager:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            # a captured call draws nothing, see CudaGraph, and the generator must not be asked
-            return torch.func.functional_call(self.module, {**params, **buffers}, args, kwargs)
-        cuda = {tensor.device for tensor in params.values() if tensor.is_cuda}
-        with torch.random.fork_rng(devices=list(cuda)):
-            return torch.func.functional_call(self.module, {**params, **buffers}, args, kwargs)
+            return nullcontext()  # a captured call draws nothing, see CudaGraph; do not ask the generator
+        return torch.random.fork_rng(devices=[device for device in self.devices if device.type == "cuda"])

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from metamask_plugin.cli.flags import finite
+from metamask_plugin.cli.flags import finite, keyword
 from metamask_plugin.evaluation.checkpoints import Pretrained, load_pretrained
 from metamask_plugin.evaluation.features import Features, extract_features
 from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
@@ -32,9 +32,14 @@ def add_input_flags(parser: argparse.ArgumentParser, training: str, test: str) -
     add("--data_fraction", type=finite, help="share of the training images to use, -1 for all")
     add("--mean", type=finite, nargs=3, help="per channel, for custom data")
     add("--std", type=finite, nargs=3, help="per channel, for custom data")
+    add("--bits", type=int, help="bits that 16-bit grey uses; by default as in training")
+    add("--evaluation_resize", type=int, help="shorter side before the centre crop, in pixels; likewise")
     add("--batch_size", type=int, default=256, help="images run through the encoder at once")
     add("--num_workers", type=int, help="processes that decode image files")
     add("--backbone", help="the encoder, where no args.json names it")
+    add(
+        "--backbone_kwargs", type=keyword, nargs="+", metavar="KEY=VALUE", help="its options, e.g. stem=cifar"
+    )
     add("--crop_size", type=int, help="side of the images in pixels, where no args.json gives it")
     add("--host", help="solo or embedded: who built the encoder, where no args.json says it")
 
@@ -45,6 +50,7 @@ def pretrained_encoder(args: argparse.Namespace) -> Pretrained:
         args.pretrained_checkpoint_dir,
         args.backbone,
         args.crop_size,
+        dict(args.backbone_kwargs) if args.backbone_kwargs else None,
         host=args.host,
         solo_factories=solo_factories,
     )
@@ -59,8 +65,12 @@ def labelled_data(args: argparse.Namespace, pretrained: Pretrained) -> LabelledD
         "format": args.data_format,
         "fraction": args.data_fraction,
         "num_workers": args.num_workers,
+        "bits": args.bits,
+        "evaluation_resize": args.evaluation_resize,
     }
     entry = next(iter(pretrained.args.get("augmentations") or []), {})
+    if args.crop_size:
+        pretrained.check_side(args.crop_size, "--crop_size")
     return LabelledData(
         merged_data(pretrained.args, given),
         args.crop_size or entry.get("crop_size"),

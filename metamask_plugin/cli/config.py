@@ -8,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin.cli.devices import device_count, on_cpu
+from metamask_plugin.cli.paths import expand_paths
 from metamask_plugin.cli.rehearsal import rehearse
 from metamask_plugin.cli.schema import REQUIRED, pretraining_schema
 from metamask_plugin.cli.schema_methods import BARE, METHOD_KWARGS, TASK_KWARGS
@@ -52,6 +53,7 @@ DEFAULTS: dict[str, Any] = {
     "checkpoint.dir": "trained_models",
     "checkpoint.frequency": 1,
     "auto_resume.enabled": False,
+    "auto_resume.extend": True,
     "wandb.enabled": False,
     "wandb.entity": None,
     "wandb.project": "metamask_plugin",
@@ -82,6 +84,7 @@ def complete(cfg: DictConfig) -> DictConfig:
         UserError: for an unknown or missing key, a value that cannot be, or values that cannot be together.
     """
     OmegaConf.set_struct(cfg, False)
+    expand_paths(cfg)
     validate_pretraining(cfg)
     for key, value in DEFAULTS.items():
         if OmegaConf.select(cfg, key) is None:

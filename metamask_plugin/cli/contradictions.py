@@ -8,8 +8,12 @@ import torch
 from lightning.pytorch.strategies import StrategyRegistry
 from omegaconf import DictConfig, OmegaConf
 
-from metamask_plugin.cli.devices import device_count, on_cpu
+from metamask_plugin.cli.devices import device_count, device_type
+from metamask_plugin.data.registry import evaluation_resize
 from metamask_plugin.errors import UserError, check, nearest
+from metamask_plugin.host.solo_settings import is_solo_task
+from metamask_plugin.tasks import TASKS
+from metamask_plugin.tasks.base import MomentumTask
 
 WITH_BOXES = ("confounded_digits", "tiny_imagenet", "coco")
 PRECISIONS = (
@@ -17,6 +21,7 @@ PRECISIONS = (
     *("64", "32", "16", "bf16", "transformer-engine", "transformer-engine-float16"),
 )
 """Lightning's."""
+HALF = ("bf16-true", "16-true")
 DOWNLOADS = ("cifar10", "cifar100", "stl10")
 STEPPING = ("sgd", "lars")
 """Optimisers whose learning rate is the length of a gradient step, and which keep a momentum buffer."""
@@ -41,18 +46,20 @@ def check_together(cfg: DictConfig, kwargs: DictConfig | None) -> None:
 
 
 def _machine(cfg: DictConfig) -> None:
-    accelerator = cfg.accelerator
-    if accelerator in ("gpu", "cuda"):
-        found = torch.cuda.is_available()
-        check(found, "accelerator", "auto or cpu where no GPU is found", accelerator, "set accelerator=cpu")
-    if accelerator == "mps":
-        check(torch.backends.mps.is_available(), "accelerator", "auto or cpu here", accelerator)
-    count = device_count(cfg)
+    kind, count = device_type(cfg.accelerator), device_count(cfg)
     check(1 <= count <= MOST_PROCESSES, "devices", "at least one", cfg.devices)
-    on_gpu = not on_cpu(cfg) and accelerator != "mps"
-    if on_gpu:
+    if kind == "cuda":
         there = torch.cuda.device_count()
         check(count <= there, "devices", f"at most the {there} GPUs of this machine", cfg.devices)
+    elif OmegaConf.is_list(cfg.devices) and len(cfg.devices) > 1:
+        several = len(cfg.devices)
+        print(
+            f"note: devices={list(cfg.devices)} names GPUs: one process trains here, on {kind.upper()}; "
+            f"devices={several} makes {several} processes",
+            file=sys.stderr,
+        )
+    if kind == "mps":
+        _on_mps(cfg, count)
     name = cfg.strategy
     if isinstance(name, str) and name not in ("auto", *StrategyRegistry.available_strategies()):
         hint = nearest(name, StrategyRegistry.available_strategies())
@@ -66,8 +73,9 @@ def _machine(cfg: DictConfig) -> None:
             f"precision={precision!r} must be one of {', '.join(PRECISIONS)}"
             + (f"; did you mean {hint!r}?" if hint else "")
         )
-    if on_cpu(cfg) and str(precision) in ("16", "16-mixed"):
-        check(False, "precision", "another than 16-mixed on the CPU", precision,
+    if kind == "cpu" and str(precision) in ("16", "16-mixed", "16-true"):
+        # Lightning has no 16-mixed there; 16-true has no gradient scaler and is NaN after a step
+        check(False, "precision", "another than 16-mixed and 16-true on the CPU", precision,
               "set precision=32-true or bf16-mixed")  # fmt: skip
     deterministic = cfg.get("deterministic")
     check(
@@ -94,6 +102,19 @@ def _machine(cfg: DictConfig) -> None:
     check(valid, "limit_train_batches", "an integer >= 1, or a share in (0, 1] as a float", limit)
 
 
+def _on_mps(cfg: DictConfig, count: int) -> None:
+    """Refuses what Apple's GPUs do not have: float64, and a second device."""
+    remedy = "set accelerator=cpu"
+    check(count == 1, "devices", "1 with accelerator=mps", cfg.devices, remedy)
+    double = str(cfg.precision) in ("64", "64-true")
+    check(not double, "precision", "another than 64-true with accelerator=mps", cfg.precision, remedy)
+    task = OmegaConf.select(cfg, "method_kwargs.task")
+    remedy = "it computes in float64, which MPS does not have; set accelerator=cpu"
+    in_double = task == "wmse" or is_solo_task(task)
+    check(not in_double, "method_kwargs.task", "one without float64 with accelerator=mps", task, remedy)
+    print("note: accelerator=mps has not been tested by the authors", file=sys.stderr)
+
+
 def _data(cfg: DictConfig) -> None:
     data, name = cfg.data, cfg.data.dataset
     region = data.get("region") or "full"
@@ -108,6 +129,8 @@ def _data(cfg: DictConfig) -> None:
     check(not dali or data.get("pipeline") is None, "data.pipeline", "left out with data.format=dali",
           data.get("pipeline"))  # fmt: skip
     check(not dali or region == "full", "data.region", "full with data.format=dali", region)
+    check(not dali or data.get("bits") is None, "data.bits", "null with data.format=dali", data.get("bits"))
+    evaluation_resize(name, cfg.augmentations[0].crop_size, data.get("evaluation_resize"))
     on_device = data.get("on_device")
     pipeline = data.get("pipeline")
     check(
@@ -170,6 +193,13 @@ def _checkpoints(cfg: DictConfig) -> None:
 
 def _task(cfg: DictConfig, kwargs: DictConfig) -> None:
     settings = kwargs.get("task_kwargs") or {}
+    momentum = isinstance(TASKS.get(kwargs.task), type) and issubclass(TASKS[kwargs.task], MomentumTask)
+    check(
+        not (momentum and str(cfg.precision) in HALF),
+        "precision",
+        f"32-true or bf16-mixed for the task {kwargs.task}: 16 bits cannot hold its target network's steps",
+        cfg.precision,
+    )
     large = cfg.data.num_large_crops
     if kwargs.task == "cmc":
         check(large == 2, "augmentations", "pipelines of 2 large crops together for the task cmc", large)

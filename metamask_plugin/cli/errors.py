@@ -6,7 +6,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from metamask_plugin.cli.output import surviving_output
 from metamask_plugin.errors import UserError, printable
+from metamask_plugin.retry import TRANSIENT
+from metamask_plugin.signals import ended_by_signals
 
 RESUMES = "the same command goes on with what is saved"
 REMEDIES = {
@@ -16,6 +19,7 @@ REMEDIES = {
     errno.EROFS: "the file system cannot be written: set another checkpoint.dir, or mount it for writing",
     errno.EACCES: "permission is missing: change the permissions, or name another folder",
     errno.EPERM: "permission is missing: change the permissions, or name another folder",
+    **dict.fromkeys(TRANSIENT, f"the file system does not answer: look after it, and {RESUMES}"),
 }
 """Faults of the machine that the user can mend, and how."""
 
@@ -25,16 +29,18 @@ def one_line_errors() -> Iterator[None]:
     """Turns what the user can mend into one line on stderr and exit code 2.
 
     That is a :class:`UserError`, and an OSError of a full disk, of a missing permission or the like. Anything
-    else is a bug, and shows its traceback.
+    else is a bug, and shows its traceback. A signal ends the command with one line and 128 + its number.
+    A closed standard output ends nothing.
     """
-    try:
-        yield
-    except UserError as error:
-        fail(str(error))
-    except OSError as error:
-        if error.errno not in REMEDIES:
-            raise
-        fail(_about_file(error))
+    with surviving_output(), ended_by_signals():
+        try:
+            yield
+        except UserError as error:
+            fail(str(error))
+        except OSError as error:
+            if error.errno not in REMEDIES:
+                raise
+            fail(_about_file(error))
 
 
 def fail(message: str) -> None:

@@ -3,9 +3,12 @@
 import argparse
 import math
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from omegaconf import OmegaConf
 
 from metamask_plugin.cli.errors import fail
+from metamask_plugin.cli.paths import expanded
 from metamask_plugin.errors import nearest
 
 
@@ -22,6 +25,15 @@ class FlagParser(argparse.ArgumentParser):
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """Expands ``~`` and ``$HOME`` in what was given."""
+        found = super().parse_args(args, namespace)
+        for flag, value in vars(found).items():
+            several = isinstance(value, list)
+            values = [expanded(entry, f"--{flag}") for entry in (value if several else [value])]
+            setattr(found, flag, values if several else values[0])
+        return found
 
     def error(self, message: str) -> NoReturn:
         """What argparse found, without its usage: ``--help`` has that."""
@@ -40,3 +52,14 @@ def finite(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
     return value
+
+
+def keyword(text: str) -> tuple[str, Any]:
+    """``key=value`` of the command line; the value is read as YAML reads it: 3, true, text."""
+    key, sign, _ = text.partition("=")
+    if not (sign and key.isidentifier()):
+        raise argparse.ArgumentTypeError(f"must be like stem=cifar, got {text!r}")
+    try:
+        return key, OmegaConf.to_container(OmegaConf.from_dotlist([text]))[key]
+    except Exception:  # of the YAML reader
+        raise argparse.ArgumentTypeError(f"must have a value that YAML can read, got {text!r}") from None

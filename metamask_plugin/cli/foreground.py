@@ -19,6 +19,7 @@ from metamask_plugin.data.regions import FORMS, REGIONS
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.checkpoints import find_checkpoint, load_pretrained, read_args
 from metamask_plugin.evaluation.figures import save
+from metamask_plugin.evaluation.knn import within_bank
 from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
 from metamask_plugin.evaluation.linear import PROTOCOLS
 from metamask_plugin.evaluation.regions import FIT_ON, SETTINGS, region_accuracies, summarise_seeds
@@ -229,6 +230,7 @@ def _test(runs: Sequence[Run], form: str, args: argparse.Namespace) -> list[dict
             data.require_boxes()
             sizes = f"{data.sizes['test']} test and {data.sizes['train']} training images"
             print(f"{run.data['dataset']}: {sizes}", flush=True)
+            (args.k,) = within_bank("--k", [args.k], data.sizes["train"])
             loaded[run.data_key] = data
         described = f"{run.name}, seed {run.seed}, trained on {run.trained_on} images"
         print(f"{run.checkpoint}: {described}", flush=True)

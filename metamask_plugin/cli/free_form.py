@@ -1,14 +1,17 @@
 """Blocks whose keys belong to the object they are passed to, held against that object before any work."""
 
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torchvision
+from torch import nn
 
 from metamask_plugin import host
 from metamask_plugin.cli.schema_methods import DATA_KWARGS, TASK_KWARGS
@@ -20,6 +23,13 @@ from metamask_plugin.data.digits import digits
 from metamask_plugin.errors import UserError, check, choose, shown
 from metamask_plugin.host.optimizers import build_optimizer
 from metamask_plugin.host.solo_settings import is_solo_task
+from metamask_plugin.modules.encoder_reach import (
+    patch_size,
+    refusal,
+    unseen_beyond_tolerance,
+    unseen_border,
+    without_zeros,
+)
 from metamask_plugin.modules.encoders import ENCODERS, build_encoder
 from metamask_plugin.tasks import TASKS
 
@@ -101,7 +111,7 @@ def check_optimizer_kwargs(name: str, kwargs: Mapping[str, Any], block: str) -> 
         raise _do_not_fit(block, name, kwargs, error) from None
 
 
-def check_encoder(block: str, name: str, kwargs: Mapping[str, Any], sizes: Iterable[int]) -> None:
+def check_encoder(block: str, name: str, kwargs: Mapping[str, Any], sizes: Iterable[int]) -> int | None:
     """Builds the encoder without memory, and runs images of every size through it.
 
     Args:
@@ -110,12 +120,15 @@ def check_encoder(block: str, name: str, kwargs: Mapping[str, Any], sizes: Itera
         kwargs: as in the config.
         sizes: sides of the images, pixels; the first is what it is built for.
 
+    Returns:
+        The side of its patches, pixels; None without them.
+
     Raises:
         UserError: for an encoder that cannot be built, cannot take an image, or gives no vector of features.
     """
     sizes = list(dict.fromkeys(sizes))
     if host.name == "solo" and name not in ENCODERS and block == "backbone":
-        return  # solo-learn's own factories
+        return None  # solo-learn's own factories
     kwargs = dict(kwargs)
     size = kwargs.pop("image_size", sizes[0])
     check_value(f"{block}.kwargs.image_size", size, Setting("", "whole", least=1, most=8192))
@@ -126,28 +139,78 @@ def check_encoder(block: str, name: str, kwargs: Mapping[str, Any], sizes: Itera
                 raise unknown_key(f"{block}.kwargs", key, known)
     offline = {**kwargs, "pretrained": False} if kwargs.get("pretrained") else kwargs
     try:
-        shape, features = _output(name, size, sizes, block, offline, "meta")
+        shape, features, patch = _output(name, size, sizes, block, offline, "meta")
     except UserError:
         raise
     except Exception:  # some encoders cannot be built without memory: once more, with it
         try:
-            shape, features = _output(name, size, sizes, block, offline, "cpu")
+            shape, features, patch = _output(name, size, sizes, block, offline, "cpu")
         except UserError:
             raise
         except Exception as error:
             raise _do_not_fit(block, name, kwargs, error, f" and images of {sizes} pixels") from None
-    fits = tuple(shape) == (2, features)
-    check(fits, f"{block}.kwargs", f"those of an encoder with a vector of {features} features", tuple(shape))
+    fits, remedy = tuple(shape) == (2, features), "name another model, or one without a feature map as output"
+    check(
+        fits,
+        f"{block}.name={name!r}",
+        "an encoder with one vector of features an image",
+        tuple(shape),
+        remedy,
+    )
+    return patch
+
+
+def check_encoder_reach(block: str, name: str, kwargs: Mapping[str, Any], sizes: Mapping[int, str]) -> None:
+    """Builds the encoder and looks, by a backward pass, whether images of every size matter to their borders.
+
+    Args:
+        block: ``backbone``, or another's name.
+        name: the encoder's.
+        kwargs: as in the config.
+        sizes: the config key of each side in pixels; the first is what the encoder is built for.
+
+    Raises:
+        UserError: for an encoder that does not see the border of its images.
+    """
+    if host.name == "solo" and name not in ENCODERS and block == "backbone":
+        return
+    given = {key: value for key, value in kwargs.items() if key not in ("image_size", "pretrained")}
+    size = kwargs.get("image_size") or next(iter(sizes))
+    with torch.random.fork_rng(devices=[]):
+        encoder = without_zeros(build_encoder(name, size, setting=block, **given))
+        for side, setting in sizes.items():
+            unseen = unseen_border(encoder, side)
+            if unseen_beyond_tolerance(encoder, side, unseen):
+                patch = None if "image_size" in kwargs else _patch_that_fits(name, side, given, encoder)
+                also = f", or {block}.kwargs.patch_size={patch}" if patch else ""
+                raise refusal(encoder, side, unseen, setting, also)
+            if unseen:
+                print(
+                    f"note: {block}.name={name} does not see the outer {unseen} pixels of {setting}={side}",
+                    file=sys.stderr,
+                )
+
+
+def _patch_that_fits(name: str, side: int, kwargs: Mapping[str, Any], encoder: nn.Module) -> int | None:
+    """The largest smaller patch with which the encoder can be built and sees the whole image."""
+    patch = patch_size(encoder) or 0
+    for smaller in range(patch - 1, 1, -1):
+        if side % smaller == 0:
+            with suppress(Exception):
+                other = without_zeros(build_encoder(name, side, **{**kwargs, "patch_size": smaller}))
+                if patch_size(other) == smaller and unseen_border(other, side) == 0:
+                    return smaller
+    return None
 
 
 def _output(
     name: str, size: int, sizes: list[int], block: str, kwargs: Mapping[str, Any], device: str
-) -> tuple[torch.Size, int]:
+) -> tuple[torch.Size, int, int | None]:
     with torch.device(device), torch.no_grad():
         encoder = build_encoder(name, size, setting=block, **kwargs)
         for side in sizes:
             output = encoder(torch.zeros(2, 3, side, side))
-    return output.shape, encoder.num_features
+    return output.shape, encoder.num_features, patch_size(encoder)
 
 
 def _encoder_arguments(name: str) -> set[str]:

@@ -18,6 +18,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 
 from metamask_plugin.cli.errors import one_line_errors
+from metamask_plugin.cli.yaml_aliases import bounded_aliases
 from metamask_plugin.errors import UserError, choose, nearest, shown
 
 SWITCH = "HYDRA_FULL_ERROR"
@@ -50,7 +51,8 @@ def hydra_errors(kind: str, argv: Sequence[str]) -> Iterator[None]:
         with one_line_errors():
             check_flags(argv[1:])
             try:
-                yield
+                with bounded_aliases():
+                    yield
             except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
                 raise told(error, kind, argv) from None
             except ValueError as error:  # of two flags that exclude each other

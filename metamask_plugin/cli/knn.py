@@ -17,7 +17,13 @@ from metamask_plugin.cli.flags import FlagParser, finite
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.checkpoints import Pretrained
 from metamask_plugin.evaluation.features import Features
-from metamask_plugin.evaluation.knn import DISTANCES, knn_accuracies, masked_features, vote_temperature
+from metamask_plugin.evaluation.knn import (
+    DISTANCES,
+    knn_accuracies,
+    masked_features,
+    vote_temperature,
+    within_bank,
+)
 from metamask_plugin.evaluation.report import format_table
 
 FEATURE_TYPES = ("backbone", "masked")
@@ -76,6 +82,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         f"{pretrained.path}: {data.sizes['test']} test images against {data.sizes['train']} of the bank",
         flush=True,
     )
+    args.k = within_bank("--k", args.k, data.sizes["train"])
     loaders = {split: data.evaluation_loader(split) for split in ("train", "test")}
     train, test = (features_of(pretrained, loader, split) for split, loader in loaders.items())
     rows = []

@@ -13,8 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from metamask_plugin import SCRIPTS
+from metamask_plugin.cli.devices import device_type
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.free_form import check_data_kwargs
+from metamask_plugin.cli.paths import expand_paths
 from metamask_plugin.cli.schema_linear import LINEAR
 from metamask_plugin.cli.validate import blocks_of, plain, validate, without_empty_blocks
 from metamask_plugin.data.augmentations import parse_augmentations
@@ -92,7 +94,7 @@ def _run(cfg: DictConfig) -> LinearResult | FineTuneResult:
     if cfg.finetune:
         return _finetune(cfg)
     protocol_name, protocol = _protocol(cfg)
-    device = _device(cfg.accelerator)
+    device = torch.device(device_type(cfg.accelerator))
     pretrained = _pretrained(cfg)
     if cfg.masked:
         method = pretrained.args.get("method", "its method")
@@ -100,7 +102,7 @@ def _run(cfg: DictConfig) -> LinearResult | FineTuneResult:
     node, view = _data_node(cfg, pretrained)
     listed = node.get("subset_file")
     check(listed is None, "data.subset_file", "left out without finetune=True", listed)
-    data = _data(node, view)
+    data = _data(pretrained, node, view)
     print(
         f"{pretrained.path}: {cfg.head} head, protocol {protocol_name}, {protocol.epochs} epochs, "
         f"{data.sizes['train']} training and {data.sizes['test']} test images",
@@ -130,7 +132,7 @@ def _run(cfg: DictConfig) -> LinearResult | FineTuneResult:
 def _finetune(cfg: DictConfig) -> FineTuneResult:
     for key, expected in (("masked", False), ("head", "linear")):
         check(cfg[key] == expected, key, f"{expected} with finetune=True", cfg[key])
-    device = _device(cfg.accelerator)
+    device = torch.device(device_type(cfg.accelerator))
     pretrained = _pretrained(cfg)
     node, view = _data_node(cfg, pretrained)
     # the few labels are chosen here, from all images, where their seed is free and a list of them is known
@@ -139,7 +141,7 @@ def _finetune(cfg: DictConfig) -> FineTuneResult:
         "subset_seed": node.pop("subset_seed", FRACTION_SEED),
         "subset_file": node.pop("subset_file", None),
     }
-    data = _data(node, view)
+    data = _data(pretrained, node, view)
     images, of = len(labelled_subset(data.images("train"), **choice)), data.sizes["train"]
     share = images / of if choice["subset_file"] else choice["fraction"]
     protocol_name, protocol = _finetune_protocol(cfg, share)
@@ -179,6 +181,7 @@ def _finetune(cfg: DictConfig) -> FineTuneResult:
 def _complete(cfg: DictConfig) -> None:
     """Checks keys and values, fills in defaults, in place, and refuses what is not there."""
     OmegaConf.set_struct(cfg, False)
+    expand_paths(cfg)
     without_empty_blocks(cfg, blocks_of(LINEAR))
     node = plain(cfg)
     if node.get("pretrained_feature_extractor") == "":
@@ -263,14 +266,6 @@ def _optimizer_block(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def _device(accelerator: str) -> torch.device:
-    choose("accelerator", accelerator, ("auto", "cpu", "cuda", "gpu"))
-    if accelerator in ("gpu", "cuda"):
-        found = torch.cuda.is_available()
-        check(found, "accelerator", "auto or cpu where no GPU is found", accelerator, "set accelerator=cpu")
-    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def _pretrained(cfg: DictConfig) -> Pretrained:
     path = cfg.get("pretrained_feature_extractor")
     # solo-learn's YAMLs write None, which YAML reads as a word
@@ -299,7 +294,7 @@ def _data_node(cfg: DictConfig, pretrained: Pretrained) -> tuple[dict[str, Any],
     return merged_data(pretrained.args, given), view
 
 
-def _data(node: dict[str, Any], view: dict[str, Any]) -> LabelledData:
+def _data(pretrained: Pretrained, node: dict[str, Any], view: dict[str, Any]) -> LabelledData:
     crop_size = view.get("crop_size")
     check(
         isinstance(crop_size, int) and crop_size >= 1,
@@ -307,6 +302,7 @@ def _data(node: dict[str, Any], view: dict[str, Any]) -> LabelledData:
         "an integer >= 1",
         crop_size,
     )
+    pretrained.check_side(crop_size, "data.augmentations.crop_size")
     return LabelledData(node, crop_size, view.get("mean"), view.get("std"))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import secrets
 import time
 import warnings
 from pathlib import Path
@@ -9,35 +10,45 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from metamask_plugin import SCRIPTS
-from metamask_plugin.cli.config import complete, device_count, on_cpu, with_own_task_settings
+from metamask_plugin.cli.config import complete, device_count, with_own_task_settings
+from metamask_plugin.cli.devices import device_title, device_type
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.data import PretrainDataModule, load_dataset
 from metamask_plugin.data.batches import EpochPosition
 from metamask_plugin.data.worker_failure import worker_failures
 from metamask_plugin.errors import UserError, check, choose
-from metamask_plugin.evaluation.report import write_summary
+from metamask_plugin.evaluation.files import write_whole
+from metamask_plugin.evaluation.knn import within_bank
 from metamask_plugin.methods import METHODS
+from metamask_plugin.signals import Preempted
 from metamask_plugin.training.checkpoint_io import WholeCheckpointIO
-from metamask_plugin.training.checkpointer import Checkpointer
+from metamask_plugin.training.checkpointer import BestCheckpoint, Checkpointer
 from metamask_plugin.training.data_wait import DataWait
 from metamask_plugin.training.epoch_means import EpochMeans
 from metamask_plugin.training.evaluation_data import EvaluationData
-from metamask_plugin.training.final_report import final_report
+from metamask_plugin.training.experiment import experiment_of
+from metamask_plugin.training.final_report import evaluation_of, final_report
 from metamask_plugin.training.history import History
+from metamask_plugin.training.lock import locked
 from metamask_plugin.training.nonfinite_report import NonFiniteReport
 from metamask_plugin.training.online_knn import OnlineKNN
-from metamask_plugin.training.preemption import Preempted, Preemption
+from metamask_plugin.training.preemption import Preemption, preemption_told_from_failure
 from metamask_plugin.training.process_group import with_timeout
 from metamask_plugin.training.progress import Progress
 from metamask_plugin.training.rank_failure import watched_ranks
-from metamask_plugin.training.resume import asked_for, resumable
-from metamask_plugin.training.run_folder import RunFolder, experiment_of
+from metamask_plugin.training.ranks import RankDraws
+from metamask_plugin.training.resume import adopt_best, asked_for_elsewhere, checkpoint_for, folder_for
+from metamask_plugin.training.run_folder import RunFolder, SameFolder
+from metamask_plugin.training.settings_apply import SettingsApply
 from metamask_plugin.training.torch_flags import torch_flags_kept
 
 TRAINER_KEYS = (
@@ -70,7 +81,10 @@ def run(cfg: DictConfig) -> RunFolder:
     """
     with one_line_errors(), worker_failures(), torch_flags_kept():
         check(len(cfg) > 0, "--config-name", f"one of {', '.join(shipped_configs())}", None)
-        return pretrain(complete(with_own_task_settings(cfg)))
+        cfg = complete(with_own_task_settings(cfg))
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            cfg.auto_resume.extend = False  # a sweep over max_epochs compares runs of their own
+        return pretrain(cfg)
 
 
 def shipped_configs() -> list[str]:
@@ -81,11 +95,12 @@ def shipped_configs() -> list[str]:
     return sorted(name for name in names if not name.startswith("setting/"))
 
 
-def pretrain(cfg: DictConfig) -> RunFolder:
+def pretrain(cfg: DictConfig, wait: bool = False) -> RunFolder:
     """Pretrains, evaluates and reports.
 
     Args:
         cfg: a complete config, see :func:`~metamask_plugin.cli.config.complete`.
+        wait: whether to wait where another process trains this run.
 
     Returns:
         The run's folder.
@@ -94,47 +109,87 @@ def pretrain(cfg: DictConfig) -> RunFolder:
         UserError: for bad input.
     """
     _quiet()
+    datamodule, model, experiment = prepared(cfg)
+    folder = folder_for(cfg, experiment)
+    with locked(folder.path, "the run folder", wait):
+        return _completed(cfg, folder, experiment, datamodule, model)
+
+
+def prepared(cfg: DictConfig) -> tuple[PretrainDataModule, pl.LightningModule, dict[str, Any]]:
+    """The images, the untrained method, and what defines the run; nothing is written.
+
+    Args:
+        cfg: a complete config; what images and method add to it is added in place.
+    """
     choose("method", cfg.method, METHODS)
     dataset = load_dataset(cfg.data)
     cfg.data.num_classes = dataset.num_classes
     pl.seed_everything(cfg.seed, workers=True)
-    # the experiment is what the user asked for, before the method fills in its own defaults
-    resuming = cfg.auto_resume.enabled or cfg.resume_from_checkpoint is not None
-    folder, identity = RunFolder(cfg, resume=resuming), experiment_of(cfg)
-    reported = cfg.evaluation.enabled and cfg.evaluation.final_report
-    if cfg.auto_resume.enabled and folder.is_complete(reported):
-        print(f"This run is complete: {folder.path}")
-        if folder.summary.exists():
-            print((folder.path / "table.txt").read_text(), end="")
-        print("Train it anew with auto_resume.enabled=False.")
-        return folder
-
-    datamodule = PretrainDataModule(dataset, cfg)
+    datamodule = PretrainDataModule(dataset, cfg, device_count(cfg) * cfg.num_nodes)
     datamodule.setup("fit")  # what cannot be is found before a run folder is made
-    identity["data"]["images_fingerprint"] = datamodule.full.fingerprint()
     model = METHODS[cfg.method](cfg)
     if not model.no_channel_last:  # the images are laid out so, and convolutions want their weights alike
         model = model.to(memory_format=torch.channels_last)
-    initial = copy.deepcopy(model)
+    experiment = experiment_of(
+        model.cfg,
+        devices=device_count(cfg),
+        device=device_type(cfg.accelerator),
+        pipeline=datamodule.pipeline,
+        images_fingerprint=datamodule.full.fingerprint(),
+    )
+    return datamodule, model, experiment
 
-    evaluation = EvaluationData(datamodule)
-    callbacks = _callbacks(cfg, folder, evaluation, datamodule.position, identity)
+
+def _completed(
+    cfg: DictConfig,
+    folder: RunFolder,
+    experiment: dict[str, Any],
+    datamodule: PretrainDataModule,
+    model: pl.LightningModule,
+) -> RunFolder:
+    """Does what is left to do of a run: nothing, a report, or a training."""
+    data = EvaluationData(datamodule)
+    reported = cfg.evaluation.enabled and cfg.evaluation.final_report and data.available
+    if data.available:
+        cfg.evaluation.knn.k = within_bank("evaluation.knn.k", cfg.evaluation.knn.k, data.bank)
+    evaluation = evaluation_of(cfg, data) if reported else None
+    elsewhere = asked_for_elsewhere(cfg, folder)
+    if folder.is_complete(cfg.checkpoint.enabled, evaluation):
+        print(f"This run is complete: {folder.path}")
+        if reported:
+            print(folder.table.read_text(), end="")
+        print("Train it anew with auto_resume.enabled=False.")
+        return folder
+
+    initial = copy.deepcopy(model)
+    callbacks = _callbacks(cfg, folder, data, datamodule.position, experiment)
     trainer = _trainer(cfg, folder, callbacks)
-    checkpoint = _resume_from(cfg, folder, model, identity)
-    folder.write_args(cfg, datamodule.dataset.skipped)
+    checkpoint = checkpoint_for(cfg, folder, model, experiment)
     if trainer.is_global_zero:
+        folder.start(_began_with(cfg, elsewhere, folder), datamodule.dataset.skipped, anew=checkpoint is None)
+        if checkpoint is not None:
+            adopt_best(checkpoint, folder)
         _announce(cfg, folder, model, checkpoint)
 
     started = time.monotonic()
     with watched_ranks(trainer, lambda: _way_on(folder)):
         _fit(trainer, model, datamodule, checkpoint, folder)
     seconds = time.monotonic() - started
-    if trainer.is_global_zero and not folder.finished.exists():
-        write_summary(folder.finished, {"epochs": trainer.current_epoch, "seconds": round(seconds, 1)})
-    if trainer.is_global_zero and reported and evaluation.available:
-        device = trainer.strategy.root_device
-        final_report(cfg, folder, evaluation, initial, model, callbacks["history"], seconds, device)
+    if trainer.is_global_zero:
+        if not folder.is_finished:
+            folder.finish(trainer.current_epoch, trainer.global_step, seconds)
+        if evaluation is not None:
+            device = trainer.strategy.root_device
+            model = model.float()  # as an evaluator loads it, whatever the precision of the training
+            final_report(cfg, folder, data, initial, model, callbacks["history"], seconds, device)
     return folder
+
+
+def _began_with(cfg: DictConfig, elsewhere: Path | None, folder: RunFolder) -> DictConfig:
+    """The config for ``args.json``: it names the checkpoint of another run that this one began with."""
+    cfg = cfg.copy()
+    cfg.resume_from_checkpoint = folder.started_from() if elsewhere is None else str(elsewhere)
+    return cfg
 
 
 def _quiet() -> None:
@@ -153,35 +208,43 @@ def _callbacks(
     position: EpochPosition,
     identity: dict[str, Any],
 ) -> dict[str, pl.Callback]:
-    """In the order in which they must run: measure, record, show, save."""
-    callbacks: dict[str, pl.Callback] = {"epoch_means": EpochMeans(), "data_wait": DataWait()}
-    if cfg.evaluation.enabled and data.available:
-        knn = cfg.evaluation.knn
-        callbacks["knn"] = OnlineKNN(data, knn.k, knn.every_n_epochs, knn.temperature)
-    callbacks["history"] = History(folder, callbacks.get("knn"))
-    callbacks["progress"] = Progress()
-    callbacks["nonfinite"] = NonFiniteReport(folder)
+    """In the order in which they must run: record, save, measure, show."""
+    callbacks: dict[str, pl.Callback] = {
+        "same_folder": SameFolder(folder),
+        "settings": SettingsApply(),
+        "epoch_means": EpochMeans(),
+        "data_wait": DataWait(),
+        "history": History(folder),
+        "nonfinite": NonFiniteReport(folder),
+    }
     if cfg.checkpoint.enabled:
-        callbacks["preemption"] = Preemption()
+        callbacks["preemption"] = Preemption(position)
         callbacks["checkpointer"] = Checkpointer(
             folder,
             cfg.checkpoint.frequency,
-            f"knn{cfg.evaluation.knn.k[0]}" if "knn" in callbacks else None,
             position,
             callbacks["preemption"],
             cfg.checkpoint.get("every_n_steps"),
             identity,
         )
+    callbacks["rank_draws"] = RankDraws(cfg.seed)
+    if cfg.evaluation.enabled and data.available:
+        knn = cfg.evaluation.knn
+        callbacks["knn"] = OnlineKNN(data, callbacks["history"], knn.k, knn.every_n_epochs, knn.temperature)
+        if cfg.checkpoint.enabled:
+            callbacks["best"] = BestCheckpoint(folder, callbacks["knn"])
+    callbacks["progress"] = Progress()
     return callbacks
 
 
 def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: dict[str, pl.Callback]) -> pl.Trainer:
     kwargs = {key: cfg[key] for key in TRAINER_KEYS if cfg.get(key) is not None}
+    kwargs["accelerator"] = device_type(cfg.accelerator)  # Lightning's auto and gpu may be another one
     if device_count(cfg) * cfg.num_nodes > 1:
         kwargs["strategy"] = with_timeout(cfg.strategy, OmegaConf.select(cfg, "process_timeout"))
     if OmegaConf.is_list(cfg.devices):
         kwargs["devices"] = list(cfg.devices)
-    if on_cpu(cfg):  # configs written for one GPU name it; the CPU only has a count
+    if kwargs["accelerator"] != "cuda":  # configs written for one GPU name it; others only have a count
         kwargs["devices"] = device_count(cfg)
     try:
         return pl.Trainer(
@@ -215,6 +278,8 @@ def _loggers(cfg: DictConfig, folder: RunFolder) -> list[Logger]:
                 entity=cfg.wandb.entity,
                 offline=cfg.wandb.offline,
                 save_dir=folder.path,
+                id=_wandb_id(folder),
+                resume="allow",
             )
         except ImportError as error:
             raise UserError(
@@ -225,21 +290,20 @@ def _loggers(cfg: DictConfig, folder: RunFolder) -> list[Logger]:
     return loggers
 
 
-def _resume_from(
-    cfg: DictConfig, folder: RunFolder, model: nn.Module, identity: dict[str, Any]
-) -> Path | None:
-    """The checkpoint to go on from, checked before anything starts."""
-    if cfg.resume_from_checkpoint is not None:
-        return asked_for(Path(cfg.resume_from_checkpoint), model, identity)
-    return resumable(folder, model, identity) if cfg.auto_resume.enabled else None
+@rank_zero_only
+def _wandb_id(folder: RunFolder) -> str:
+    """What Weights & Biases knows the run by: the same each time that it is resumed."""
+    file = folder.path / "wandb_id.txt"
+    if not file.exists():
+        write_whole(file, secrets.token_hex(4))
+    return file.read_text().strip()
 
 
 def _announce(cfg: DictConfig, folder: RunFolder, model: nn.Module, checkpoint: Path | None) -> None:
     parameters = sum(p.numel() for p in model.parameters())
-    device = "CPU" if on_cpu(cfg) else f"{device_count(cfg)} x {torch.cuda.get_device_name()}"
     print(
         f"{cfg.method} on {cfg.data.dataset}: {cfg.backbone.name}, {parameters / 1e6:.2f} M parameters, "
-        f"{cfg.max_epochs} epochs of batch {cfg.optimizer.batch_size}, {device}\n"
+        f"{cfg.max_epochs} epochs of batch {cfg.optimizer.batch_size}, {device_title(cfg)}\n"
         f"{'resuming ' + str(checkpoint) if checkpoint else 'run folder'} {folder.path}",
         flush=True,
     )
@@ -255,11 +319,20 @@ def _fit(
     """Trains; an interruption ends with where to go on from, not with a traceback."""
     kwargs = {"ckpt_path": None if checkpoint is None else str(checkpoint)}
     try:
-        trainer.fit(model, datamodule=data, **kwargs)
+        with preemption_told_from_failure(trainer):
+            trainer.fit(model, datamodule=data, **kwargs)
     except Preempted as preempted:
-        where = f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
-        print(f"{preempted.signal.name} in {where}; {_way_on(folder)}")
-        raise SystemExit(128 + preempted.signal) from None
+        if trainer.is_global_zero:
+            epoch = trainer.current_epoch + (not trainer.fit_loop.done)
+            print(f"{preempted.signal.name} in epoch {epoch} of {trainer.max_epochs}; {_way_on(folder)}")
+        raise SystemExit(preempted.exit_code) from None
+    except FileNotFoundError as error:
+        if folder.path.exists():
+            raise
+        raise UserError(
+            f"the run folder {folder.path} must stay while the run is trained, was deleted; start the same "
+            "command, it begins anew"
+        ) from error
     except KeyboardInterrupt:
         pass
     except SystemExit:
@@ -268,6 +341,11 @@ def _fit(
     if not trainer.state.finished:
         print(f"interrupted in epoch {trainer.current_epoch + 1} of {trainer.max_epochs}; {_way_on(folder)}")
         raise SystemExit(130)
+    if trainer.global_step == 0:
+        raise UserError(
+            f"the training must make an optimiser step, made none in {trainer.num_training_batches} batches "
+            "an epoch; lower optimizer.batch_size, or raise data.fraction or limit_train_batches"
+        )
 
 
 def _way_on(folder: RunFolder) -> str:

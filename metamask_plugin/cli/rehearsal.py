@@ -1,8 +1,5 @@
 """Everything that a config builds, built once without memory: what cannot be is found before any work."""
 
-import os
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +11,13 @@ from metamask_plugin.cli.contradictions import check_together
 from metamask_plugin.cli.free_form import (
     check_data_kwargs,
     check_encoder,
+    check_encoder_reach,
     check_keywords,
     check_optimizer_kwargs,
     check_task_kwargs,
 )
 from metamask_plugin.cli.schema_methods import METHOD_KWARGS
+from metamask_plugin.data.memory import check_generated, memory
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.methods import METHODS
 from metamask_plugin.methods.icl_msr import needs_regularizer
@@ -53,14 +52,28 @@ def rehearse(cfg: DictConfig) -> None:
             meta.optimizer.name, _plain(meta, "optimizer.kwargs"), "method_kwargs.meta.optimizer"
         )
     check_together(cfg, kwargs)
-    original = original_pipeline(own)
-    sizes = [entry.crop_size for entry in cfg.augmentations if entry != original]
-    check_encoder("backbone", cfg.backbone.name, _plain(cfg, "backbone.kwargs"), sizes)
-    if "regularizer" in kwargs and needs_regularizer(kwargs):
-        trunk = kwargs.regularizer
-        given = _plain(trunk, "kwargs")
-        check_encoder("method_kwargs.regularizer", trunk.name, given, [original.crop_size])
+    encoders = _encoders(cfg, own)
+    patches = [check_encoder(*encoder) for encoder in encoders]
     _check_memory(own)
+    for encoder, patch in zip(encoders, patches):  # it takes memory and time, which whole patches save
+        sides = encoder[-1]
+        if patch is None or any(side % patch for side in sides):
+            check_encoder_reach(*encoder)
+
+
+def _encoders(cfg: DictConfig, own: DictConfig) -> list[tuple[str, str, dict[str, Any], dict[int, str]]]:
+    """The encoders of a run: block, name, kwargs, and by which key each side of its images is set."""
+    original, seen = original_pipeline(own), {}
+    for index, entry in enumerate(cfg.augmentations):
+        if entry != original:
+            seen.setdefault(entry.crop_size, f"augmentations.{index}.crop_size")
+    found = [("backbone", cfg.backbone.name, _plain(cfg, "backbone.kwargs"), seen)]
+    if "regularizer" in own.method_kwargs and needs_regularizer(own.method_kwargs):
+        trunk = own.method_kwargs.regularizer
+        key = f"augmentations.{len(cfg.augmentations) - 1}.crop_size"
+        given = _plain(trunk, "kwargs")
+        found.append(("method_kwargs.regularizer", trunk.name, given, {original.crop_size: key}))
+    return found
 
 
 def _completed(cfg: DictConfig) -> DictConfig:
@@ -89,31 +102,8 @@ def _check_memory(cfg: DictConfig) -> None:
         f"{needed / 1e9:.0f} GB",
         "lower backbone.kwargs, proj_hidden_dim, proj_output_dim or the queue's size",
     )
-    images = _generated_bytes(cfg)
-    check(
-        there is None or images <= there,
-        "data.kwargs.size and data.kwargs.copies",
-        f"those of images that fit into this machine's {(there or 0) / 1e9:.0f} GB of memory",
-        f"{images / 1e9:.0f} GB",
-    )
-
-
-def _generated_bytes(cfg: DictConfig) -> int:
-    """What the generated data sets take, as uint8 and once more as they are drawn."""
-    given = _plain(cfg, "data.kwargs")
-    if cfg.data.dataset not in ("digits", "confounded_digits"):
-        return 0
-    return 2 * 3 * given.get("size", 32) ** 2 * (1297 * given.get("copies", 1) + 500)
-
-
-def memory() -> int | None:
-    """Bytes that this machine, or the container around this process, has; None where it does not say."""
-    found = []
-    with suppress(ValueError, OSError, AttributeError):
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with suppress(ValueError, OSError):
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(found, default=None)
+    if cfg.data.dataset in ("digits", "confounded_digits"):
+        check_generated(_plain(cfg, "data.kwargs"))
 
 
 def _plain(cfg: DictConfig, key: str) -> dict[str, Any]:

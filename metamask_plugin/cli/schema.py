@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from lightning.pytorch import Trainer
 
+from metamask_plugin.cli.devices import ACCELERATORS
 from metamask_plugin.cli.settings import (
     MOST_WHOLE,
     Setting,
@@ -32,7 +33,6 @@ from metamask_plugin.methods.task_method import MATMUL_PRECISIONS
 from metamask_plugin.modules.compiled import MODES
 
 LARGEST_SEED = 2**32 - 1
-ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 COMPILE = tuple(mode for mode in MODES if mode not in ("True", "False"))
 
 FOLDER_NAME = Setting("name of the run's folder, without its digest", "folder name", null=True)
@@ -45,7 +45,9 @@ RUN: dict[str, Setting] = {
     "max_epochs": whole("passes over the training images", 1, null=True),
     "max_steps": whole("optimiser steps after which training ends", 1, also=(-1,), null=True),
     "resume_from_checkpoint": path("a last.ckpt to go on from", null=True),
-    "accelerator": word("auto takes a GPU if there is one", ACCELERATORS, null=True),
+    "accelerator": word(
+        "auto: CUDA if there is a device, else the CPU; mps is untested", ACCELERATORS, null=True
+    ),
     "devices": Setting('a number ("1"), a list ([0, 1]) or auto'),
     "num_nodes": whole("machines", 1, 10_000, null=True),
     "strategy": text("Lightning's: auto, ddp ...", null=True),
@@ -95,6 +97,13 @@ BLOCKS: dict[str, Setting] = {
         null=True,
     ),
     "data.std": sequence("what they are then divided by", number("of a channel", above=0), null=True),
+    "data.bits": whole("bits that 16-bit grey uses, e.g. 12; null: 16", 8, 16, null=True),
+    "data.evaluation_resize": whole(
+        "pixels of the shorter side before the evaluation's centre crop; null: solo-learn's",
+        1,
+        8192,
+        null=True,
+    ),
     "data.kwargs": block("options of the generated data sets; COCO's annotations", null=True),
     "data.num_classes": whole("written by a run", 1, null=True),
     "data.num_large_crops": whole("written by a run", 0, null=True),
@@ -102,7 +111,7 @@ BLOCKS: dict[str, Setting] = {
     "dali.device": word("where DALI works", ("cpu", "gpu"), null=True),
     "dali.encode_indexes_into_labels": flag("solo-learn's", null=True, unused=True),
     "optimizer.name": word("of encoder and heads", OPTIMIZERS),
-    "optimizer.batch_size": whole("images a step and process", 1, 10**7),
+    "optimizer.batch_size": whole("images a step and process; BatchNorm needs two", 2, 10**7),
     "optimizer.lr": number("learning rate of a batch of 256", 0, 1e6),
     "optimizer.classifier_lr": number("of the online classifier, likewise", 0, 1e6, null=True),
     "optimizer.weight_decay": number("of all parameters of encoder and heads", 0, 1e6, null=True),
@@ -127,6 +136,7 @@ BLOCKS: dict[str, Setting] = {
     "checkpoint.every_n_steps": whole("steps between checkpoints within an epoch", 1, null=True),
     "checkpoint.keep_prev": flag("solo-learn's", null=True, unused=True),
     "auto_resume.enabled": flag("the same command goes on with its run", null=True),
+    "auto_resume.extend": flag("goes on from a run that was to be shorter", null=True),
     "auto_resume.max_hours": number("solo-learn's", 0, null=True, unused=True),
     "numbers.nonfinite": word("what a loss or gradient that is not finite does", ("stop", "skip"), null=True),
     "numbers.max_skipped": whole("steps in a row that may be skipped", 0, null=True),

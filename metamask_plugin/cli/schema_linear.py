@@ -71,6 +71,10 @@ LINEAR: dict[str, Setting] = {
     "data.on_device": flag("left aside", null=True, unused=True),
     "data.verify": word("what is looked at in every file", ("none", "header", "decode"), null=True),
     "data.invalid_images": word("what a file that cannot be read does", ("stop", "skip"), null=True),
+    "data.bits": whole("bits that 16-bit grey uses; null: as in training", 8, 16, null=True),
+    "data.evaluation_resize": whole(
+        "pixels of the shorter side before the centre crop; null: as in training", 1, 8192, null=True
+    ),
     "data.region": word("what of the images is seen", REGIONS, null=True),
     "data.region_form": word("how a foreground is shown", FORMS, null=True),
     "data.augmentations": block("crop_size, mean, std; of fine-tuning rrc and horizontal_flip", null=True),

@@ -22,6 +22,7 @@ from metamask_plugin.cli.config import complete
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.free_form import check_keywords
 from metamask_plugin.cli.hydra_errors import told
+from metamask_plugin.cli.paths import expand_paths, expanded
 from metamask_plugin.cli.pretrain import pretrain
 from metamask_plugin.cli.rehearse_study import rehearse_trials
 from metamask_plugin.cli.schema_study import MEASURE_OPTIONS, STUDY
@@ -42,8 +43,7 @@ from metamask_plugin.studies.pretraining import check_different
 from metamask_plugin.studies.results import write_results
 from metamask_plugin.studies.spec import Study, study_of
 from metamask_plugin.studies.trial import Pretraining, TrialRun, log_file
-from metamask_plugin.training.lock import FolderLocked, locked
-from metamask_plugin.training.run_folder import RunFolder
+from metamask_plugin.training.lock import locked
 
 ALIKE = 3
 """Trials that fail alike from the beginning before the study stops."""
@@ -82,21 +82,11 @@ def run_trial(cfg: DictConfig) -> None:
     print(f"\n[{cfg.trial + 1} of {len(study.trials)}] {run.trial.title}", flush=True)
     silence = log_file(run.record_path.with_suffix(".log")) if cfg.quiet else contextlib.nullcontext()
     with silence:
-        record = run.run(Pretraining(_pretrain, _build))
+        record = run.run(Pretraining(lambda pretraining: pretrain(complete(pretraining), wait=True), _build))
     if record["state"] == "failed":
         print(f"failed: {run.trial.title}: {record['error']}", flush=True)
     else:
         print(f"finished in {sum(record['seconds'].values()):.0f} s: {run.trial.title}", flush=True)
-
-
-def _pretrain(cfg: DictConfig) -> RunFolder:
-    """Pretrains; where another process trains the same run, waits for it and shares the run."""
-    while True:
-        try:
-            return pretrain(complete(cfg.copy()))
-        except FolderLocked as busy:
-            with locked(busy.folder, busy.what, wait=True):
-                pass
 
 
 def _let_loaders_start_workers() -> None:
@@ -202,6 +192,7 @@ def _validated(cfg: DictConfig) -> Study:
 
     A key of the study's own, which others refer to (``${small_arms}``), is no mistake.
     """
+    _expand_own_paths(cfg)
     own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
     text = OmegaConf.to_yaml(own, resolve=False)
     node = {key: value for key, value in plain(own).items() if key in STUDY or f"${{{key}}}" not in text}
@@ -214,6 +205,16 @@ def _validated(cfg: DictConfig) -> Study:
         measure = MEASURES[choose("measures", name, MEASURES)]
         check_keywords(f"measures.{name}", options, measure, MEASURE_OPTIONS[name], aside=("subject",))
     return study
+
+
+def _expand_own_paths(cfg: DictConfig) -> None:
+    """Expands ``~`` in the study's paths; in overrides, ``~key`` takes a key out of the config."""
+    for key in ("dir", "runs_dir", "checkpoint", "roots", "data", "measures"):
+        value = cfg.get(key)
+        if OmegaConf.is_config(value):
+            expand_paths(value, key)
+        elif value is not None:
+            cfg[key] = expanded(value, key)
 
 
 def _runs(study: Study) -> list[TrialRun]:

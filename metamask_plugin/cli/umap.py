@@ -15,6 +15,7 @@ from metamask_plugin.cli.checkpoint_inputs import (
 )
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.flags import FlagParser, finite
+from metamask_plugin.data.loader import ShieldedLoader
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.features import Features
 from metamask_plugin.evaluation.figures import save
@@ -91,7 +92,7 @@ def drawn_images(loader: DataLoader, limit: int, seed: int) -> DataLoader:
     """The same loader for at most ``limit`` of its images, drawn by ``seed`` and in their old order."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(loader.dataset), generator=generator)[:limit].sort().values
-    return DataLoader(
+    return ShieldedLoader(
         loader.dataset,
         loader.batch_size,
         sampler=drawn.tolist(),

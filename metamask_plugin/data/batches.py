@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import Dataset, DistributedSampler, RandomSampler
 
+from metamask_plugin.data.loader import ShieldedLoader
 from metamask_plugin.data.splits import ImageSplit, MemoryImages
 from metamask_plugin.data.views import EvaluationView
 
@@ -23,6 +24,12 @@ class RawBatch(NamedTuple):
     indexes: Tensor
     images: Tensor
     targets: Tensor
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A generator's seed that differs between epochs and between runs."""
+    # The factor keeps (seed, epoch + 1) and (seed + 1, epoch) apart; 2**63 is the generator's limit.
+    return (seed * 1_000_003 + epoch) % 2**63
 
 
 class EpochShuffle(RandomSampler):
@@ -43,8 +50,7 @@ class EpochShuffle(RandomSampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        # The factor keeps (seed, epoch + 1) and (seed + 1, epoch) apart; 2**63 is the generator's limit.
-        self._epoch_seed = (self.seed * 1_000_003 + epoch) % 2**63
+        self._epoch_seed = epoch_seed(self.seed, epoch)
         self.worker_seeds.manual_seed(self._epoch_seed)
 
     def __iter__(self) -> Iterator[int]:
@@ -59,11 +65,14 @@ class EpochPosition:
         done: batches of the epoch that an interrupted run has trained on; the next pass leaves them out.
         before_batch: called before a batch is drawn, when nothing of the last one is left to do: the place
             to save a run in the middle of an epoch.
+        waiting_for: the batch that the run waits for, counted over all passes; None while it has one.
     """
 
     def __init__(self) -> None:
         self.done = 0
         self.before_batch: Callable[[], None] = lambda: None
+        self.waiting_for: int | None = None
+        self._asked = 0
 
     def rest(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches of an epoch that are still to be trained on.
@@ -72,17 +81,25 @@ class EpochPosition:
         """
         done, self.done = self.done, 0
         for _ in range(done):
-            next(batches)
+            self._next(batches)
         while True:
             self.before_batch()
             try:
-                batch = next(batches)
+                batch = self._next(batches)
             except StopIteration:
                 return
             yield batch
 
+    def _next(self, batches: Iterator[Any]) -> Any:
+        self._asked += 1
+        self.waiting_for = self._asked
+        try:
+            return next(batches)
+        finally:
+            self.waiting_for = None
 
-class LazyLoader(DataLoader):
+
+class LazyLoader(ShieldedLoader):
     """Starts its workers when the first batch is asked for, and begins where the epoch's position says.
 
     Lightning makes an iterator before it reads a checkpoint and sets the epoch; workers that start by then
@@ -99,6 +116,8 @@ class LazyLoader(DataLoader):
         self.position = position  # public, and of its parameter's name: Lightning makes such a loader anew
 
     def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.sampler, DistributedSampler):  # Lightning's, which does not seed workers by epoch
+            self.generator.manual_seed(epoch_seed(self.sampler.seed, self.sampler.epoch))
         yield from self.position.rest(super().__iter__())
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from metamask_plugin.data.boxes import Box, clip_box
-from metamask_plugin.data.image_tree import listing
+from metamask_plugin.data.image_tree import listing, path_inside
 from metamask_plugin.data.splits import FileImages, refuse_missing_files
 from metamask_plugin.data.torchvision_sets import Splits
 from metamask_plugin.errors import UserError, check
+from metamask_plugin.retry import retried
 
 # The 30 classes of Qiang et al., ICML 2022, Section 6.2, in the order of the labels.
 CLASSES = (
@@ -104,7 +105,7 @@ def _read_split(folder: Path, file: Path, skip_missing: bool) -> FileImages:
     if not rows:
         raise _unusable(file, "no image with one object of the right category")
     names, labels, boxes = zip(*rows)
-    paths = [str(folder / name) for name in names]
+    paths = [path_inside(folder, name, file) for name in names]
     if not skip_missing:
         refuse_missing_files(file, paths)
     return FileImages(paths, labels, CLASSES, torch.tensor(boxes, dtype=torch.int32))
@@ -112,8 +113,8 @@ def _read_split(folder: Path, file: Path, skip_missing: bool) -> FileImages:
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+        return json.loads(retried(file.read_bytes))
+    except (OSError, ValueError, RecursionError) as error:
         raise _unusable(file, f"{type(error).__name__}: {error}") from None
 
 

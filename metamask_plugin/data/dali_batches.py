@@ -152,6 +152,8 @@ def require_dali(split: ImageSplit, device: str) -> None:
         "a part of the images",
         "set data.format=image_folder",
     )
+    check(split.reading.bits == 16, "data.bits", "null with data.format=dali", split.reading.bits,
+          "set data.format=image_folder")  # fmt: skip
     try:
         import_module("nvidia.dali.plugin.pytorch")
     except ImportError as error:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from metamask_plugin.data.augmentations import parse_augmentations
+from metamask_plugin.data.augmentations import Augmentation, parse_augmentations
 from metamask_plugin.data.batches import (
     EpochPosition,
     EpochShuffle,
@@ -22,8 +22,10 @@ from metamask_plugin.data.batches import (
     whole,
 )
 from metamask_plugin.data.dali_batches import DaliBatches, require_dali
+from metamask_plugin.data.loader import ShieldedLoader, check_worker_sockets
 from metamask_plugin.data.regions import region_of
-from metamask_plugin.data.registry import Dataset
+from metamask_plugin.data.registry import Dataset, evaluation_resize
+from metamask_plugin.data.remarks import tell_unused_statistics
 from metamask_plugin.data.resident import IndexBatch, IndexBatches, ResidentImages, fits
 from metamask_plugin.data.splits import ImageSplit, MemoryImages
 from metamask_plugin.data.verify import Verification, decoded, verified
@@ -45,9 +47,10 @@ class PretrainDataModule(LightningDataModule):
     - ``torchvision``: image by image on ``data.num_workers`` workers.
     - ``kornia``: the images lie in memory as uint8 and a batch's views are made at once, on the device, in
       :meth:`on_after_batch_transfer`. Image files are decoded into memory first, resized to the largest crop
-      size. ``data.on_device`` says where that memory is: True, on the device, from the first batch on, so
-      that only indexes travel; False, on the host, pinned where there is CUDA. The default is the device if
-      that is a GPU whose free memory is three times what the images need. The batches are the same.
+      size, or to ``data.evaluation_resize`` where that is larger. ``data.on_device`` says where that memory
+      is: True, on the device, from the first batch on, so that only indexes travel; False, on the host,
+      pinned where there is CUDA. The default is the device if that is a GPU whose free memory is three times
+      what the images need. The batches are the same.
 
     The default is ``kornia`` if the training split is in memory, else ``torchvision``.
 
@@ -55,6 +58,9 @@ class PretrainDataModule(LightningDataModule):
     their views, on ``dali.device`` (``gpu`` or ``cpu``; default ``gpu`` where the run uses one) with
     ``data.num_workers`` threads, see :func:`~metamask_plugin.data.dali_views.dali_views`; evaluation stays
     with torchvision.
+
+    ``data.evaluation_resize`` says what the shorter side is resized to before the evaluation's centre crop,
+    see :func:`~metamask_plugin.data.registry.evaluation_resize`.
 
     ``data.region`` (``full``, ``foreground`` or ``background``; default ``full``) and ``data.region_form``
     (``fill`` or ``zoom``; default ``fill``) say what of the training and test images is to be seen, see
@@ -64,8 +70,10 @@ class PretrainDataModule(LightningDataModule):
         dataset: see :func:`load_dataset`.
         cfg: the run's configuration; read are ``data.format``, ``data.pipeline``, ``data.on_device``,
             ``data.num_workers``, ``data.region``, ``data.region_form``, ``data.verify``,
-            ``data.invalid_images`` (see :mod:`~metamask_plugin.data.verify`), ``dali.device``,
-            ``augmentations``, ``optimizer.batch_size`` and ``seed``.
+            ``data.invalid_images`` (see :mod:`~metamask_plugin.data.verify`), ``data.evaluation_resize``,
+            ``data.mean``, ``data.std``, ``dali.device``, ``augmentations``, ``optimizer.batch_size``,
+            ``limit_train_batches`` and ``seed``.
+        processes: how many train together; each has its share of the training images.
 
     Attributes:
         dataset: the data set as it is used: in memory for ``kornia``; for ``custom`` with the mean and std of
@@ -77,12 +85,13 @@ class PretrainDataModule(LightningDataModule):
         position: where in its epoch the training is.
 
     Raises:
-        UserError: a setting is unknown or out of range, the batch is larger than the training split, or an
-            image file cannot be read and is not to be skipped.
+        UserError: a setting is unknown or out of range, the batch is larger than a process's share of the
+            training split, an epoch has no batch, workers cannot send batches, or an image file cannot be
+            read and is not to be skipped.
             What DALI cannot do is found in :meth:`setup`: an evaluator needs no DALI.
     """
 
-    def __init__(self, dataset: Dataset, cfg: DictConfig) -> None:
+    def __init__(self, dataset: Dataset, cfg: DictConfig, processes: int = 1) -> None:
         super().__init__()
         entries = parse_augmentations(cfg.augmentations)
         in_memory = isinstance(dataset.train, MemoryImages)
@@ -91,28 +100,37 @@ class PretrainDataModule(LightningDataModule):
         )
         if choose("data.format", cfg.data.get("format") or FORMATS[0], FORMATS) == "dali":
             self.pipeline = "dali"
-        self.batch_size = _checked_batch_size(cfg.optimizer.get("batch_size"), len(dataset.train))
+        limit = cfg.get("limit_train_batches")
+        self.batch_size = cfg.optimizer.get("batch_size")
+        _check_batches(self.batch_size, len(dataset.train), processes, self.pipeline, limit)
         workers = cfg.data.get("num_workers")
         self.num_workers = NUM_WORKERS if workers is None else workers
         found = isinstance(self.num_workers, int) and self.num_workers >= 0
         check(found, "data.num_workers", "a whole number of at least 0", self.num_workers)
+        if self.num_workers and self.pipeline != "kornia":
+            check_worker_sockets()
         self.on_device = _checked_on_device(cfg.data.get("on_device"), self.pipeline)
         seed = cfg.get("seed")
         self.seed = SEED if seed is None else seed
         if dataset.name == "custom":
             dataset = _with_configured_mean_std(dataset, cfg.augmentations[0])
+        if not isinstance(cfg.augmentations[0], Augmentation):
+            tell_unused_statistics(dataset.name, dataset.mean, dataset.std, cfg.augmentations, cfg.data)
+        crop_size = entries[0].crop_size
+        resize = evaluation_resize(dataset.name, crop_size, cfg.data.get("evaluation_resize"))
+        self.view = EvaluationView(crop_size, dataset.mean, dataset.std, resize)
+        largest = max(resize, *(entry.crop_size for entry in entries))
+        dataset = dataset.files_with(side=largest)
         how = Verification.of(cfg.data)
         if self.pipeline != "kornia":  # which decodes all files anyway
             dataset = verified(dataset, how)
         self.full = dataset
         dataset = dataset.in_region(cfg.data.get("region") or "full", cfg.data.get("region_form") or "fill")
         if self.pipeline == "kornia":
-            self.full, dataset = _in_memory(
-                self.full, dataset, max(entry.crop_size for entry in entries), how
-            )
-        _checked_batch_size(self.batch_size, len(dataset.train))  # without those that were skipped
+            self.full, dataset = _in_memory(self.full, dataset, largest, how)
+        # without those that were skipped
+        _check_batches(self.batch_size, len(dataset.train), processes, self.pipeline, limit)
         self.dataset = dataset
-        self.view = EvaluationView(entries[0].crop_size, dataset.mean, dataset.std)
         draw = KorniaViews if self.pipeline == "kornia" else TorchvisionViews
         self.views = draw(entries, dataset.mean, dataset.std)
         self.position = EpochPosition()
@@ -137,13 +155,13 @@ class PretrainDataModule(LightningDataModule):
             images, options = self._memory_batches(split), {"collate_fn": whole}
         else:
             images, options = IndexedViews(split, self.views), self._worker_options()
-        sampler = EpochShuffle(images, self.seed)
+        order = EpochShuffle(images, self.seed)
         return LazyLoader(
             images,
             self.batch_size,
             position=self.position,
-            sampler=sampler,
-            generator=sampler.worker_seeds,
+            sampler=order,
+            generator=order.worker_seeds,
             drop_last=True,
             pin_memory=torch.cuda.is_available(),
             **options,
@@ -159,7 +177,10 @@ class PretrainDataModule(LightningDataModule):
             batch = self._resident.batch(batch.indexes)
         if not isinstance(batch, RawBatch):
             return batch
-        return [batch.indexes, self.views(batch.images), batch.targets]
+        views = self.views(batch.images)
+        if self.trainer:  # it converts a batch before this hook, where there are no views yet
+            views = self.trainer.precision_plugin.convert_input(views)
+        return [batch.indexes, views, batch.targets]
 
     def teardown(self, stage: str | None = None) -> None:
         """After a training: the evaluation may need the device's memory."""
@@ -177,9 +198,9 @@ class PretrainDataModule(LightningDataModule):
         pin = torch.cuda.is_available()
         if isinstance(split, MemoryImages):
             images = MemoryBatches(split, self._evaluation_batch)
-            return DataLoader(images, batch_size, collate_fn=whole, generator=generator, pin_memory=pin)
+            return ShieldedLoader(images, batch_size, collate_fn=whole, generator=generator, pin_memory=pin)
         images = EvaluationImages(split, self.view)
-        return DataLoader(
+        return ShieldedLoader(
             images, batch_size, generator=generator, pin_memory=pin, num_workers=self.num_workers
         )
 
@@ -255,19 +276,40 @@ class PretrainDataModule(LightningDataModule):
         return {"num_workers": self.num_workers}
 
 
-def _checked_batch_size(batch_size: Any, images: int) -> int:
+def _check_batches(batch_size: Any, images: int, processes: int, pipeline: str, limit: Any) -> None:
+    """Raises a UserError unless an epoch of each process has at least one whole batch.
+
+    Args:
+        batch_size: images of a process's batch.
+        images: of the training split.
+        processes: how many share them.
+        pipeline: ``dali`` gives each process the same whole number of images; Lightning's sampler repeats
+            some, so that none has fewer.
+        limit: ``limit_train_batches``, of which a float is a share of the epoch's batches.
+    """
     whole_number = isinstance(batch_size, int) and not isinstance(batch_size, bool)
     check(
         whole_number and batch_size >= 1, "optimizer.batch_size", "a whole number of at least 1", batch_size
     )
+    share = images // processes if pipeline == "dali" else -(-images // processes)
+    whose = (
+        "the number of training images" if processes == 1 else f"the images of one of {processes} processes"
+    )
     check(
-        batch_size <= images,
+        batch_size <= share,
         "optimizer.batch_size",
-        f"at most {images}, the number of training images",
+        f"at most {share}, {whose}",
         batch_size,
         "lower optimizer.batch_size or raise data.fraction",
     )
-    return batch_size
+    batches = share // batch_size
+    check(
+        not isinstance(limit, float) or int(batches * limit) >= 1,
+        "limit_train_batches",
+        f"a share of at least one of the epoch's {batches} batches",
+        limit,
+        "set limit_train_batches=1, a number of batches",
+    )
 
 
 def _checked_on_device(on_device: Any, pipeline: str) -> bool | None:

@@ -1,20 +1,64 @@
-"""The image files below a folder, in torchvision's order, and what of it could not be listed.
+"""The image files below a folder, in torchvision's order, and what of it could not be listed or was left out.
 
 torchvision's ``make_dataset`` leaves out folders that it may not read, and follows a link to a folder above
-itself until the operating system stops it, which lists every image forty times; neither is said.
+itself until the operating system stops it, which lists every image forty times; neither is said. It takes the
+thumbnails and deleted files of desktops and file servers for images, and knows fewer extensions than Pillow.
 """
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path, PurePath
+from typing import Any
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from metamask_plugin.data.unreadable import SkippedImage, one_line, printable
-from metamask_plugin.errors import UserError
+from metamask_plugin.data.image_file import begins_like_image, formats
+from metamask_plugin.data.unreadable import SkippedImage, machine_fault, one_line, printable
+from metamask_plugin.errors import UserError, check
+from metamask_plugin.retry import TRANSIENT, retried
+
+FURTHER = {".jfif": "JPEG", ".jpe": "JPEG", ".gif": "GIF", ".avif": "AVIF", ".jp2": "JPEG2000"}
+"""Extensions that torchvision leaves out, and their formats."""
+SYSTEM_FOLDERS = (
+    "@eadir",
+    "#recycle",
+    "@recycle",
+    "#snapshot",
+    "~snapshot",
+    "$recycle.bin",
+    "__macosx",
+    "lost+found",
+    "system volume information",
+)
+"""What file servers and desktops put beside images; like names that begin with a dot."""
+THUMBNAILS = ("thumbnails", "thumbs")
+# A million files of another kind beside the images are no reason to open a million files.
+NO_IMAGES = {".txt", ".json", ".xml", ".csv", ".tsv", ".md", ".html", ".yaml", ".yml", ".db", ".ini", ".npy"}
+LOOKED_AT = 2000
+LOOKED_AT_OF_AN_EXTENSION = 200
 
 
-def image_files(folder: str | Path, root: str | Path | None = None) -> tuple[list[str], list[SkippedImage]]:
+@dataclass
+class Listing:
+    """What lies below a folder.
+
+    Attributes:
+        paths: image files.
+        faults: folders that could not be listed: unreadable ones, loops, links to nowhere.
+        hidden: image files that are hidden, or in folders of a desktop or a file server.
+        others: further files, whose names are not those of images.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    faults: list[SkippedImage] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+
+def image_files(folder: str | Path, root: str | Path | None = None) -> Listing:
     """The image files below ``folder``, by folder and then by name, as torchvision's ``make_dataset``.
 
     Links to folders are followed, but not to one that is being listed already.
@@ -23,27 +67,80 @@ def image_files(folder: str | Path, root: str | Path | None = None) -> tuple[lis
         folder: where to begin.
         root: the folder above that is part of the same data set; a link to it leads back, too.
 
-    Returns:
-        the paths, and the folders that could not be listed: unreadable ones, loops, links to nowhere.
+    Raises:
+        MachineFault: the disk or the network fails, again and again.
     """
-    faults: list[SkippedImage] = []
+    found = Listing()
     above = () if root is None else (os.path.realpath(root),)
     if os.path.islink(folder) and _leads_back(os.path.realpath(folder), above):
-        return [], [_loop(str(folder))]
-    folders = sorted(_folders(str(folder), above, faults))
-    return [os.path.join(place, name) for place, names in folders for name in names], faults
+        found.faults.append(_loop(str(folder)))
+        return found
+    folders = sorted(_folders(str(folder), above, found))
+    found.paths = [os.path.join(place, name) for place, names in folders for name in names]
+    return found
+
+
+@cache
+def extensions() -> tuple[str, ...]:
+    """Those of image files, with a dot and in small letters."""
+    return (*IMG_EXTENSIONS, *(ending for ending, name in FURTHER.items() if name in formats()))
 
 
 def is_image_name(name: str) -> bool:
-    """Whether torchvision would take a file of this name for an image."""
-    return name.lower().endswith(IMG_EXTENSIONS)
+    """Whether a file of this name is taken for an image."""
+    return name.lower().endswith(extensions()) and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name belongs to the system, and not to the data set."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
+def images_by_content(others: Iterable[str]) -> tuple[list[str], bool]:
+    """Which of the files without an image's name begin like an image.
+
+    At most :data:`LOOKED_AT` files are opened, and :data:`LOOKED_AT_OF_AN_EXTENSION` of one extension.
+
+    Returns:
+        the paths; and whether all files were looked at.
+    """
+    found: list[str] = []
+    seen: Counter[str] = Counter()
+    complete = True
+    for path in others:
+        ending = os.path.splitext(path)[1].lower()
+        if ending in NO_IMAGES:
+            continue
+        if seen[ending] >= LOOKED_AT_OF_AN_EXTENSION or seen.total() >= LOOKED_AT:
+            complete = False
+            continue
+        seen[ending] += 1
+        if begins_like_image(path):
+            found.append(path)
+    return found, complete
+
+
+def path_inside(folder: Path, name: Any, source: Path) -> str:
+    """The path of an image that the file ``source`` names, which must lie below ``folder``.
+
+    Raises:
+        UserError: the name is none, or leads elsewhere.
+    """
+    text = isinstance(name, str) and name not in ("", ".") and "\0" not in name
+    check(
+        text and not PurePath(name).is_absolute() and ".." not in PurePath(name).parts,
+        f"an image's name in {printable(source)}",
+        "a path below the image folder",
+        name,
+        "correct the file, or fetch it anew",
+    )
+    return str(folder / name)
 
 
 def listing(folder: Path) -> list[Path]:
     """What lies in ``folder``; one clear line where that cannot be found out."""
     try:
-        with os.scandir(folder) as entries:
-            return [Path(entry.path) for entry in entries]
+        return [Path(entry.path) for entry in retried(lambda: _entries(folder))]
     except FileNotFoundError:
         found, remedy = "no such folder", "correct data.train_path or data.val_path"
     except NotADirectoryError:
@@ -51,6 +148,8 @@ def listing(folder: Path) -> list[Path]:
     except PermissionError:
         found, remedy = "no permission to read it", f"run: chmod u+rx {printable(folder)}"
     except OSError as error:
+        if error.errno in TRANSIENT:
+            raise machine_fault(f"image folder {printable(folder)}", error) from None
         found, remedy = one_line(error), "check the disk or the mount"
     raise UserError(f"image folder {printable(folder)} must be a readable folder, got {found}; {remedy}")
 
@@ -63,30 +162,56 @@ def lost_folder(path: str | Path) -> SkippedImage | None:
     return SkippedImage(str(path), f"a symbolic link to {target}, which cannot be followed")
 
 
-def _folders(
-    folder: str, above: tuple[str, ...], faults: list[SkippedImage]
-) -> Iterator[tuple[str, list[str]]]:
+def _folders(folder: str, above: tuple[str, ...], found: Listing) -> Iterator[tuple[str, list[str]]]:
     """Each folder from ``folder`` down with its images' names; ``above``, the real places on the way."""
     here = (*above, os.path.realpath(folder))
-    names, below = [], []
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                (below if _is_folder(entry) else names).append((entry.name, entry.is_symlink()))
+        entries = retried(lambda: _entries(folder))
     except OSError as error:
+        if error.errno in TRANSIENT:
+            raise machine_fault(f"image folder {printable(folder)}", error) from None
         reason = "no permission to read it" if isinstance(error, PermissionError) else one_line(error)
-        faults.append(SkippedImage(folder, f"a folder that cannot be listed, {reason}"))
+        found.faults.append(SkippedImage(folder, f"a folder that cannot be listed, {reason}"))
         return
-    for name, linked in sorted(names):
-        lost = lost_folder(os.path.join(folder, name)) if linked else None
-        faults.extend([lost] if lost else [])
-    yield folder, sorted(name for name, _ in names if is_image_name(name))
-    for name, linked in sorted(below):
-        path = os.path.join(folder, name)
-        if linked and _leads_back(os.path.realpath(path), here):
-            faults.append(_loop(path))
+    below: list[os.DirEntry] = []
+    names: list[str] = []
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        is_folder = _is_folder(entry)
+        if is_hidden(entry.name) or (is_folder and entry.name.lower() in THUMBNAILS):
+            found.hidden += _images_below(entry, is_folder)
+        elif is_folder:
+            below.append(entry)
         else:
-            yield from _folders(path, here, faults)
+            lost = lost_folder(entry.path) if entry.is_symlink() else None
+            found.faults.extend([lost] if lost else [])
+            if is_image_name(entry.name):
+                names.append(entry.name)
+            else:
+                found.others.append(entry.path)
+    yield folder, names
+    for entry in below:
+        if entry.is_symlink() and _leads_back(os.path.realpath(entry.path), here):
+            found.faults.append(_loop(entry.path))
+        else:
+            yield from _folders(entry.path, here, found)
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        return list(entries)
+
+
+def _images_below(entry: os.DirEntry, is_folder: bool) -> list[str]:
+    """The images that are left out with a hidden file or folder; links are not followed."""
+    if entry.is_symlink():
+        return []
+    tree = os.walk(entry.path) if is_folder else [(os.path.dirname(entry.path), [], [entry.name])]
+    return [
+        os.path.join(place, name)
+        for place, _, names in tree
+        for name in names
+        if name.lower().endswith(extensions())
+    ]
 
 
 def _loop(path: str) -> SkippedImage:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from metamask_plugin.data.image_tree import image_files, listing
+from metamask_plugin.data.remarks import tell_left_out
 from metamask_plugin.data.unreadable import SkippedImage
 from metamask_plugin.data.verify import unreadable
 from metamask_plugin.errors import UserError
@@ -31,21 +32,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", metavar="folder", help="with images at any depth")
     parser.add_argument("--decode", action="store_true", help="decode every image whole")
     args = parser.parse_args(arguments)
+    level = "decode" if args.decode else "header"
     found, images = 0, 0
     for folder in args.folders:
         try:
-            listing(Path(folder))
+            faults, count = _look(folder, level)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        paths, faults = image_files(folder)
-        reasons = unreadable(paths, "decode" if args.decode else "header", "verifying")
-        faults += [SkippedImage(paths[index], reason) for index, reason in reasons.items()]
         for fault in faults:
             print(fault)
-        found, images = found + len(faults), images + len(paths)
+        found, images = found + len(faults), images + count
     print(f"{found} of {images} images cannot be read", file=sys.stderr)
     return 1 if found else 0
+
+
+def _look(folder: str, level: str) -> tuple[list[SkippedImage], int]:
+    """What cannot be read below a folder, and the number of its images."""
+    listing(Path(folder))
+    there = image_files(folder)
+    tell_left_out([there])
+    reasons = unreadable(there.paths, level)
+    unread = [SkippedImage(there.paths[index], reason) for index, reason in reasons.items()]
+    return [*there.faults, *unread], len(there.paths)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from metamask_plugin.data.splits import FileImages, ImageSplit, MemoryImages, centre_square
+from metamask_plugin.data.unreadable import UnreadableImage, printable
 from metamask_plugin.errors import check, choose
 
 REGIONS = ("full", "foreground", "background")
@@ -66,6 +67,7 @@ class _RegionFiles(FileImages):
 
     def __init__(self, split: FileImages, region: str, colour: tuple[int, ...], form: str) -> None:
         super().__init__(split.paths, split.labels, split.classes)
+        self.reading = split.reading
         # Not ``boxes``: what is left has none. A tensor still, so that subset() picks from it.
         self._box = split.boxes
         self._region, self._colour, self._form = region, colour, form
@@ -76,8 +78,20 @@ class _RegionFiles(FileImages):
             image.paste(self._colour, box)
             return image
         if self._form == "zoom":
+            self._refuse_huge_square(index, box)
             return _box_on_square(image, box, self._colour)
         return _box_in_place(image, box, self._colour)
+
+    def _refuse_huge_square(self, index: int, box: Sequence[int]) -> None:
+        """Refuses a box, long and narrow, that would be put on a square larger than any image may be."""
+        side, limit = max(box[2] - box[0], box[3] - box[1]), Image.MAX_IMAGE_PIXELS
+        if limit is not None and side * side > limit:
+            path, reason = printable(self.paths[index]), f"a box with a side of {side} pixels"
+            raise UnreadableImage(
+                f"image file {path} must be small enough for data.region_form=zoom, got {reason}; set "
+                "data.region_form=fill, or remove it",
+                reason,
+            )
 
 
 def _filled(images: Tensor, boxes: Tensor, inside: bool, colour: tuple[int, ...]) -> Tensor:

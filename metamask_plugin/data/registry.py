@@ -14,8 +14,16 @@ from metamask_plugin.data.coco import coco_splits
 from metamask_plugin.data.confounded_digits import confounded_digits
 from metamask_plugin.data.digits import digits
 from metamask_plugin.data.fingerprint import fingerprint
+from metamask_plugin.data.memory import check_generated
 from metamask_plugin.data.regions import region_of
-from metamask_plugin.data.splits import FolderImages, ImageSplit, MemoryImages, stratified_subset
+from metamask_plugin.data.remarks import tell_left_out, tell_shared, tell_unevaluated
+from metamask_plugin.data.splits import (
+    FileImages,
+    FolderImages,
+    ImageSplit,
+    MemoryImages,
+    stratified_subset,
+)
 from metamask_plugin.data.tiny_imagenet import tiny_imagenet_splits
 from metamask_plugin.data.torchvision_sets import Splits, folder_splits, torchvision_splits
 from metamask_plugin.data.unreadable import SkippedImage
@@ -34,6 +42,19 @@ MEAN_STD = {
     "imagenet": IMAGENET_MEAN_STD,
     "custom": IMAGENET_MEAN_STD,
 }
+# Of class folders under these names; with others it is another data set.
+CLASSES = {
+    "cifar10": 10,
+    "cifar100": 100,
+    "stl10": 10,
+    "tiny_imagenet": 200,
+    "imagenet100": 100,
+    "imagenet": 1000,
+}
+# Of these solo-learn, as the literature, resizes to 256 and evaluates the centre of 224 pixels.
+CENTRE_CROPPED = ("imagenet", "imagenet100", "tiny_imagenet", "coco", "custom")
+CENTRE_CROP = 224 / 256
+LARGEST_WHOLE = 96
 # data.fraction keeps the same images whatever the run's seed, as in solo-learn: runs differ by training
 # alone.
 FRACTION_SEED = 0
@@ -61,6 +82,17 @@ class Dataset:
     std: tuple[float, ...]
     skipped: tuple[SkippedImage, ...] = ()
 
+    @property
+    def splits(self) -> dict[str, ImageSplit]:
+        """``train`` and, where there is one, ``test``."""
+        splits = {"train": self.train, "test": self.test}
+        return {name: split for name, split in splits.items() if split is not None}
+
+    def files_with(self, **changes: Any) -> "Dataset":
+        """The same data set with another reading of its files, see :class:`~.image_file.Reading`."""
+        files = {name: split for name, split in self.splits.items() if isinstance(split, FileImages)}
+        return replace(self, **{name: split.read_with(**changes) for name, split in files.items()})
+
     def fingerprint(self) -> str:
         """A short hash of the training images, see :func:`~metamask_plugin.data.fingerprint.fingerprint`."""
         return fingerprint(self.train)
@@ -75,11 +107,7 @@ class Dataset:
         Raises:
             UserError: an unknown region or form, or a split without boxes.
         """
-        splits = {
-            name: region_of(split, region, self.mean, form)
-            for name, split in (("train", self.train), ("test", self.test))
-            if split is not None
-        }
+        splits = {name: region_of(split, region, self.mean, form) for name, split in self.splits.items()}
         return replace(self, **splits)
 
 
@@ -90,9 +118,10 @@ def load_dataset(data_cfg: DictConfig | Mapping[str, Any]) -> Dataset:
     ``download`` (False), ``fraction`` (share of the training images, the same of every class; -1 for all),
     ``no_labels`` (False; training labels become -1, and a ``custom`` training folder needs no class folders
     and has no test split), ``invalid_images`` (``stop``, or ``skip`` to go on without folders and links that
-    cannot be listed) and ``kwargs`` (options of the generated sets; ``train_annotations`` and
-    ``val_annotations``, the box files of ``coco``). Other keys are left to others; the files themselves are
-    verified by ``PretrainDataModule``, see :mod:`~metamask_plugin.data.verify`.
+    cannot be listed), ``bits`` (that 16-bit grey uses; None for 16) and ``kwargs`` (options of the generated
+    sets; ``train_annotations`` and ``val_annotations``, the box files of ``coco``). Other keys are left to
+    others; the files themselves are verified by ``PretrainDataModule``, see
+    :mod:`~metamask_plugin.data.verify`.
 
     The images are always full ones: ``region`` (``full``, ``foreground`` or ``background``) and
     ``region_form`` (``fill`` or ``zoom``) are applied by ``PretrainDataModule``, see :func:`region_of`.
@@ -112,6 +141,10 @@ def load_dataset(data_cfg: DictConfig | Mapping[str, Any]) -> Dataset:
     train, test = DATASETS[name](node)
     if test is not None:
         _require_same_classes(train, test)
+    _require_class_count(name, train)
+    tell_left_out([split for split in (train, test) if split is not None])
+    tell_shared(train, test)
+    tell_unevaluated(node, train, test)
     faults = (*train.faults, *(test.faults if test is not None else ()))
     if faults:
         accept_unlisted(faults, name, how)
@@ -122,13 +155,61 @@ def load_dataset(data_cfg: DictConfig | Mapping[str, Any]) -> Dataset:
     if node.get("no_labels"):
         train = copy.copy(train)
         train.labels = torch.full_like(train.labels, -1)
-    return Dataset(name, train, test, max(1, len(train.classes)), mean, std, faults)
+    dataset = Dataset(name, train, test, max(1, len(train.classes)), mean, std, faults)
+    return dataset if node.get("bits") is None else _with_bits(dataset, node["bits"])
+
+
+def evaluation_resize(name: str, crop_size: int, given: int | None = None) -> int:
+    """Pixels that the shorter side is resized to before the evaluation's centre crop.
+
+    By default as in solo-learn: 256 for a crop of 224 of ImageNet, its subsets and ``custom``, and as much
+    larger than any other crop; the crop itself up to 96 pixels, and for data sets of small images.
+
+    Args:
+        name: of the data set.
+        crop_size: of the evaluation.
+        given: ``data.evaluation_resize``.
+
+    Raises:
+        UserError: it is smaller than the crop.
+    """
+    if given is None:
+        whole = name not in CENTRE_CROPPED or crop_size <= LARGEST_WHOLE
+        return crop_size if whole else round(crop_size / CENTRE_CROP)
+    check(
+        isinstance(given, int) and not isinstance(given, bool) and given >= crop_size,
+        "data.evaluation_resize",
+        f"a whole number of at least the crop size {crop_size}",
+        given,
+        "null is solo-learn's, the crop size itself shows the whole image",
+    )
+    return given
+
+
+def _with_bits(dataset: Dataset, bits: Any) -> Dataset:
+    whole = isinstance(bits, int) and not isinstance(bits, bool) and 8 <= bits <= 16
+    check(whole, "data.bits", "a whole number from 8 to 16", bits)
+    files = any(isinstance(split, FileImages) for split in dataset.splits.values())
+    check(files, "data.bits", f"null for {dataset.name}, whose images are no files", bits)
+    return dataset.files_with(bits=bits)
+
+
+def _require_class_count(name: str, train: ImageSplit) -> None:
+    expected = CLASSES.get(name)
+    check(
+        expected is None or not isinstance(train, FolderImages) or len(train.classes) == expected,
+        "data.train_path",
+        f"a folder of {expected} class folders for data.dataset={name}",
+        len(train.classes),
+        "set data.dataset=custom",
+    )
 
 
 def _generated(build: Callable[..., Splits], node: Mapping[str, Any]) -> Splits:
     options = dict(node.get("kwargs") or {})
     for option in options:
         choose(f"data.kwargs key of {build.__name__}", option, inspect.signature(build).parameters)
+    check_generated(options)
     return build(**options)
 
 

@@ -3,21 +3,31 @@
 import copy
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
 from metamask_plugin.data.boxes import square_box
 from metamask_plugin.data.each_image import each_image
-from metamask_plugin.data.image_file import read_rgb
-from metamask_plugin.data.image_tree import image_files, is_image_name, listing, lost_folder
+from metamask_plugin.data.image_file import WHOLE, read_rgb
+from metamask_plugin.data.image_tree import (
+    Listing,
+    extensions,
+    image_files,
+    images_by_content,
+    is_hidden,
+    is_image_name,
+    listing,
+    lost_folder,
+)
 from metamask_plugin.data.unreadable import SkippedImage, UnreadableImage, printable
 from metamask_plugin.errors import UserError, check
 
@@ -34,6 +44,8 @@ class ImageSplit(ABC):
             None.
         masks: foreground pixels, bool, shape (N, H, W); or None.
         faults: what could not be listed when the images were looked for.
+        hidden: image files that were left out as hidden, or as a desktop's or a file server's.
+        others: files beside the images whose names are not those of images.
     """
 
     labels: Tensor
@@ -41,6 +53,8 @@ class ImageSplit(ABC):
     boxes: Tensor | None = None
     masks: Tensor | None = None
     faults: tuple[SkippedImage, ...] = ()
+    hidden: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -111,6 +125,7 @@ class FileImages(ImageSplit):
 
     Attributes:
         paths: as given.
+        reading: how they are decoded.
         verified: how the files were verified, a level of :mod:`~metamask_plugin.data.verify`.
 
     Raises:
@@ -118,6 +133,7 @@ class FileImages(ImageSplit):
     """
 
     verified = "none"
+    reading = WHOLE
 
     def __init__(
         self,
@@ -138,7 +154,13 @@ class FileImages(ImageSplit):
         Raises:
             UnreadableImage: it cannot be decoded.
         """
-        return read_rgb(self.paths[index])
+        return read_rgb(self.paths[index], self.reading)
+
+    def read_with(self, **changes: Any) -> "FileImages":
+        """The same files with other fields of ``reading``."""
+        changed = copy.copy(self)
+        changed.reading = replace(self.reading, **changes)
+        return changed
 
     def subset(self, indices: Sequence[int] | Tensor) -> "FileImages":
         picked = super().subset(indices)
@@ -168,12 +190,13 @@ class FileImages(ImageSplit):
         Returns:
             all images, black in place of an unreadable one; and by index why it is that.
         """
+        bounded = self.read_with(side=max(size, self.reading.side))
         images = torch.zeros(len(self), 3, size, size, dtype=torch.uint8)
         boxes = None if self.boxes is None else torch.zeros(len(self), 4, dtype=torch.int32)
 
         def decode(index: int) -> UnreadableImage | None:
             try:
-                image = self.image(index)
+                image = bounded.image(index)
             except UnreadableImage as error:
                 return error
             square = centre_square(image, size)
@@ -187,14 +210,15 @@ class FileImages(ImageSplit):
 
 
 class FolderImages(FileImages):
-    """Image files in class folders: ``<root>/<class>/*.jpg`` and what else torchvision reads.
+    """Image files in class folders: ``<root>/<class>/*.jpg`` and what else Pillow reads.
 
     Folders inside a class folder that cannot be listed, and links that lead nowhere or back to a folder they
     are in, are left out and stand in ``faults``.
 
     Args:
         root: folder that holds one folder a class. Images deeper inside a class folder count, as in
-            torchvision's ``ImageFolder``; hidden folders do not.
+            torchvision's ``ImageFolder``; hidden files and folders do not, see
+            :func:`~metamask_plugin.data.image_tree.is_hidden`.
 
     Raises:
         UserError: the folder is missing, has no class folders, or a class has no images; it or a class folder
@@ -210,7 +234,8 @@ class FolderImages(FileImages):
                 f"image folder {printable(root)} must be a folder of class folders, got {lost}; "
                 "mend the link or remove it"
             )
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+        folders = [entry for entry in entries if entry.is_dir()]
+        classes = sorted(entry.name for entry in folders if not is_hidden(entry.name))
         check(
             bool(classes),
             f"image folder {printable(root)}",
@@ -219,15 +244,15 @@ class FolderImages(FileImages):
             "move the images into one folder a class, or set data.dataset=custom data.no_labels=True",
         )
         refuse_folder_of_splits(root, classes)
-        paths, labels, faults = [], [], []
-        for label, name in enumerate(classes):
+        found = []
+        for name in classes:
             listing(root / name)
-            found, unlisted = image_files(root / name, root)
-            paths += found
-            labels += [label] * len(found)
-            faults += unlisted
-        super().__init__(paths, labels, classes)
-        self.faults = tuple(faults)
+            found.append(image_files(root / name, root))
+        labels = [label for label, inside in enumerate(found) for _ in inside.paths]
+        super().__init__([path for inside in found for path in inside.paths], labels, classes)
+        self._note(found)
+        hidden = [image_files(entry) for entry in folders if is_hidden(entry.name)]
+        self.hidden += tuple(path for inside in hidden for path in (*inside.paths, *inside.hidden))
         self._refuse_empty_classes(root)
 
     @classmethod
@@ -240,12 +265,13 @@ class FolderImages(FileImages):
         root = Path(root)
         listing(root)
         split = cls.__new__(cls)
-        paths, faults = image_files(root)
-        split.paths, split.faults = sorted(paths), tuple(faults)
+        found = image_files(root)
+        split.paths = sorted(found.paths)
+        split._note([found])
         check(
             bool(split.paths),
             f"image folder {printable(root)}",
-            f"a folder of images ({', '.join(IMG_EXTENSIONS)})",
+            f"a folder of images ({', '.join(extensions())})",
             "no images",
             "point data.train_path at the folder that holds them",
         )
@@ -253,26 +279,48 @@ class FolderImages(FileImages):
         split.classes = []
         return split
 
+    def _note(self, found: Iterable[Listing]) -> None:
+        """Keeps what was found besides the images."""
+        for name in ("faults", "hidden", "others"):
+            setattr(self, name, tuple(path for listing in found for path in getattr(listing, name)))
+
     def _refuse_empty_classes(self, root: Path) -> None:
         counts = torch.bincount(self.labels, minlength=len(self.classes)).tolist()
         empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
         if empty:
-            # A folder that could not be listed is another matter than one without images.
             first = root / empty[0]
-            unlisted = [fault for fault in self.faults if Path(fault.path).is_relative_to(first)]
+            reason = self._why_empty(first)
             raise UserError(
                 f"image folder {printable(root)} must be filled with images in each of its "
                 f"{len(self.classes)} class folders, got 'no image in {len(empty)} of them, the first "
-                f"{printable(first)}'"
-                + (f" ({unlisted[0]})" if unlisted else "")
-                + "; fill or remove the empty folders"
+                f"{printable(first)}'" + (f" ({reason})" if reason else "") + "; fill or remove the empty "
+                "folders"
             )
 
+    def _why_empty(self, folder: Path) -> str:
+        """What lies in a folder without images; a folder that could not be listed is another matter."""
+        unlisted = [fault for fault in self.faults if Path(fault.path).is_relative_to(folder)]
+        if unlisted:
+            return str(unlisted[0])
+        unnamed, _ = images_by_content(path for path in self.others if Path(path).is_relative_to(folder))
+        if unnamed:
+            first = printable(unnamed[0])
+            return f"{len(unnamed)} files begin like images and have another extension, the first {first}"
+        hidden = [path for path in self.hidden if Path(path).is_relative_to(folder)]
+        return f"{len(hidden)} images are hidden, the first {printable(hidden[0])}" if hidden else ""
 
-def centre_square(image: Image.Image, size: int) -> Image.Image:
-    """The image's centre, ``size`` pixels square, after its shorter side was resized to that (bicubic)."""
-    if min(image.size) != size:
-        image = vision.resize(image, size, InterpolationMode.BICUBIC)
+
+def centre_square(image: Image.Image, size: int, resize: int | None = None) -> Image.Image:
+    """The image's centre, ``size`` pixels square, after its shorter side was resized (bicubic).
+
+    Args:
+        image: of any size.
+        size: height and width of the result.
+        resize: pixels of the resized shorter side; ``size`` by default, which keeps all of it.
+    """
+    resize = resize or size
+    if min(image.size) != resize:
+        image = vision.resize(image, resize, InterpolationMode.BICUBIC)
     return vision.center_crop(image, [size, size])
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 from metamask_plugin.data.boxes import Box, clip_box
+from metamask_plugin.data.image_tree import path_inside
 from metamask_plugin.data.splits import FileImages, FolderImages, holds_image, refuse_missing_files
 from metamask_plugin.data.torchvision_sets import Splits
 from metamask_plugin.errors import UserError, check
+from metamask_plugin.retry import retried
 
 # Height and width of every image, pixels.
 SIZE = 64
@@ -71,7 +73,7 @@ def _annotated_images(folder: Path, file: Path, skip_missing: bool) -> FileImage
     )
     rows = list(_read_rows(file, ("image", "class")))
     check(bool(rows), f"Tiny ImageNet's {file}", "a line for each image", "none", "unpack it anew")
-    paths = [str(folder / image) for (image, _), _ in rows]
+    paths = [path_inside(folder, image, file) for (image, _), _ in rows]
     if not skip_missing:
         refuse_missing_files(file, paths)
     classes = sorted({name for (_, name), _ in rows})
@@ -98,7 +100,7 @@ def _with_boxes(split: FolderImages, keys: Sequence[Hashable], boxes: Mapping[Ha
 def _read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[list[str], Box]]:
     """The text columns and the half-open box of each line; the file's boxes include their last pixels."""
     try:
-        lines = file.read_text().splitlines()
+        lines = retried(file.read_text).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

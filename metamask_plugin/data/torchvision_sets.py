@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
-from metamask_plugin.data.image_tree import listing
+from metamask_plugin.data.image_tree import is_hidden, listing
 from metamask_plugin.data.splits import (
     FolderImages,
     ImageSplit,
@@ -42,7 +42,7 @@ def torchvision_splits(name: str, train_path: str | None, val_path: str | None, 
         test_root = Path(val_path) if val_path and (Path(val_path) / layout).is_dir() else root
         return _guarded(load, name, root, test_root, False)
     if root.is_dir():
-        folders = [entry for entry in listing(root) if entry.is_dir()]
+        folders = [entry for entry in listing(root) if entry.is_dir() and not is_hidden(entry.name)]
         refuse_folder_of_splits(root, [folder.name for folder in folders])
         if any(holds_image(folder) for folder in folders):
             return folder_splits(train_path, val_path)

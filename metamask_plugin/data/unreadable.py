@@ -1,8 +1,10 @@
 """What is said of image files and folders that cannot be read, always in one line."""
 
+import os
 from typing import NamedTuple
 
 from metamask_plugin.errors import UserError
+from metamask_plugin.retry import TRANSIENT
 
 
 class SkippedImage(NamedTuple):
@@ -44,7 +46,7 @@ class UnreadableImage(_OneLine):
 
 
 class MachineFault(_OneLine):
-    """An image file that could not be read for want of memory or file handles: no reason to leave it out."""
+    """An image that a failing disk, a lost network or exhausted memory hides: no reason to leave it out."""
 
 
 class InvalidImages(UserError):
@@ -57,6 +59,21 @@ class InvalidImages(UserError):
     def __init__(self, message: str, images: tuple[SkippedImage, ...] = ()) -> None:
         super().__init__(message)
         self.images = images
+
+
+def machine_fault(name: str, error: OSError) -> MachineFault:
+    """One line for a fault of the machine, after the last try.
+
+    Args:
+        name: of what could not be read, e.g. ``"image file a.png"``.
+        error: the last one.
+    """
+    remedy = "close other programs, or lower data.num_workers"
+    if error.errno in TRANSIENT:
+        remedy = "check the disk, the mount or the network, and go on with the same command"
+    return MachineFault(
+        f"{name} must be readable, got {os.strerror(error.errno)}, which is no fault of the file; {remedy}"
+    )
 
 
 def printable(path: object) -> str:

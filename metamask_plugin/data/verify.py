@@ -3,7 +3,8 @@
 ``data.verify`` says how: ``header`` opens every file and looks at its header and its end, see
 :func:`~metamask_plugin.data.image_file.header_fault`; ``decode`` decodes every file whole, which finds damage
 in the middle, too; ``none`` leaves it to the training. ``data.invalid_images`` says what then: ``stop`` ends
-with one line before anything is trained; ``skip`` goes on without them.
+with one line before anything is trained; ``skip`` goes on without them. Many files that were verified
+before and have not changed since are not opened again, see :mod:`~metamask_plugin.data.verified_before`.
 :mod:`~metamask_plugin.data.list_unreadable` lists them all.
 """
 
@@ -17,9 +18,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from metamask_plugin.data.each_image import each_image
-from metamask_plugin.data.image_file import decode_fault, header_fault
+from metamask_plugin.data.image_file import WHOLE, Reading, decode_fault, header_fault
+from metamask_plugin.data.remarks import tell_unused_bits
 from metamask_plugin.data.splits import FileImages, ImageSplit, MemoryImages
 from metamask_plugin.data.unreadable import InvalidImages, SkippedImage, printable
+from metamask_plugin.data.verified_before import remembered
 from metamask_plugin.errors import UserError, check, choose
 
 if TYPE_CHECKING:
@@ -82,10 +85,12 @@ def verified(dataset: "Dataset", how: Verification) -> "Dataset":
         UserError: too many to be skipped.
     """
     faults = {}
-    for name, split in _splits(dataset).items():
+    for name, split in dataset.splits.items():
         if isinstance(split, FileImages) and LEVELS.index(split.verified) < LEVELS.index(how.level):
-            faults[name] = unreadable(split.paths, how.level, f"verifying {name} images")
+            faults[name] = _faults(name, split, how.level)
     dataset = without(dataset, faults, how)
+    for name in faults:
+        tell_unused_bits(name, getattr(dataset, name))
     return replace(dataset, **{name: _marked(getattr(dataset, name), how.level) for name in faults})
 
 
@@ -109,10 +114,11 @@ def decoded(
     """
     memory: dict[str, MemoryImages] = {}
     faults: dict[str, dict[int, str]] = {}
-    for name, split in _splits(shown).items():
+    for name, split in shown.splits.items():
         if isinstance(split, FileImages):
             memory[name], errors = split.decode(size)
             faults[name] = {index: error.reason for index, error in errors.items()}
+            tell_unused_bits(name, split)
     whole = without(dataset, faults, how)
     for name, images in memory.items():
         if faults[name]:
@@ -121,18 +127,24 @@ def decoded(
     return whole, replace(shown, skipped=whole.skipped, **memory)
 
 
-def unreadable(paths: list[str], level: str, title: str = "verifying") -> dict[int, str]:
+def unreadable(
+    paths: list[str], level: str, title: str = "verifying", reading: Reading = WHOLE
+) -> dict[int, str]:
     """Why files cannot be read, by index.
 
     Args:
         paths: image files.
         level: one of :data:`LEVELS`.
         title: of the progress bar that many images have.
+        reading: how they are to be read.
+
+    Raises:
+        MachineFault: the disk or the network fails, again and again, or memory is exhausted.
     """
     if level == "none":
         return {}
     fault = header_fault if level == "header" else decode_fault
-    return each_image(len(paths), lambda index: fault(paths[index]), title, THREADS)
+    return each_image(len(paths), lambda index: fault(paths[index], reading), title, THREADS)
 
 
 def without(dataset: "Dataset", faults: Faults, how: Verification) -> "Dataset":
@@ -142,7 +154,7 @@ def without(dataset: "Dataset", faults: Faults, how: Verification) -> "Dataset":
         InvalidImages: there are any, and they are not to be skipped.
         UserError: more than half of a split are at fault, or all images of a class.
     """
-    splits = _splits(dataset)
+    splits = dataset.splits
     found = {
         name: [SkippedImage(splits[name].paths[index], reason) for index, reason in at_fault.items()]
         for name, at_fault in faults.items()
@@ -206,9 +218,11 @@ def tell_skipped(images: Iterable[SkippedImage]) -> None:
     )
 
 
-def _splits(dataset: "Dataset") -> dict[str, ImageSplit]:
-    splits = {"train": dataset.train, "test": dataset.test}
-    return {name: split for name, split in splits.items() if split is not None}
+def _faults(name: str, split: FileImages, level: str) -> dict[int, str]:
+    def look() -> dict[int, str]:
+        return unreadable(split.paths, level, f"verifying {name} images", split.reading)
+
+    return remembered(split.paths, f"{level} {split.reading}", look)
 
 
 def _kept(count: int, at_fault: Mapping[int, str]) -> torch.Tensor:

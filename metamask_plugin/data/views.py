@@ -91,32 +91,37 @@ class KorniaViews(nn.Module):
 
 
 class EvaluationView:
-    """The view for evaluation: shorter side to ``crop_size`` (bicubic), centre square, normalised.
+    """The view for evaluation: shorter side resized (bicubic), centre square, normalised.
 
     Args:
         crop_size: height and width in pixels.
         mean: per channel, for images in [0, 1].
         std: per channel.
+        resize: pixels of the resized shorter side; ``crop_size`` by default, which shows all of it.
     """
 
-    def __init__(self, crop_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, crop_size: int, mean: Sequence[float], std: Sequence[float], resize: int | None = None
+    ) -> None:
         self.crop_size = crop_size
+        self.resize = resize or crop_size
         self.mean = list(mean)
         self.std = list(std)
 
     def __call__(self, images: Image.Image | Tensor) -> Tensor:
         """The view, float32, (3, s, s) of a PIL image or (B, 3, s, s) of uint8 images (B, 3, H, W)."""
         if isinstance(images, Tensor):
-            pixels = square_batch(images, self.crop_size).float() / 255
+            pixels = square_batch(images, self.crop_size, self.resize).float() / 255
         else:
-            pixels = vision.to_tensor(centre_square(images, self.crop_size))
+            pixels = vision.to_tensor(centre_square(images, self.crop_size, self.resize))
         return vision.normalize(pixels, self.mean, self.std)
 
 
-def square_batch(images: Tensor, size: int) -> Tensor:
+def square_batch(images: Tensor, size: int, resize: int | None = None) -> Tensor:
     """:func:`centre_square` for a batch of uint8 or float images in memory."""
-    if min(images.shape[-2:]) != size:
-        images = vision.resize(images, size, InterpolationMode.BICUBIC, antialias=True)
+    resize = resize or size
+    if min(images.shape[-2:]) != resize:
+        images = vision.resize(images, resize, InterpolationMode.BICUBIC, antialias=True)
     return vision.center_crop(images, [size, size])
 
 

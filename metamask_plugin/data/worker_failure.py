@@ -9,6 +9,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 
 from metamask_plugin.errors import UserError
+from metamask_plugin.signals import SIGNALS, Preempted
 
 # torch has two messages: of its handler of SIGCHLD, and of the loop that waits for a batch
 DIED = re.compile(
@@ -19,6 +20,8 @@ DIED = re.compile(
 @contextmanager
 def worker_failures() -> Iterator[None]:
     """Turns the death of a worker into a :class:`UserError`; everything else passes.
+
+    A worker that a signal has asked to end is no failure: the run is preempted, and says so.
 
     To stand around whatever runs while workers do: torch raises their death from a signal handler, wherever
     the main thread is.
@@ -32,8 +35,8 @@ def worker_failures() -> Iterator[None]:
         raise failure from None
 
 
-def worker_failure(error: BaseException) -> UserError | None:
-    """What the user is told of a worker that died; None if ``error`` is of another kind.
+def worker_failure(error: BaseException) -> UserError | Preempted | None:
+    """Describes the death of a worker; None if ``error`` is of another kind.
 
     Args:
         error: what was raised. Its context counts, too: the signal comes while the broken pipe of the same
@@ -44,7 +47,7 @@ def worker_failure(error: BaseException) -> UserError | None:
         found = DIED.search(str(error)) if isinstance(error, RuntimeError) else None
         if found is not None:
             pids, name = found.groups()
-            return _died(pids, f"was killed ({name.strip()})" if name else "ended unexpectedly")
+            return _killed(pids, name.strip()) if name else _died(pids, "ended unexpectedly")
         if isinstance(error, ConnectionError | EOFError):
             workers = workers or _workers_at(error.__traceback__)
         error = error.__context__
@@ -62,19 +65,26 @@ def _workers_at(place: TracebackType | None) -> list[BaseProcess]:
     return []
 
 
-def _dead_of(workers: list[BaseProcess]) -> UserError | None:
+def _dead_of(workers: list[BaseProcess]) -> UserError | Preempted | None:
     """A broken pipe is seen a moment before the end of who held its other side."""
     until = time.monotonic() + 2
     try:
         while workers and time.monotonic() < until:
             for worker in workers:
+                if worker.exitcode and worker.exitcode < 0:
+                    return _killed(str(worker.pid), signal.strsignal(-worker.exitcode))
                 if worker.exitcode:
-                    name = signal.Signals(-worker.exitcode).name if worker.exitcode < 0 else worker.exitcode
-                    return _died(str(worker.pid), f"was killed ({name})")
+                    return _died(str(worker.pid), f"ended with exit code {worker.exitcode}")
             time.sleep(0.05)
     except RuntimeError as signalled:  # torch's handler of SIGCHLD, here as everywhere
         return worker_failure(signalled)
     return None
+
+
+def _killed(pids: str, name: str) -> UserError | Preempted:
+    """Of a worker that a signal of this name, as the C library spells it, has ended."""
+    asked = next((number for number in SIGNALS if signal.strsignal(number) == name), None)
+    return _died(pids, f"was killed ({name})") if asked is None else Preempted(asked)
 
 
 def _died(pids: str, how: str) -> UserError:

@@ -1,10 +1,11 @@
 """Trained encoders from checkpoints: ours, solo-learn's, or a plain state dict."""
 
-import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from torch import nn
 
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.checksums import check_records
+from metamask_plugin.evaluation.recorded_config import read_args
+from metamask_plugin.modules.encoder_reach import check_reach
 from metamask_plugin.modules.encoders import build_encoder
 from metamask_plugin.modules.solo_encoders import RESNETS, Factories, build_solo_encoder
+
+__all__ = ["Pretrained", "find_checkpoint", "load_pretrained", "read_args", "recorded_host"]
 
 SUFFIXES = (".ckpt", ".pth", ".pt")
 HOSTS = ("solo", "embedded")
@@ -43,6 +48,16 @@ class Pretrained:
     mask: torch.Tensor | None
     args: dict[str, Any] = field(default_factory=dict)
     path: Path = Path()
+
+    def check_side(self, side: int, setting: str = "crop_size") -> None:
+        """Refuses images of another size than in training whose border the encoder does not see.
+
+        Args:
+            side: of the images, pixels.
+            setting: the config key, or flag, of the side.
+        """
+        if side != _lookup(self.args, "augmentations", 0, "crop_size"):
+            check_reach(self.backbone, side, setting)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -73,25 +88,6 @@ def find_checkpoint(path: str | Path) -> Path:
         return found[0]
     check(path.suffix in SUFFIXES, "checkpoint", f"a {', '.join(SUFFIXES)} file", str(path))
     return path
-
-
-def read_args(checkpoint: Path) -> dict[str, Any]:
-    """The training config from ``args.json`` beside a checkpoint, or an empty dict without that file.
-
-    Raises:
-        UserError: when the file is not a JSON object.
-    """
-    path = checkpoint.parent / "args.json"
-    if not path.exists():
-        return {}
-    try:
-        args = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} must be readable JSON, got {error}; restore it or move it away and give backbone.name"
-        ) from error
-    check(isinstance(args, dict), str(path), "a JSON object with the training config", type(args).__name__)
-    return args
 
 
 def recorded_host(args: Mapping[str, Any]) -> str | None:
@@ -158,11 +154,23 @@ def load_pretrained(
         # the same shapes in either, and other features
         remedy = "main_knn.py: --host, main_linear.py: host="
         check(False, "host", f"solo or embedded, as no args.json says who built the {name}", None, remedy)
-    backbone = encoder_of(
-        name, int(image_size), backbone_kwargs, host, method or args.get("method"), weights, solo_factories
+    build = partial(
+        encoder_of,
+        *(
+            name,
+            int(image_size),
+            backbone_kwargs,
+            host,
+            method or args.get("method"),
+            weights,
+            solo_factories,
+        ),
     )
-    _fill(backbone, weights, path, name, own_name)
-    return Pretrained(backbone.eval(), _effective_mask(state, backbone.num_features, path), args, path)
+    backbone = _filled(build, weights, path, name, own_name)
+    mask = _effective_mask(state, backbone.num_features, path)
+    loaded = Pretrained(backbone.eval(), mask, args, path)
+    loaded.check_side(int(image_size))
+    return loaded
 
 
 def encoder_of(
@@ -210,19 +218,49 @@ def _lookup(tree: Any, *keys: str | int) -> Any:
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
     content = read_checkpoint(path)
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    check(
+        isinstance(content, dict),
+        f"checkpoint {path}",
+        "a dictionary with a state_dict",
+        type(content).__name__,
+    )
+    state = content.get("state_dict", content)
     named = state.items() if isinstance(state, dict) else ()
     state = {key: value for key, value in named if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if not any(key.startswith("backbone.") for key in state):
         # solo-learn's name for it before 1.0.3
         state = {re.sub(r"^encoder\.", "backbone.", key): value for key, value in state.items()}
-    if not any(key.startswith("backbone.") for key in state):
-        prefixes = sorted({str(key).split(".")[0] for key in state})[:6]
+    used = {key: value for key, value in state.items() if key.startswith(("backbone.", "mask."))}
+    if not any(key.startswith("backbone.") for key in used):
+        prefixes = sorted({str(key).split(".")[0] for key in state or content})[:6]
         raise UserError(
             f"checkpoint {path} must have a state_dict with keys 'backbone.*', got "
-            f"{', '.join(prefixes) or 'no tensors'}; give a checkpoint written by main_pretrain.py"
+            f"{', '.join(prefixes) or 'nothing'}; give a checkpoint of main_pretrain.py or solo-learn, or "
+            "rewrite another's: torch.save({'state_dict': {'backbone.' + key: value for key, value in "
+            "WEIGHTS.items()}}, PATH)"
         )
+    check_tensors(used, path)
     return state
+
+
+def check_tensors(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Refuses tensors that are no dense real numbers in memory: sparse, complex, quantised, without numbers.
+
+    Args:
+        weights: of an encoder or a mask, by name.
+        path: their file.
+    """
+    for key, tensor in weights.items():
+        kinds = {
+            "complex": tensor.is_complex(),
+            "quantised": tensor.is_quantized,
+            "nested": tensor.is_nested,
+            "without numbers (on the meta device)": tensor.is_meta,
+            f"{tensor.layout}".removeprefix("torch."): tensor.layout != torch.strided,
+        }
+        found = next((kind for kind, present in kinds.items() if present), None)
+        remedy = "save dense real tensors on the CPU: tensor.to_dense(), tensor.cpu()"
+        check(found is None, f"{key} in {path}", "a dense tensor of real numbers", found, remedy)
 
 
 class _Unread:
@@ -294,21 +332,47 @@ def encoder_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _fill(
-    backbone: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, name: str, own_name: str | None
-) -> None:
-    mismatch = _first_mismatch(weights, backbone.state_dict())
+def _filled(
+    build: Callable[[], nn.Module],
+    weights: Mapping[str, torch.Tensor],
+    path: Path,
+    name: str,
+    own_name: str | None,
+) -> nn.Module:
+    """The encoder with the weights.
+
+    Names and shapes are compared on the meta device first: an encoder that the file cannot fill, maybe of a
+    width for which no machine has the memory, is not built.
+    """
+    mismatch = None
+    with suppress(Exception), torch.device("meta"):  # not every network can be built there
+        mismatch = _first_mismatch(weights, build().state_dict())
+    if mismatch is None:
+        try:
+            backbone = build()
+        except (RuntimeError, ValueError, ArithmeticError, MemoryError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(
+                f"backbone.name={name!r} cannot be built with its backbone.kwargs: {reason}"
+            ) from error
+        mismatch = _first_mismatch(weights, backbone.state_dict())
     if mismatch is None:
         backbone.load_state_dict(weights, strict=True)
-        return
+        return backbone
     if own_name is not None and own_name != name:
         remedy = f"the checkpoint's own encoder is {own_name!r}: set backbone.name={own_name}"
     elif own_name is not None:
         remedy = (
-            "it has the right name, so set backbone.kwargs and data.augmentations.crop_size as in training"
+            "it has the right name, so set backbone.kwargs and data.augmentations.crop_size as in training "
+            "(main_knn.py: --backbone_kwargs, --crop_size)"
         )
     else:
-        remedy = "set backbone.name and backbone.kwargs as in the training that wrote it"
+        remedy = (
+            "set backbone.name and backbone.kwargs as in the training that wrote it (main_knn.py: "
+            "--backbone, --backbone_kwargs stem=cifar)"
+        )
     raise UserError(f"checkpoint {path} does not fit backbone.name={name!r}: {mismatch}; {remedy}")
 
 
@@ -333,4 +397,11 @@ def _effective_mask(state: Mapping[str, torch.Tensor], dim: int, path: Path) -> 
     check(
         mask.shape == (dim,), f"mask in {path}", f"one weight for each of {dim} dimensions", tuple(mask.shape)
     )
+    broken = int((~mask.isfinite()).sum())
+    if broken:
+        raise UserError(
+            f"mask in {path} must be finite, got NaN or infinity for {broken} of {dim} dimensions; the "
+            "training has most likely diverged: lower method_kwargs.meta.optimizer.lr, or evaluate an "
+            "earlier checkpoint"
+        )
     return mask

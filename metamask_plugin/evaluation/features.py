@@ -48,13 +48,14 @@ def extract_features(
     Raises:
         UserError: when a feature is not finite, or when there are no images.
     """
-    home = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
+    reference = next(backbone.parameters(), torch.empty(()))
+    home, dtype = reference.device, reference.dtype  # float32, unless the training has another precision
     device = torch.device(device) if device is not None else home
     total = len(loader) if hasattr(loader, "__len__") else None
     feats, labels, bad_images, bad_inputs = [], [], 0, 0
     with _evaluating(backbone, home, device), _generators_kept(device), torch.no_grad():
         for done, (x, y) in enumerate(loader, start=1):
-            h = backbone(x.to(device, non_blocking=True)).float()
+            h = backbone(x.to(device, dtype, non_blocking=True)).float()
             if h.ndim != 2:
                 raise UserError(
                     f"backbone must return features of shape (N, D), got {tuple(h.shape)}; "

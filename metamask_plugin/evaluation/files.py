@@ -37,7 +37,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, kept: Path | None = None) -> Iterator[BinaryIO]:
     """Yields a new binary file, which takes the place of ``path`` when the block ends without an error.
 
     The file lies beside its target under a name that no other process uses. It is flushed to the disk, then
@@ -46,6 +46,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Args:
         path: the target; its folder is made.
+        kept: the place for what the target was before; by default that is lost.
 
     Raises:
         OSError: with the target's name.
@@ -60,6 +61,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             _flush(file.fileno())
             inode = os.fstat(file.fileno()).st_ino
+        if kept is not None and path.exists():
+            retried(lambda: os.replace(path, kept))
         retried(lambda: _rename(temporary, path, inode))
         flush_folder(path.parent)
     except BaseException as error:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from metamask_plugin.errors import UserError, check, choose
-from metamask_plugin.evaluation.checkpoints import load_pretrained, read_checkpoint
+from metamask_plugin.evaluation.checkpoints import check_tensors, load_pretrained, read_checkpoint
+from metamask_plugin.modules.encoder_reach import check_reach
 from metamask_plugin.modules.timm_networks import timm_network
 
 PREFIX = "timm:"
@@ -83,6 +84,8 @@ def load_frozen(
     else:
         backbone = timm_network(name, image_size, spec, pretrained=True)
     cfg = backbone.pretrained_cfg
+    if image_size is not None:
+        check_reach(backbone, image_size, "crop_size")
     return FrozenEncoder(
         backbone=backbone.eval(),
         mask=None,
@@ -136,6 +139,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     named = {key: value for key, value in tensors if isinstance(key, str) and isinstance(value, torch.Tensor)}
     weights = {WRAPPERS.sub("", key): value for key, value in named.items()}
     check(len(weights) > 0, name, "a state dict of tensors", str(path), "save model.state_dict()")
+    check_tensors(weights, path)
     return weights
 
 

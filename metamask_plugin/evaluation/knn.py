@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
+from metamask_plugin.data.remarks import tell
 from metamask_plugin.errors import check, choose
 from metamask_plugin.evaluation.features import Features
 
@@ -48,6 +49,27 @@ def vote_temperature(k: int, temperature: float | None = None) -> float:
     if temperature is not None:
         return temperature
     return PAPER_TEMPERATURE if k == PAPER_K else TEMPERATURE
+
+
+def within_bank(name: str, k: Sequence[int], bank: int) -> list[int]:
+    """The numbers of neighbours that there can be; a warning where one is larger than the bank.
+
+    Args:
+        name: the setting as the user writes it.
+        k: numbers of neighbours.
+        bank: training images.
+
+    Returns:
+        ``k`` with the size of the bank in place of what exceeds it, each number once.
+    """
+    within = list(dict.fromkeys(min(size, bank) for size in k))
+    above = [str(size) for size in k if size > bank]
+    if above:
+        tell(
+            f"warning: {name}={','.join(above)} is more than the {bank} training images, all of which vote: "
+            f"shown as k = {bank}"
+        )
+    return within
 
 
 def knn_predict(
@@ -174,6 +196,8 @@ def knn_table(
 ) -> dict[str, float]:
     """Top-1 accuracies by name: ``knn5``, ``knn20``, ... and, with a mask, ``knn5_masked``, ...
 
+    A k above M is named M, the number of neighbours that vote.
+
     MetaMask's paper evaluates the unmasked features (A.4.7), its release the masked ones: where
     there is a mask we always report both.
 
@@ -189,6 +213,7 @@ def knn_table(
     Returns:
         Accuracies in percent.
     """
+    ks = list(dict.fromkeys(min(k, len(train.labels)) for k in ks))
     settings = {"k": ks, "temperature": temperature, "distance": distance, "device": device}
     table = {f"knn{k}": acc for k, acc in knn_accuracy(train, test, **settings).items()}
     if mask is not None:

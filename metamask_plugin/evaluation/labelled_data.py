@@ -21,6 +21,8 @@ DATASET_KEYS = (
     "invalid_images",
     "mean",
     "std",
+    "bits",
+    "evaluation_resize",
 )
 # what an encoder saw of its images; an evaluation reads them whole and cuts out regions itself
 REGION_KEYS = ("region", "region_form")
@@ -110,7 +112,7 @@ class LabelledData:
         cfg = {"data": data, "augmentations": [entry], "optimizer": {"batch_size": 1}}
         self._module = PretrainDataModule(replace(dataset, **splits), OmegaConf.create(cfg))
         self._batch_size = batch_size
-        self._loading = {key: data.get(key) for key in ("pipeline", "num_workers")}
+        self._loading = {key: data.get(key) for key in ("pipeline", "num_workers", "evaluation_resize")}
         self.crop_size = crop_size
         self.name = dataset.name
         self.num_classes = dataset.num_classes

@@ -234,6 +234,8 @@ def _check_features(train: Features, test: Features, num_classes: int) -> None:
 
 
 def _set_statistics(standardise: nn.BatchNorm1d, feats: torch.Tensor) -> None:
+    if feats.device.type == "mps":  # which has no float64
+        feats = feats.cpu()
     variance, mean = torch.var_mean(feats.double(), dim=0, correction=0)
     # a dimension that never varies beyond rounding (a dead ReLU) has no scale: do not blow it up
     variance[variance <= 1e-12 * mean**2] = 1.0

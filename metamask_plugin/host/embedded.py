@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.utils.data import DistributedSampler
 
 from metamask_plugin.errors import check, choose
 from metamask_plugin.evaluation.knn import WeightedKNNClassifier
@@ -24,9 +25,17 @@ METHODS: dict[str, type] = {}
 
 
 def topk_accuracy(logits: torch.Tensor, targets: torch.Tensor, k: int) -> torch.Tensor:
-    """Share of targets among the k largest logits, percent; targets of -1 (no label) never count."""
+    """Share of the labelled images whose target is among the k largest logits, percent; 0 without any.
+
+    Images without a label have the target -1.
+    """
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return (top == targets[:, None]).any(dim=1).float().mean() * 100
+    return (top == targets[:, None]).any(dim=1).sum() / _labelled(targets) * 100
+
+
+def _labelled(targets: torch.Tensor) -> torch.Tensor:
+    """Number of images with a label, at least 1: a divisor, and no question to the device."""
+    return (targets != -1).sum().clamp(min=1)
 
 
 class BaseMethod(pl.LightningModule):
@@ -132,11 +141,11 @@ class BaseMethod(pl.LightningModule):
         return {"logits": self.classifier(feats.detach()), "feats": feats}
 
     def _classify(self, X: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
+        """Outputs for the images X; loss and accuracies of as many of them as there are targets."""
         out = self(X)
-        logits = out["logits"]
-        # a mean over the labelled images, 0 where there are none, and no question to the device
-        labelled = (targets != -1).sum().clamp(min=1)
-        out["loss"] = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / labelled
+        logits = out["logits"][: len(targets)]
+        total = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        out["loss"] = total / _labelled(targets)  # 0 where no image has a label
         out["acc1"], out["acc5"] = topk_accuracy(logits, targets, 1), topk_accuracy(logits, targets, 5)
         return out
 
@@ -161,7 +170,9 @@ class BaseMethod(pl.LightningModule):
         for key in ("loss", "acc1", "acc5"):
             outs[key] = sum(out[key] for out in large) / len(large)
         metrics = {"train_class_loss": outs["loss"], "train_acc1": outs["acc1"], "train_acc5": outs["acc5"]}
-        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(targets))
+        # an epoch's mean is over its labelled images, of which batches have more or fewer; 0 without any
+        weight = (targets != -1).sum().float().clamp(min=1e-6)
+        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=weight)
 
         if self.knn_eval:
             labelled = targets.repeat(self.num_large_crops)
@@ -173,11 +184,24 @@ class BaseMethod(pl.LightningModule):
     def validation_step(self, batch: list, batch_idx: int) -> None:
         """Online classifier and kNN on un-augmented images; ``batch`` is ``[X, targets]``."""
         X, targets = batch
+        targets = targets[: self._not_repeated(batch_idx)]
         out = self._classify(X, targets)
         if self.knn_eval and not self.trainer.sanity_checking:
-            self.knn(test_features=out["feats"].detach(), test_targets=targets)
+            self.knn(test_features=out["feats"][: len(targets)].detach(), test_targets=targets)
         metrics = {"val_loss": out["loss"], "val_acc1": out["acc1"], "val_acc5": out["acc5"]}
         self.log_dict(metrics, on_epoch=True, sync_dist=True, batch_size=len(targets))
+
+    def _not_repeated(self, batch_idx: int) -> int | None:
+        """How many images of this and later batches count; None: all.
+
+        With several processes, Lightning's sampler repeats images until all processes have equally many.
+        """
+        loader = self.trainer.val_dataloaders
+        sampler = getattr(loader, "sampler", None)
+        if not isinstance(sampler, DistributedSampler):
+            return None
+        own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))
+        return max(0, own - batch_idx * loader.batch_size)
 
     def on_validation_epoch_end(self) -> None:
         if self.knn_eval and not self.trainer.sanity_checking:

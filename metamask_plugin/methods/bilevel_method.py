@@ -272,12 +272,12 @@ class BilevelMethod(TaskMethod):
 
     @contextmanager
     def _rates_of_the_regular_step(self) -> Iterator[None]:
-        """Within it, the main optimiser has its last step's learning rates, where those change by epoch.
+        """Within it, the main optimiser has the learning rates of its last step.
 
-        Lightning moves such a schedule before an epoch's last meta step; in the release it is the same for
-        both steps of all the epoch's batches.
+        Lightning moves a schedule before the meta step: at a drop the trial step would be another than the
+        regular step, and at the end of a cosine, where the rate is 0, there would be none.
         """
-        if self.cfg.scheduler.interval != "epoch" or self._rates is None:
+        if self._rates is None:
             yield
             return
         groups = self.optimizers(use_pl_optimizer=False).param_groups
@@ -304,11 +304,11 @@ class BilevelMethod(TaskMethod):
 
         def encode(theta):
             with self.uncompiled():
-                return torch.stack([encoder(theta, x) for x in views])
+                return torch.stack(encoder.each(theta, views))
 
         def encode_once(theta):
             with nullcontext() if self.meta is None else self.meta.autocast(views[0].device.type):
-                return torch.stack([encoder(theta, x) for x in views])
+                return torch.stack(encoder.each(theta, views))
 
         return {
             "encode": encode,

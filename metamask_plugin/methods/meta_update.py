@@ -163,6 +163,12 @@ class MetaUpdate:
                 "method_kwargs.meta.trial must be 'plain' when the main optimiser is "
                 f"{type(main).__name__}, got 'momentum'; only SGD and LARS keep a momentum buffer"
             )
+        other = [key for key in ("nesterov", "dampening") if main.param_groups[0].get(key)]
+        if cfg.trial == "momentum" and other:
+            raise UserError(
+                f"optimizer.kwargs.{other[0]} must be left out with method_kwargs.meta.trial='momentum', got "
+                f"{main.param_groups[0][other[0]]}; or set method_kwargs.meta.trial=plain"
+            )
         self.optimizer = build_optimizer(
             cfg.optimizer.name,
             [{"params": list(parameters)}],
@@ -171,7 +177,11 @@ class MetaUpdate:
             OmegaConf.to_container(cfg.optimizer.kwargs),
         )
         if self._state is not None:
+            (group,) = self.optimizer.param_groups
+            wanted = {key: value for key, value in group.items() if key != "params"}
             self.optimizer.load_state_dict(self._state)
+            if not cfg.follow_schedule:  # the checkpoint has settings of its own; the config's apply
+                self.optimizer.param_groups[0] |= wanted
 
     @staticmethod
     def _step_is_lr(main: torch.optim.Optimizer) -> bool:
@@ -188,18 +198,24 @@ class MetaUpdate:
 
     def _trial_step(self, main: torch.optim.Optimizer, module: nn.Module) -> TrialStep:
         names = {param: name for name, param in module.named_parameters() if param.requires_grad}
-        group = next((g for g in main.param_groups if any(p in names for p in g["params"])), None)
-        if group is None:  # no parameter of this module trains: a step of any length does nothing
+        # of each parameter: biases and norms may have no decay, a predictor a rate of its own
+        groups = {names[p]: group for group in main.param_groups for p in group["params"] if p in names}
+        if not groups:  # no parameter of this module trains: a step of any length does nothing
             return PlainStep(0.0)
-        lr = group["lr"] if self.cfg.inner_lr is None else self.cfg.inner_lr
+        first = next(iter(groups.values()))
+        lr, scale = self.cfg.inner_lr, {}
+        if lr is None:
+            lr = max(group["lr"] for group in groups.values())
+            scale = {name: group["lr"] / lr for name, group in groups.items() if group["lr"] != lr}
         if self.cfg.trial == "plain":
-            return PlainStep(lr)
+            return PlainStep(lr, scale)
         buffers = {name: main.state[param].get("momentum_buffer") for param, name in names.items()}
         return MomentumStep(
             lr,
-            group["momentum"],
-            group["weight_decay"],
+            first["momentum"],
+            {name: group["weight_decay"] for name, group in groups.items()},
             {name: buffer for name, buffer in buffers.items() if buffer is not None},
+            scale,
         )
 
     def gradient(self, problem: BilevelProblem, trial: Trial) -> MetaGradient:

@@ -17,6 +17,7 @@ from metamask_plugin.host.solo_settings import is_solo_task, own_settings
 from metamask_plugin.host.solo_task import SoloTask
 from metamask_plugin.methods.numeric_guard import DEFAULTS as NUMBERS
 from metamask_plugin.methods.numeric_guard import NumericGuard
+from metamask_plugin.methods.schedule_position import SchedulePosition
 from metamask_plugin.modules.compiled import MODES, CompiledForward
 from metamask_plugin.modules.feature_spread import feature_std
 from metamask_plugin.tasks import Projections, Task, build_task
@@ -49,6 +50,7 @@ class TaskMethod(BaseMethod):
         self.task.large_views = self.num_large_crops
         self.compiled: CompiledForward | None = None
         self.guard = NumericGuard(self.cfg)
+        self.position = SchedulePosition()
 
     def _build_task(self) -> Task:
         kwargs = self.cfg.method_kwargs
@@ -180,12 +182,11 @@ class TaskMethod(BaseMethod):
         if self.task.target is None:
             return None
         trunk = self.task.target.trunk
-        encode = (lambda x: Functional(trunk)({}, x)) if keep_statistics else trunk
+        large = [self._layout(x) for x in views[: self.num_large_crops]]
         with torch.no_grad():
+            feats = Functional(trunk).each({}, large) if keep_statistics else [trunk(x) for x in large]
             # in the images' precision, whatever autocast makes of it: the meta step has none
-            return self.joint_batch(
-                [encode(self._layout(x)).to(x.dtype) for x in views[: self.num_large_crops]]
-            )
+            return self.joint_batch([h.to(x.dtype) for h, x in zip(feats, large)])
 
     def _layout(self, images: torch.Tensor) -> torch.Tensor:
         return images if self.no_channel_last else images.to(memory_format=torch.channels_last)
@@ -233,6 +234,10 @@ class TaskMethod(BaseMethod):
         super().on_train_start()
         self._last_step = self.trainer.global_step
         self.task.start_training(self.trainer)
+        batch = self.cfg.optimizer.batch_size * self.trainer.world_size
+        warning = self.task.own_negatives(self.trainer.num_training_batches * batch, self.num_crops)
+        if warning is not None and self.trainer.is_global_zero:
+            print(warning, flush=True)
 
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -249,6 +254,23 @@ class TaskMethod(BaseMethod):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
         self.guard.before_step(self, optimizer)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the online classifier apart: in one norm, the labels would shorten the encoder's steps."""
+        classifier = set(self.classifier.parameters())
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for its_own in (True, False):
+            aside = {p: p.grad for p in parameters if (p in classifier) != its_own}
+            for p in aside:
+                p.grad = None
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            for p, gradient in aside.items():
+                p.grad = gradient
 
     def on_train_epoch_end(self) -> None:
         """Warns of a collapse: an encoder that gives all images the same features."""
@@ -279,7 +301,7 @@ class TaskMethod(BaseMethod):
         self.log_dict(self.batch_metrics, **logged)
         self.task.after_batch(*self._branches)
         if stepped:
-            self.task.after_step(self.backbone, min(1.0, step / self.trainer.estimated_stepping_batches))
+            self.task.after_step(self.backbone, self.position.progress(self.trainer))
 
     def meta_stage(self, batch: list, stepped: bool) -> None:
         """What a bi-level method does between the optimiser's step and the task's updates.
@@ -293,6 +315,7 @@ class TaskMethod(BaseMethod):
         super().on_save_checkpoint(checkpoint)
         self.guard.read()
         checkpoint["numbers"] = self.guard.state_dict()
+        self.position.save(self.trainer, checkpoint)
         checkpoint["method_kwargs"] = OmegaConf.to_container(self.cfg.method_kwargs, resolve=True)
         for schedule in checkpoint.get("lr_schedulers", []):
             # solo-learn's way to a constant rate is a function in the schedule: it would be pickled, and is
@@ -304,6 +327,10 @@ class TaskMethod(BaseMethod):
         super().on_load_checkpoint(checkpoint)
         if "numbers" in checkpoint:
             self.guard.load_state_dict(checkpoint["numbers"])
+        if self._trainer is not None:  # else nothing is to be trained
+            by_step = self.cfg.scheduler.name == "warmup_step" or self.cfg.scheduler.interval == "step"
+            by_step = by_step and self.cfg.scheduler.name.startswith("warmup")
+            self.position.load(self.trainer, checkpoint, by_step)
         mine = OmegaConf.to_container(self.cfg.method_kwargs, resolve=True)
         found = checkpoint.get("method_kwargs")
         by_itself = "resume_from_checkpoint" in self.cfg and self.cfg.resume_from_checkpoint is None

@@ -1,9 +1,11 @@
 """timm's networks: no file that a config names is loaded, and no hub waited for that does not answer."""
 
 import os
+from contextlib import suppress
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from metamask_plugin.errors import UserError, check
@@ -20,7 +22,10 @@ SECONDS = 5
 
 
 def timm_network(name: str, image_size: int | None, setting: str = "backbone", **kwargs: Any) -> nn.Module:
-    """Builds a model of timm's, by default without classifier and with random weights.
+    """Builds a model of timm's without classifier, by default with random weights.
+
+    Its ``num_features`` is the width of what it returns. timm's own is that of the feature map, and its heads
+    of some families have a hidden layer, which stays.
 
     Args:
         name: one of ``timm.list_models()``.
@@ -36,16 +41,50 @@ def timm_network(name: str, image_size: int | None, setting: str = "backbone", *
     remedy = "such files are not loaded, as they can run code; leave these keys out"
     check(not refused, f"{setting}.kwargs", f"without {', '.join(FROM_ELSEWHERE)}", refused, remedy)
     kwargs = {"pretrained": False, "num_classes": 0, **kwargs}
+    classes = kwargs["num_classes"]
+    check(classes == 0, f"{setting}.kwargs.num_classes", "0, as features are wanted, or left out", classes)
     if kwargs["pretrained"]:
         _check_fetchable(name, setting)
     try:
-        return _create(name, image_size, kwargs)
+        network = _create(name, image_size, kwargs)
     except (TypeError, UserError):
         raise
     except Exception as error:  # while fetching it fails in as many ways as there are libraries between
         if not kwargs["pretrained"]:
             raise
         raise _not_fetched(name, setting, error) from error
+    side = image_size or network.pretrained_cfg["input_size"][-1]
+    network.num_features = _output_width(network, name, side, kwargs) or network.num_features
+    return network
+
+
+def _output_width(network: nn.Module, name: str, side: int, kwargs: dict[str, Any]) -> int | None:
+    """The width of one image's features; None where they are no vector, or the network cannot take the image.
+
+    It is measured on a copy on the meta device, whose tensors have shapes and no numbers: that takes
+    milliseconds, whatever the network. Where there can be no such copy, the network itself takes the image.
+    """
+
+    with torch.random.fork_rng(devices=[]):
+        with suppress(Exception), torch.device("meta"):
+            without_numbers = next(network.parameters()).is_meta
+            copy = network if without_numbers else _create(name, side, {**kwargs, "pretrained": False})
+            return _width(copy, side)
+        with suppress(Exception):  # why it cannot take the image is said where it is given one
+            return _width(network, side)
+    return None
+
+
+@torch.no_grad()
+def _width(network: nn.Module, side: int) -> int | None:
+    training = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        feats = network(torch.zeros(1, 3, side, side, device=next(network.parameters()).device))
+    finally:
+        for module, flag in training:
+            module.training = flag
+    return feats.shape[1] if isinstance(feats, torch.Tensor) and feats.dim() == 2 else None
 
 
 def _create(name: str, image_size: int | None, kwargs: dict[str, Any]) -> nn.Module:

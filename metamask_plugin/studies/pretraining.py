@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -18,7 +19,7 @@ from metamask_plugin import SCRIPTS
 from metamask_plugin.errors import UserError, shown
 from metamask_plugin.evaluation.checksums import content_digest
 from metamask_plugin.studies.spec import Study, Trial
-from metamask_plugin.training.run_folder import experiment_of
+from metamask_plugin.training.experiment import NOT_THE_EXPERIMENT
 
 
 def pretraining_config(study: Study, trial: Trial) -> DictConfig:
@@ -34,7 +35,7 @@ def pretraining_config(study: Study, trial: Trial) -> DictConfig:
         cfg.max_epochs = max(1, round(cfg.max_epochs * trial.epochs))
     cfg.checkpoint.dir = str(Path(study.config["runs_dir"]))
     OmegaConf.update(cfg, "evaluation.final_report", False, force_add=True)
-    cfg.auto_resume.enabled = True
+    cfg.auto_resume = {"enabled": True, "extend": False}  # trials of other lengths are compared
     return cfg
 
 
@@ -52,8 +53,14 @@ def digest(study: Study, trial: Trial, cfg: DictConfig | None) -> str:
         content["checkpoint"] = _identity(trial.checkpoint)
         content["data"] = study.data
     else:
-        content["pretraining"] = experiment_of(cfg)
+        content["pretraining"] = _settings(cfg)
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    """What of a config decides what is trained."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    return {key: value for key, value in container.items() if key not in NOT_THE_EXPERIMENT}
 
 
 def check_different(trials: Iterable[tuple[Trial, DictConfig | None]]) -> None:
@@ -69,7 +76,7 @@ def check_different(trials: Iterable[tuple[Trial, DictConfig | None]]) -> None:
     for trial, cfg in trials:
         if cfg is None:
             continue
-        same = seen.setdefault(json.dumps(experiment_of(cfg), sort_keys=True, default=str), trial)
+        same = seen.setdefault(json.dumps(_settings(cfg), sort_keys=True, default=str), trial)
         if same is not trial:
             factors = [name for name, value in trial.factors.items() if value != same.factors[name]]
             names = [" and ".join(f"{shown(one.factors[name])}" for name in factors) for one in (same, trial)]

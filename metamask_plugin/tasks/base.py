@@ -28,6 +28,7 @@ class Task(nn.Module, ABC):
     Attributes:
         source: the task's paper, for the list of tasks.
         negatives: what the loss pushes apart, for the same list.
+        past_negatives: the queue whose entries are among them, by its attribute and its setting.
         projection_dim: P, the dimension of :meth:`project`'s output.
         stop_gradient: whether the positive branch, the encoder in it included, gets no gradient (SimSiam).
         target: the target network, None without one.
@@ -42,6 +43,7 @@ class Task(nn.Module, ABC):
 
     source: str
     negatives: str = "none"
+    past_negatives: tuple[str, str] = ("bank", "bank_size")
     projection_dim: int
     stop_gradient: bool = False
     target: TargetNetwork | None
@@ -139,6 +141,22 @@ class Task(nn.Module, ABC):
 
     def start_training(self, trainer: Any) -> None:
         """Called once training starts, with Lightning's trainer."""
+
+    def own_negatives(self, images: int, views: int) -> str | None:
+        """A warning where images meet their own past projections as negatives.
+
+        Args:
+            images: in an epoch, of all processes.
+            views: of each image.
+        """
+        attribute, setting = self.past_negatives
+        size = len(getattr(self, attribute, ()))
+        if size <= images * views:
+            return None
+        return (
+            f"warning: method_kwargs.task_kwargs.{setting}={size} holds projections of more than one epoch "
+            f"({images} images, {views} views): images meet their own as negatives; take at most {images}"
+        )
 
     def start_epoch(self) -> None:
         """Called when an epoch starts."""

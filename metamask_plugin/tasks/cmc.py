@@ -86,6 +86,11 @@ class CMC(Task):
     ) -> torch.Tensor:
         return cmc_loss(projections, self.temperature, self._bank_entries(), weighted)
 
+    @property
+    def bank(self) -> FeatureQueue:
+        """The first view's bank; both are of one size."""
+        return self.banks[0]
+
     def _bank_entries(self) -> list[torch.Tensor]:
         return [bank.entries for bank in self.banks]
 

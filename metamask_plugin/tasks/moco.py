@@ -33,6 +33,7 @@ class MoCo(MomentumTask):
 
     source = "Chen et al., arXiv 2020"
     negatives = "a queue of past keys"
+    past_negatives = ("queue", "queue_size")
 
     def __init__(
         self,

@@ -1,6 +1,5 @@
 """How checkpoints come to the disk, and back from it."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,14 +8,15 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from metamask_plugin.evaluation.checksums import check_records
+from metamask_plugin.evaluation.files import remove_unfinished, replacing
+from metamask_plugin.retry import retried
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all, and reads it without running code.
 
-    Written are the bytes beside the file's place, then flushed to the disk, then moved there: whatever ends
-    the process, or the machine, the name stands for the old file or for the new one. What ``last.ckpt`` was
-    before becomes ``previous.ckpt``.
+    Whatever ends the process, or the machine, the name stands for the old file or for the new one. What
+    ``last.ckpt`` was before becomes ``previous.ckpt``.
     """
 
     KEPT = {"last.ckpt": "previous.ckpt"}
@@ -26,22 +26,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
-        try:
-            with open(partial, "wb") as file:
+        remove_unfinished(path.parent)  # what a killed process has left may fill the disk
+        kept = path.with_name(self.KEPT[path.name]) if path.name in self.KEPT else None
+
+        def write() -> None:
+            with replacing(path, kept) as file:
                 _save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException as error:
-            partial.unlink(missing_ok=True)  # a full disk is not to be filled by a file of no use
-            if isinstance(error, OSError):
-                raise OSError(error.errno, error.strerror, str(path)) from error
-            raise
-        if path.name in self.KEPT and path.exists():
-            os.replace(path, path.with_name(self.KEPT[path.name]))
-        os.replace(partial, path)
-        _flush_folder(path.parent)
+
+        retried(write)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Callable | None = lambda storage, _: storage, **_: Any
@@ -75,17 +67,3 @@ def _save(content: dict[str, Any], file: BinaryIO) -> None:
         if watched.error is not None:
             raise watched.error from None
         raise
-
-
-def _flush_folder(path: Path) -> None:
-    """The names, too, are to survive a loss of power, where folders can be flushed."""
-    try:
-        folder = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(folder)
-    except OSError:
-        pass
-    finally:
-        os.close(folder)

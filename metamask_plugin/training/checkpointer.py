@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from metamask_plugin.data.batches import EpochPosition
-from metamask_plugin.training.preemption import Preempted, Preemption
+from metamask_plugin.signals import Preempted
+from metamask_plugin.training.online_knn import OnlineKNN
+from metamask_plugin.training.preemption import Preemption
 from metamask_plugin.training.ranks import of_all_ranks, of_this_rank
 from metamask_plugin.training.run_folder import RunFolder
 
@@ -38,17 +40,16 @@ def restore_rng_state(state: dict[str, Any]) -> None:
 
 
 class Checkpointer(pl.Callback):
-    """Saves ``last.ckpt`` every ``frequency`` epochs and after the last, and ``best/best.ckpt``.
+    """Saves ``last.ckpt`` every ``frequency`` epochs and after the last.
 
     Also every ``every_n_steps`` steps and before a preemption ends the run: then in the middle of an epoch,
     between two batches, from where the epoch goes on with the batch that comes next. The one before the last
     stays as ``previous.ckpt``. A checkpoint says of which experiment it is. Must stand behind the callbacks
-    whose state it is to save.
+    that record an epoch, and before those that evaluate it.
 
     Args:
         folder: the run's folder.
         frequency: epochs between checkpoints.
-        monitor: the metric whose highest value makes the best checkpoint, e.g. ``knn20``.
         position: of the run's data module.
         preemption: what watches for signals; None for nothing.
         every_n_steps: optimiser steps between checkpoints within an epoch; None for none.
@@ -59,16 +60,14 @@ class Checkpointer(pl.Callback):
         self,
         folder: RunFolder,
         frequency: int = 1,
-        monitor: str | None = None,
         position: EpochPosition | None = None,
         preemption: Preemption | None = None,
         every_n_steps: int | None = None,
         identity: dict[str, Any] | None = None,
     ):
-        self.folder, self.frequency, self.monitor = folder, frequency, monitor
+        self.folder, self.frequency = folder, frequency
         self.position, self.preemption, self.every_n_steps = position, preemption, every_n_steps
         self.identity = identity or {}
-        self.best = float("-inf")
         self._rng: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -94,28 +93,21 @@ class Checkpointer(pl.Callback):
         saved = self._saved_at == trainer.global_step
         within = 0 < batches.completed < trainer.num_training_batches
         if (due or number is not None) and within and trainer.lightning_module.resumes_within_epoch:
-            self._save(trainer, self.folder.last_checkpoint)
+            self._save(trainer)
         elif number is not None and not saved and trainer.lightning_module.resumes_within_epoch:
             return  # before an epoch's first batch: there will be something to save after it
         if number is not None:
             raise Preempted(number)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
-        # every rank takes part in saving, so rank 0, which measured, decides for all
-        improved = trainer.strategy.broadcast(value is not None and float(value) > self.best)
-        if improved:
-            self.best = trainer.strategy.broadcast(float(value) if value is not None else self.best)
         finished = trainer.current_epoch + 1
         last = finished == trainer.max_epochs or trainer.global_step >= trainer.max_steps > 0
         stopping = self.preemption is not None and self.preemption.asked_to_stop(trainer) is not None
         if finished % self.frequency == 0 or last or stopping:
-            self._save(trainer, self.folder.last_checkpoint)
-        if improved:
-            self._save(trainer, self.folder.best_checkpoint)
+            self._save(trainer)
 
-    def _save(self, trainer: pl.Trainer, path: Path) -> None:
-        trainer.save_checkpoint(path)
+    def _save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(self.folder.last_checkpoint)
         self._saved_at = trainer.global_step
 
     def _restore_rng(self) -> None:
@@ -123,19 +115,80 @@ class Checkpointer(pl.Callback):
             restore_rng_state(self._rng)
             self._rng = None
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = state["best"]
-
     def on_save_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
         checkpoint["rng"] = of_all_ranks(rng_state())  # each draws numbers of its own
         checkpoint["identity"] = self.identity
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current
-        checkpoint["batches_done"] = batches.completed % trainer.num_training_batches
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed % trainer.num_training_batches
+        checkpoint["batches_done"] = done
+        if done:  # max_steps has cut the epoch short: it is not over for a run that goes on
+            epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+            epochs["processed"] = epochs["completed"]
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
         self._rng = of_this_rank(trainer, checkpoint.get("rng"))
         if self.position is not None:
             self.position.done = checkpoint.get("batches_done", 0)
+
+
+class BestCheckpoint(pl.Callback):
+    """Saves ``best/best.ckpt`` when kNN is higher than in all epochs before. Must stand behind the kNN.
+
+    Which epoch that was is in ``last.ckpt``, too. It counts where the file is there and at least as good by
+    the same measure: else the best of the epochs to come is saved.
+
+    Args:
+        folder: the run's folder.
+        knn: measures.
+    """
+
+    state_key = "BestCheckpoint"
+
+    def __init__(self, folder: RunFolder, knn: OnlineKNN):
+        self.folder, self.knn = folder, knn
+        self.metric = f"knn{knn.ks[0]}"
+        self.best: dict[str, Any] | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves the checkpoint that the run resumes from, if it was measured just now and is the best."""
+        if self._improved(trainer):
+            state = trainer.strategy.checkpoint_io.load_checkpoint(trainer.ckpt_path)
+            states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}
+            state["callbacks"] = {key: value for key, value in states.items() if value}
+            if trainer.is_global_zero:
+                trainer.strategy.checkpoint_io.save_checkpoint(state, self.folder.best_checkpoint)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._improved(trainer):
+            trainer.save_checkpoint(self.folder.best_checkpoint)
+
+    def _improved(self, trainer: pl.Trainer) -> bool:
+        """Whether the epoch is the best so far. Every rank takes part in saving; rank 0 has measured."""
+        value = self.knn.accuracies.get(self.metric)
+        if value is not None and (self.best is None or value > self.best["value"]):
+            epoch = self.knn.history.rows[-1]["epoch"]
+            found = {"metric": self.metric, "epoch": epoch, "value": value}
+        else:
+            found = None
+        found = trainer.strategy.broadcast(found)
+        self.best = found or self.best
+        return found is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.best or {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        saved = best_of(self.folder.best_checkpoint)
+        comparable = saved is not None and saved["metric"] == state["metric"] == self.metric
+        self.best = dict(state) if comparable and saved["value"] >= state["value"] else None
+
+
+def best_of(checkpoint: Path) -> dict[str, Any] | None:
+    """The best epoch that a checkpoint knows of: ``metric``, ``epoch`` and ``value``; None where of none.
+
+    Its tensors are not read.
+    """
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        return state["callbacks"].get(BestCheckpoint.state_key)
+    except Exception:  # missing or damaged in whatever way: there is none
+        return None

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from metamask_plugin.data import PretrainDataModule
+from metamask_plugin.data.fingerprint import fingerprint
 from metamask_plugin.data.views import EvaluationView
 
 
@@ -28,6 +29,15 @@ class EvaluationData:
     def available(self) -> bool:
         """Whether there is anything to evaluate with: labelled training images and test images."""
         return len(self._splits["train"]) > 0 and self._splits["test"] is not None
+
+    def fingerprint(self) -> str:
+        """A short hash of which test images there are."""
+        return fingerprint(self._data.full.test)
+
+    @property
+    def bank(self) -> int:
+        """Number of the training images that kNN compares with."""
+        return len(self._splits["train"])
 
     @property
     def has_boxes(self) -> bool:

@@ -28,6 +28,16 @@ SEMANTIC_SAMPLES, SEMANTIC_IMAGES = 256, 3
 """Test images over which A's Gram matrix is averaged, and for which its maps are drawn."""
 
 
+def evaluation_of(cfg: DictConfig, data: EvaluationData) -> dict[str, Any]:
+    """What decides the numbers of a final report, given the encoder: settings and test images."""
+    return {
+        "knn": {"k": list(cfg.evaluation.knn.k), "temperature": cfg.evaluation.knn.temperature},
+        "linear": {"protocol": cfg.evaluation.linear.protocol},
+        "resize": cfg.data.get("evaluation_resize"),
+        "images_fingerprint": data.fingerprint(),
+    }
+
+
 def final_report(
     cfg: DictConfig,
     folder: RunFolder,
@@ -74,7 +84,7 @@ def final_report(
     table = f"{format_table(rows)}\n{evaluated}"
     if regions:
         table += f"\n\n{format_table(regions)}"
-    write_whole(folder.path / "table.txt", table + "\n")
+    write_whole(folder.table, table + "\n")
     before, after = (
         extract_features(method.backbone, data.evaluation_loader("test"), device)
         for method in (initial, model)
@@ -94,6 +104,7 @@ def final_report(
             "data_wait_share": history.mean("data_wait_share"),
             "table": rows,
             "evaluation": evaluated,
+            "evaluated_with": evaluation_of(cfg, data),
             "regions": regions,
             "feature_std": {
                 "random initialisation": feature_std(before.feats),

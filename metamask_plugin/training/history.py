@@ -8,8 +8,12 @@ import lightning.pytorch as pl
 import torch
 
 from metamask_plugin.evaluation.files import write_whole
-from metamask_plugin.training.online_knn import OnlineKNN
 from metamask_plugin.training.run_folder import RunFolder
+
+
+def is_knn(metric: str) -> bool:
+    """Whether a metric is one that the evaluation measures, and not the training step."""
+    return metric.startswith("knn")
 
 
 class History(pl.Callback):
@@ -19,15 +23,14 @@ class History(pl.Callback):
 
     Args:
         folder: the run's folder.
-        knn: the callback that measures kNN, if there is one. It must run before this one.
 
     Attributes:
         rows: one dict an epoch: ``epoch`` (from 0), ``step``, and the logged metrics.
         masks: the mask after each epoch, shape (D,) each; empty for methods without one.
     """
 
-    def __init__(self, folder: RunFolder, knn: OnlineKNN | None = None):
-        self.folder, self.knn = folder, knn
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
         self.rows: list[dict[str, Any]] = []
         self.masks: list[torch.Tensor] = []
         self._initial_mask: torch.Tensor | None = None
@@ -37,17 +40,26 @@ class History(pl.Callback):
             self._initial_mask = pl_module.mask.values().cpu().clone()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epoch = trainer.current_epoch
+        if self.rows and self.rows[-1]["epoch"] == epoch:  # max_steps had cut it short, and now it is whole
+            self.rows.pop()
+            del self.masks[len(self.rows) :]
+        pl_module.log("learning_rate", trainer.optimizers[0].param_groups[0]["lr"], rank_zero_only=True)
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
-        if self.knn is not None:  # Lightning keeps showing the last values; a row has its own epoch's or none
-            metrics = {name: value for name, value in metrics.items() if not name.startswith("knn")}
-            metrics |= self.knn.accuracies
-        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics}
+        # of kNN Lightning keeps showing the last values; this epoch's are added once they are measured
+        metrics = {name: value for name, value in metrics.items() if not is_knn(name)}
+        row = {"epoch": epoch, "step": trainer.global_step, **metrics}
         if hasattr(pl_module, "mask"):
             self.masks.append(pl_module.mask.values().cpu().clone())
             row["mask_largest_movers"] = self._largest_movers()
         self.rows.append(row)
         if trainer.is_global_zero:
             self.write()
+
+    def add(self, accuracies: dict[str, float]) -> None:
+        """Adds what was measured of the last epoch after it was recorded."""
+        self.rows[-1] |= accuracies
+        self.write()
 
     def _largest_movers(self, count: int = 5) -> str:
         """The dimensions whose weight changed most in this epoch, e.g. ``17:+0.031 4:-0.028``."""

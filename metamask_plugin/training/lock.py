@@ -76,10 +76,28 @@ def locked(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
             os.close(handle)
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the folder's lock."""
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(folder / NAME, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return error.errno == errno.EWOULDBLOCK
+    finally:
+        os.close(handle)
+
+
 def _acquired(handle: int, folder: Path, what: str, wait: bool) -> bool:
     """Whether the lock is held now; False where the file system has no locks."""
-    said = False
+    tries, said = 0, False
     while True:
+        tries += 1
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -93,6 +111,9 @@ def _acquired(handle: int, folder: Path, what: str, wait: bool) -> bool:
                 return False
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
+        if tries == 1:
+            time.sleep(0.05)  # it may be somebody who only looked, see is_locked
+            continue
         if not wait:
             raise FolderLocked(folder, what)
         if not said:

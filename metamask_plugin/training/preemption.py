@@ -1,50 +1,49 @@
-"""Stopping when the machine is wanted back: SIGTERM, SIGUSR1 (SLURM's warning), Ctrl-C."""
+"""Saves and ends a training when a signal asks for that: SIGTERM, SIGUSR1, SIGUSR2, SIGHUP, Ctrl-C."""
 
 import signal
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)
-)  # Windows has no SIGUSR1
+from metamask_plugin.data.batches import EpochPosition
+from metamask_plugin.data.worker_failure import worker_failure
+from metamask_plugin.signals import Preempted, install, is_first_process, restore
 
+APART_SECONDS = 1.0
+"""Within which a second signal is the first again: a launcher passes on what its processes received, too."""
 
-class Preempted(BaseException):
-    """Ends a training between two batches, after it was saved.
-
-    Not an ``Exception``: nothing on the way is to take it for an error of its own.
-
-    Attributes:
-        signal: what asked for it.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.signal = signal.Signals(number)
+BATCH_SECONDS = 30.0
+"""After which a run that has been asked to end does not wait for its next batch any longer."""
 
 
 class Preemption(pl.Callback):
     """Takes the signals while a training runs; the second one ends it at once.
 
-    The first is only written down: a batch, with its meta step, is finished, and the training is saved before
-    it ends (:class:`~metamask_plugin.training.checkpointer.Checkpointer`). Several processes stop together,
-    whichever of them was told.
+    The first is only noted. The training finishes the batch and its meta step, saves, and ends
+    (:class:`~metamask_plugin.training.checkpointer.Checkpointer`). If the next batch does not come within
+    :data:`BATCH_SECONDS`, the training ends without it. Several processes stop together, whichever received
+    the signal.
+
+    Args:
+        position: of the run's data module; tells whether the run waits for a batch.
 
     Attributes:
         received: the first signal, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, position: EpochPosition | None = None) -> None:
         self.received: int | None = None
+        self.position = position
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # here, after Lightning has installed its own, which end a run without saving it
-        if threading.current_thread() is threading.main_thread():  # no other may
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._before = install(self._receive)
 
     def asked_to_stop(self, trainer: pl.Trainer) -> int | None:
         """The signal upon which all processes are to stop now, or None. Every process must ask."""
@@ -54,17 +53,29 @@ class Preemption(pl.Callback):
         return (self.received or signal.SIGTERM) if stops else None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+            if is_first_process():
+                name = signal.Signals(number).name
+                print(f"{name}: finishing this batch, then saving; again to stop at once", flush=True)
+            if self.position is not None:
+                timer = threading.Timer(BATCH_SECONDS, self._end_waiting, [self.position.waiting_for])
+                timer.daemon = True
+                timer.start()
+        elif time.monotonic() - self._since > APART_SECONDS:
             self._restore()
-            raise KeyboardInterrupt
-        self.received = number
-        print(
-            f"{signal.Signals(number).name}: finishing this batch, then saving; again to stop at once",
-            flush=True,
-        )
+            raise Preempted(number)
+
+    def _end_waiting(self, batch: int | None) -> None:
+        """Repeats the signal if the run still waits for the same batch."""
+        if batch is not None and self._before and self.position.waiting_for == batch:
+            signal.pthread_kill(threading.main_thread().ident, self.received)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore()
+        number = self.asked_to_stop(trainer)
+        if number is not None:  # everything is saved; the final report is left to the next start
+            raise Preempted(number)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -72,6 +83,18 @@ class Preemption(pl.Callback):
         self._restore()
 
     def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        restore(self._before)
         self._before = {}
+
+
+@contextmanager
+def preemption_told_from_failure(trainer: pl.Trainer) -> Iterator[None]:
+    """Raises :class:`Preempted` for a worker that dies after the run has been asked to end."""
+    try:
+        yield
+    except Exception as error:
+        callbacks = [callback for callback in trainer.callbacks if isinstance(callback, Preemption)]
+        received = callbacks[0].received if callbacks else None
+        if received is None or worker_failure(error) is None:
+            raise
+        raise Preempted(received) from None

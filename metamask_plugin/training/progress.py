@@ -1,5 +1,6 @@
 """One progress bar over the whole run: losses, kNN, time left."""
 
+import math
 import sys
 import time
 
@@ -29,7 +30,7 @@ class Progress(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            total = trainer.max_epochs * trainer.num_training_batches
+            total = self._epochs(trainer) * trainer.num_training_batches
             resumed_at = trainer.fit_loop.epoch_loop.batch_progress.current.completed
             done = trainer.current_epoch * trainer.num_training_batches
             done += resumed_at % trainer.num_training_batches
@@ -45,7 +46,7 @@ class Progress(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.bar is not None:
-            self.bar.set_description_str(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+            self.bar.set_description_str(f"epoch {trainer.current_epoch + 1}/{self._epochs(trainer)}")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if self.bar is not None:
@@ -63,9 +64,18 @@ class Progress(pl.Callback):
         if self.bar.disable:
             finished = trainer.current_epoch + 1
             elapsed = time.monotonic() - self.started
-            left = elapsed / (finished - self.first_epoch) * (trainer.max_epochs - finished)
+            epochs = self._epochs(trainer)
+            left = elapsed / (finished - self.first_epoch) * (epochs - finished)
             values = "  ".join(f"{label} {value}" for label, value in shown.items())
-            print(f"epoch {finished}/{trainer.max_epochs}  {values}  {left:.0f} s left", flush=True)
+            print(f"epoch {finished}/{epochs}  {values}  {left:.0f} s left", flush=True)
+
+    @staticmethod
+    def _epochs(trainer: pl.Trainer) -> int:
+        """The epochs that the run has, the last of them maybe cut short."""
+        if trainer.max_steps <= 0:
+            return trainer.max_epochs
+        batches = trainer.max_steps * trainer.accumulate_grad_batches
+        return min(trainer.max_epochs, math.ceil(batches / trainer.num_training_batches))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()

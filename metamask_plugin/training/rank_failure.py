@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from metamask_plugin.errors import UserError
+from metamask_plugin.signals import SIGNALS, Preempted
 
 POLL_SECONDS = 0.2
 """Between two looks at the other processes."""
@@ -49,6 +50,7 @@ def watched_ranks(trainer: pl.Trainer, remedy: Callable[[], str]) -> Iterator[No
     process that failed first:
 
     - killed, or dead of an exception: a :class:`RankFailure` of the survivor that notices;
+    - ended by a signal that asks for it, see :mod:`metamask_plugin.signals`: a :class:`Preempted`;
     - dead of a ``UserError``, which it has printed: the others end in silence, with the same exit code 2;
     - silent for longer than the process group's timeout: a :class:`RankFailure` that names who is stopped.
 
@@ -61,6 +63,7 @@ def watched_ranks(trainer: pl.Trainer, remedy: Callable[[], str]) -> Iterator[No
     Raises:
         RankFailure: another process has failed.
         SystemExit: another process has failed and said so.
+        Preempted: a signal has ended another process.
     """
     if trainer.world_size == 1:
         yield
@@ -71,6 +74,9 @@ def watched_ranks(trainer: pl.Trainer, remedy: Callable[[], str]) -> Iterator[No
         yield
     except UserError:
         ranks.before_own_message()
+        raise
+    except (SystemExit, Preempted):
+        ranks.end_together()
         raise
     except Exception as error:
         ranks.explain(error)
@@ -105,6 +111,9 @@ class _Rank(threading.Thread):
     def before_own_message(self) -> None:
         """This process is about to print what is wrong and end."""
 
+    def end_together(self) -> None:
+        """This process is about to end, as a signal has asked for it; usually they all are."""
+
     def explain(self, error: Exception) -> None:
         """Raises what is behind ``error``, if that is the failure of another process."""
         if lost_contact(error):
@@ -113,13 +122,13 @@ class _Rank(threading.Thread):
                 f"the one that failed first has said why; {self.remedy()}"
             ) from None
 
-    def leave(self, line: str) -> None:
+    def leave(self, line: str, code: int = 2) -> None:
         """Ends this process where its training loop hangs in a collective and cannot be reached."""
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
         for worker in multiprocessing.active_children():
             worker.kill()
         sys.stdout.flush()
-        os._exit(2)
+        os._exit(code)
 
 
 class _LaunchingRank(_Rank):
@@ -165,6 +174,12 @@ class _LaunchingRank(_Rank):
     def before_own_message(self) -> None:
         self._end_others()
 
+    def end_together(self) -> None:
+        until = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < until and any(rank.poll() is None for rank in self.others):
+            time.sleep(POLL_SECONDS)
+        self._end_others()
+
     def explain(self, error: Exception) -> None:
         foreign = lost_contact(error)
         if foreign:  # the connection breaks a moment before the process is gone
@@ -183,6 +198,9 @@ class _LaunchingRank(_Rank):
         code = self.others[number].returncode
         if code == 2:
             return SystemExit(2)
+        asked = -code if code < 0 else code - 128
+        if asked in SIGNALS:
+            return Preempted(asked)
         return RankFailure(f"{self._called(number)} {ending(code)}; {self.remedy()}")
 
     def _leave_stuck(self) -> None:
@@ -190,7 +208,9 @@ class _LaunchingRank(_Rank):
         self._end_others()
         if isinstance(failure, SystemExit):
             os._exit(2)
-        self.leave(str(failure))
+        if isinstance(failure, Preempted):
+            self.leave(f"{failure}: interrupted; {self.remedy()}", failure.exit_code)
+        self.leave(f"error: {failure}")
 
     def _end_others(self) -> None:
         for rank in self.others:
@@ -215,7 +235,7 @@ class _LaunchedRank(_Rank):
         while not self.done.wait(POLL_SECONDS):
             if self._orphaned():
                 if not self.done.wait(GRACE_SECONDS):
-                    self.leave(self._line())
+                    self.leave(f"error: {self._line()}")
                 return
 
     def before_own_message(self) -> None:

@@ -1,16 +1,19 @@
-"""Whether a checkpoint can be resumed, and which, before anything starts."""
+"""Where a run is trained, and the checkpoint that it goes on from."""
 
 import contextlib
+import glob
 import os
-from collections.abc import Mapping, Sequence
+import re
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from metamask_plugin.errors import UserError
+from metamask_plugin.errors import UserError, check
 from metamask_plugin.evaluation.checkpoints import (
     encoder_of,
     encoder_weights,
@@ -18,12 +21,19 @@ from metamask_plugin.evaluation.checkpoints import (
     read_checkpoint,
     recorded_host,
 )
+from metamask_plugin.evaluation.files import replacing
+from metamask_plugin.training.checkpointer import best_of
+from metamask_plugin.training.experiment import (
+    NOT_IN_THE_DIGEST,
+    RAISABLE,
+    differences,
+    experiment_digest,
+    in_words,
+)
+from metamask_plugin.training.lock import is_locked
 from metamask_plugin.training.run_folder import RunFolder
 
 NAME = "resume_from_checkpoint"
-
-SHOWN = 6
-"""Differences between two configs that a message names; of the others it says how many there are."""
 
 OF_THE_EPOCH = (
     "seed",
@@ -37,8 +47,168 @@ OF_THE_EPOCH = (
 )
 """What decides which batches an epoch has, in which order."""
 
+OF_THE_STATE = (
+    "method",
+    "method_kwargs.meta.optimizer.name",
+    "method_kwargs.task",
+    "optimizer.exclude_bias_n_norm_wd",
+    "optimizer.kwargs.exclude_bias_n_norm",
+    "optimizer.name",
+    "scheduler.interval",
+    "scheduler.name",
+)
+"""Settings without which the state of optimisers and schedules in a checkpoint has no meaning."""
 
-def resumable(folder: RunFolder, model: nn.Module, identity: Mapping[str, Any]) -> Path | None:
+IMAGES = "data.images_fingerprint"
+
+
+def folder_for(cfg: DictConfig, experiment: Mapping[str, Any]) -> RunFolder:
+    """The folder of a run, ``<checkpoint.dir>/<method>/<name>-<digest>``: same experiment, same folder.
+
+    So the same command finds its own run again, finished or not, and a sweep over any setting never resumes
+    a neighbour's. Without auto-resume it is a fresh one beside that (``-2``, ``-3`` ...), unless a checkpoint
+    of such a folder is asked for: then the run goes on in there.
+
+    Args:
+        cfg: the complete config.
+        experiment: see :func:`~metamask_plugin.training.experiment.experiment_of`.
+    """
+    stem = Path(cfg.checkpoint.dir) / cfg.method / f"{cfg.name}-{experiment_digest(experiment)}"
+    named = cfg.resume_from_checkpoint
+    if named is not None:
+        home = Path(named).absolute().parent
+        attempt = re.fullmatch(re.escape(stem.name) + r"(-\d+)?", home.name)
+        if attempt and home.parent == stem.absolute().parent:
+            return RunFolder(stem.with_name(home.name))
+    path, attempt = stem, 1
+    while not cfg.auto_resume.enabled and path.exists():
+        attempt += 1
+        path = stem.with_name(f"{stem.name}-{attempt}")
+    return RunFolder(path)
+
+
+def asked_for_elsewhere(cfg: DictConfig, folder: RunFolder) -> Path | None:
+    """The checkpoint of another folder that the user names; None where there is none.
+
+    Raises:
+        UserError: the folder holds a run that did not begin with this file.
+    """
+    named = cfg.resume_from_checkpoint
+    if named is None or Path(named).absolute().parent == folder.path.absolute():
+        return None
+    begun = folder.is_finished or folder.last_checkpoint.exists()
+    if begun and folder.started_from() != named:
+        raise UserError(
+            f"{NAME} must be the file that the run in {folder.path} began with, "
+            f"{folder.started_from() or 'none'}, got {named!r}; set auto_resume.enabled=False for a folder "
+            "of its own"
+        )
+    return Path(named)
+
+
+def checkpoint_for(
+    cfg: DictConfig, folder: RunFolder, model: nn.Module, experiment: Mapping[str, Any]
+) -> Path | None:
+    """The checkpoint to go on from, checked before anything starts; None to begin anew.
+
+    In this order: the folder's own, which is newer than what the run began with; the one that the user names;
+    with ``auto_resume`` that of a run which differs in nothing but that it was to be shorter.
+
+    Args:
+        cfg: the complete config.
+        folder: of the run.
+        model: the method that is to go on.
+        experiment: see :func:`~metamask_plugin.training.experiment.experiment_of`.
+
+    Raises:
+        UserError: there are checkpoints, and none is usable.
+    """
+    elsewhere = asked_for_elsewhere(cfg, folder)
+    own = resumable(folder, model, experiment)
+    if own is not None:
+        return own
+    if elsewhere is not None:
+        return asked_for(elsewhere, model, experiment)
+    if not cfg.auto_resume.enabled:
+        return None
+    if (folder.path / "metrics.csv").exists():
+        print(f"note: {folder.path} has no checkpoint any more: the run is trained anew")
+        return None
+    return _of_a_neighbour(cfg, folder, model, experiment)
+
+
+def _of_a_neighbour(
+    cfg: DictConfig, folder: RunFolder, model: nn.Module, experiment: Mapping[str, Any]
+) -> Path | None:
+    """The last checkpoint of a shorter run; else says which run of this name is unfinished."""
+    shorter, others = [], []
+    for path in folder.path.parent.glob(f"{glob.escape(cfg.name)}-*"):
+        neighbour = RunFolder(path)
+        about = None if path == folder.path else _about(neighbour.last_checkpoint)
+        if about is None or is_locked(path):
+            continue
+        found = differences(about["identity"], experiment)
+        if found and OmegaConf.select(cfg, "auto_resume.extend", default=True) and _raised(found, about):
+            shorter.append((about["global_step"], str(neighbour.last_checkpoint), found))
+        elif not neighbour.is_finished or set(found) == {IMAGES}:
+            others.append((len(found), about["epochs"], neighbour, found))
+    for _, path, found in sorted(shorter, reverse=True):
+        with contextlib.suppress(UserError):
+            check_resumable(Path(path), model)
+            print(
+                f"note: going on from {path}, which differs in {in_words(found)}; its learning rates "
+                "followed the shorter schedule (auto_resume.extend=False begins anew)"
+            )
+            return Path(path)
+    if others:
+        _, epochs, neighbour, found = min(others, key=lambda other: other[:2])
+        state = "has ended" if neighbour.is_finished else f"stands at epoch {epochs}"
+        print(
+            f"note: another run of this name {state}, {neighbour.path}; it differs in {in_words(found)}; "
+            f"go on from it with {NAME}={neighbour.last_checkpoint}"
+        )
+    return None
+
+
+def _about(checkpoint: Path) -> dict[str, Any] | None:
+    """Of which run a checkpoint is, and how far it has come; None where it does not say so.
+
+    Its tensors are not read.
+    """
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        within = bool(state["batches_done"])
+        return {
+            "identity": dict(state["identity"]),
+            "global_step": state["global_step"],
+            "epochs": state["epoch"] + (0 if within else 1),
+        }
+    except Exception:  # damaged in whatever way: it is not this run's, and whoever wants it will be told
+        return None
+
+
+def _raised(found: Mapping[str, tuple[Any, Any]], about: Mapping[str, Any]) -> bool:
+    """Whether two runs differ only in that the second is to be longer."""
+    unlimited = {None: float("inf"), -1: float("inf")}
+    if not found.keys() <= {*RAISABLE, *NOT_IN_THE_DIGEST} or not found.keys() & set(RAISABLE):
+        return False
+    lengths = [found[key] for key in RAISABLE if key in found]
+    longer = all(unlimited.get(there, there) < unlimited.get(here, here) for there, here in lengths)
+    here = found.get("max_epochs", (0, float("inf")))[1]
+    return longer and about["epochs"] < here
+
+
+def adopt_best(checkpoint: Path, folder: RunFolder) -> None:
+    """Copies the best checkpoint from where a run goes on from, if that is still the one of this past."""
+    theirs = RunFolder(checkpoint.parent).best_checkpoint
+    own = checkpoint.parent.absolute() == folder.path.absolute()
+    best = None if own else best_of(theirs)
+    if best is not None and best == best_of(checkpoint):
+        with replacing(folder.best_checkpoint) as file, theirs.open("rb") as source:
+            shutil.copyfileobj(source, file)
+
+
+def resumable(folder: RunFolder, model: nn.Module, experiment: Mapping[str, Any]) -> Path | None:
     """The checkpoint from which a run goes on by itself: the last, or the one before where that is unusable.
 
     An unusable one is moved aside (``last.ckpt.unusable``), so that it takes no other's place.
@@ -46,27 +216,39 @@ def resumable(folder: RunFolder, model: nn.Module, identity: Mapping[str, Any]) 
     Args:
         folder: the run's folder.
         model: the method that is to go on.
-        identity: of this run, see :class:`~metamask_plugin.training.checkpointer.Checkpointer`.
+        experiment: of this run.
 
     Returns:
         None where the run has no checkpoint yet.
 
     Raises:
         UserError: there are checkpoints, and none is usable.
+        OSError: there is one that may not be read.
     """
     reasons = []
     for path in (folder.last_checkpoint, folder.previous_checkpoint):
         if not path.exists():
+            if path.is_symlink():
+                reasons.append(f"checkpoint {path} must be a file, got a link to {os.readlink(path)}")
             continue
+        with contextlib.suppress(IsADirectoryError), path.open("rb"):
+            pass  # a file that may not be read is not a damaged one
         try:
-            found = differences(check_resumable(path, model).get("identity"), identity)
+            state = check_resumable(path, model)
+            found = differences(state.get("identity"), experiment)
+            drawn = [key for key in found if key in NOT_IN_THE_DIGEST]
+            found = {key: value for key, value in found.items() if key not in NOT_IN_THE_DIGEST}
             if found:
                 raise UserError(
-                    f"checkpoint {path} must be of this run, got another experiment's: {_shown(found)}"
+                    f"checkpoint {path} must be of this run, got another experiment's: {in_words(found)}"
                 )
         except UserError as error:
             reasons.append(str(error))
             continue
+        if not state.get("identity"):
+            print(f"warning: {path} does not say of which run it is; its settings are not compared")
+        if drawn:
+            print(f"note: {', '.join(drawn)} has changed: views are drawn differently from here on")
         for reason in reasons:
             print(
                 f"warning: {reason}\n"
@@ -88,57 +270,59 @@ def _aside(folder: RunFolder) -> str:
     return aside.name
 
 
-def asked_for(path: Path, model: nn.Module, identity: Mapping[str, Any]) -> Path:
+def asked_for(path: Path, model: nn.Module, experiment: Mapping[str, Any]) -> Path:
     """The checkpoint that the user names, with a warning where it is of a run with other settings.
 
     Raises:
-        UserError: it does not fit the model, is of another method, or was saved within an epoch that would
-            not have the same batches here.
+        UserError: it does not fit the model, is of another method or optimiser, has been trained for as long
+            already, or was saved within an epoch that would not have the same batches here.
     """
     state = check_resumable(path, model)
-    found = differences(state.get("identity"), identity)
+    found = differences(state.get("identity"), experiment)
+    _check_length(path, state, experiment)
     if not found:
         return path
-    if "method" in found:
-        raise UserError(f"{NAME} must be of the same method, got {str(path)!r}: {_shown(found)}")
+    settled = {key: value for key, value in found.items() if key in OF_THE_STATE}
+    if settled:
+        raise UserError(
+            f"{NAME} must be of a run with the same {', '.join(settled)}, got {str(path)!r}: "
+            f"{in_words(settled)}; take these settings, or train anew"
+        )
     batches = [
-        key for key in found if any(key == name or key.startswith(f"{name}.") for name in OF_THE_EPOCH)
+        key
+        for key in found
+        if any(key == name or key.startswith(f"{name}.") for name in OF_THE_EPOCH)
+        and key not in NOT_IN_THE_DIGEST
     ]
     if batches and state.get("batches_done"):
         raise UserError(
             f"{NAME} must be of a run with the same batches where it was saved within an epoch, got "
-            f"{str(path)!r}: {_shown({key: found[key] for key in batches})}; take these settings, or a "
+            f"{str(path)!r}: {in_words({key: found[key] for key in batches})}; take these settings, or a "
             "checkpoint of a whole epoch"
         )
-    print(f"warning: {path} was trained with other settings: {_shown(found)}")
+    print(f"warning: {path} was trained with other settings: {in_words(found)}; from here on these apply")
     return path
 
 
-def differences(recorded: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings in which two runs differ, by their dotted keys: there, and here.
-
-    A run that recorded nothing, as those of earlier versions, differs in nothing.
-    """
-    if not recorded:
-        return {}
-    there, here = dict(_flat(recorded)), dict(_flat(wanted))
-    keys = sorted(there.keys() | here.keys())
-    return {key: (there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)}
-
-
-def _flat(tree: Any, path: Sequence[str] = ()) -> list[tuple[str, Any]]:
-    """Leaves, of lists too, and their dotted keys."""
-    if isinstance(tree, Mapping):
-        return [leaf for key, value in tree.items() for leaf in _flat(value, (*path, str(key)))]
-    if isinstance(tree, list | tuple):
-        return [leaf for key, value in enumerate(tree) for leaf in _flat(value, (*path, str(key)))]
-    return [(".".join(path), tree)]
-
-
-def _shown(found: Mapping[str, tuple[Any, Any]]) -> str:
-    texts = [f"{key} {there!r} there, {here!r} here" for key, (there, here) in found.items()]
-    more = f", and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
-    return "; ".join(texts[:SHOWN]) + more
+def _check_length(path: Path, state: Mapping[str, Any], experiment: Mapping[str, Any]) -> None:
+    """A run that is over when it starts would leave nothing of its own."""
+    epochs = state.get("epoch", -1) + (0 if state.get("batches_done") else 1)
+    check(
+        experiment["max_epochs"] > epochs,
+        "max_epochs",
+        f"more than {epochs}, the epochs of the checkpoint {path}",
+        experiment["max_epochs"],
+        f"set max_epochs={epochs + 1} or more",
+    )
+    steps = state.get("global_step", -1)
+    limit = experiment.get("max_steps", -1)
+    check(
+        limit == -1 or limit > steps,
+        "max_steps",
+        f"more than {steps}, the steps of the checkpoint {path}",
+        limit,
+        f"set max_steps={steps + 1} or more",
+    )
 
 
 def check_resumable(path: Path, model: nn.Module) -> dict[str, Any]:

@@ -1,56 +1,25 @@
-"""The folder of a run: where it is, and what it holds."""
+"""The folder of a run: what it holds, and whether anything is left to do."""
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf
 
-from metamask_plugin.evaluation.files import write_whole
-
-NOT_THE_EXPERIMENT = (
-    "auto_resume",
-    "checkpoint",
-    "evaluation",
-    "name",
-    "process_timeout",
-    "resume_from_checkpoint",
-    "wandb",
-)
-"""Top-level config keys that do not change what is trained, and so not which run it is."""
-
-
-def experiment_of(cfg: DictConfig) -> dict[str, Any]:
-    """What of a config decides what is trained, as plain values."""
-    container = OmegaConf.to_container(cfg, resolve=True)
-    return {key: value for key, value in container.items() if key not in NOT_THE_EXPERIMENT}
-
-
-def experiment_digest(cfg: DictConfig) -> str:
-    """Eight hex digits that differ whenever two configs would train something else."""
-    text = json.dumps(experiment_of(cfg), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+from metamask_plugin.evaluation.files import read_json, write_whole
+from metamask_plugin.evaluation.report import write_summary
 
 
 class RunFolder:
-    """``<checkpoint.dir>/<method>/<name>-<digest>``: same config, same folder.
-
-    So the same command finds its own run again, finished or not, and a sweep over any setting can
-    never resume a neighbour's.
+    """The files of one run.
 
     Args:
-        cfg: the complete config.
-        resume: continue in the folder if it is there; else a fresh one beside it (``-2``, ``-3`` ...).
+        path: the folder.
     """
 
-    def __init__(self, cfg: DictConfig, resume: bool):
-        stem = Path(cfg.checkpoint.dir) / cfg.method / f"{cfg.name}-{experiment_digest(cfg)}"
-        path, attempt = stem, 1
-        while not resume and path.exists():
-            attempt += 1
-            path = stem.with_name(f"{stem.name}-{attempt}")
+    def __init__(self, path: Path):
         self.path = path
 
     @property
@@ -71,27 +40,79 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def table(self) -> Path:
+        return self.path / "table.txt"
+
+    @property
     def finished(self) -> Path:
         """Written when the last epoch and its checkpoint are."""
         return self.path / "finished.json"
 
-    def is_complete(self, reported: bool) -> bool:
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run was trained to its end."""
+        return bool(_read(self.finished))
+
+    def is_complete(self, with_checkpoint: bool, evaluation: Mapping[str, Any] | None) -> bool:
         """Whether there is nothing left to do.
 
         Args:
-            reported: whether the final report belongs to the run.
+            with_checkpoint: whether the run is to leave a checkpoint.
+            evaluation: settings of the final report that is wanted; None for no report.
         """
-        return self.summary.exists() or (self.finished.exists() and not reported)
+        if not self.is_finished or (with_checkpoint and not self.last_checkpoint.exists()):
+            return False
+        return evaluation is None or (
+            self.table.exists() and _read(self.summary).get("evaluated_with") == evaluation
+        )
 
-    def write_args(self, cfg: DictConfig, skipped: Sequence[object] = ()) -> None:
-        """Writes ``args.json``, the resolved config, for the evaluators.
+    def started_from(self) -> str | None:
+        """The checkpoint of another run that this one began with, as its command named it."""
+        return _read(self.path / "args.json").get("resume_from_checkpoint")
+
+    def start(self, cfg: DictConfig, skipped: Sequence[object], anew: bool) -> None:
+        """Makes the folder and writes ``args.json``, the resolved config, for the evaluators.
 
         Args:
             cfg: the complete config.
             skipped: images that were left out, a line each, for ``skipped_images.txt``.
+            anew: whether the run begins at its first step.
         """
+        if anew:
+            self.finished.unlink(missing_ok=True)
         for folder in (self.path, self.best_checkpoint.parent):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / "args.json", json.dumps(OmegaConf.to_container(cfg, resolve=True), indent=2))
         if skipped:
             write_whole(self.path / "skipped_images.txt", "".join(f"{image}\n" for image in skipped))
+
+    def finish(self, epochs: int, steps: int, seconds: float) -> None:
+        """Records that the run was trained to its end.
+
+        Args:
+            epochs: trained in all.
+            steps: of the optimiser in all.
+            seconds: of the last process.
+        """
+        write_summary(self.finished, {"epochs": epochs, "steps": steps, "seconds": round(seconds, 1)})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    def fault_of(content: Any) -> str | None:
+        return None if isinstance(content, dict) else "it holds no mapping"
+
+    return read_json(path, fault_of, "the run goes on without it") or {}
+
+
+class SameFolder(pl.Callback):
+    """Gives all ranks the folder of rank 0; one that starts later may have chosen the next free one.
+
+    Args:
+        folder: of the run; only rank 0 has written into it so far.
+    """
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.folder.path = Path(trainer.strategy.broadcast(str(self.folder.path)))

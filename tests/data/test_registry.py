@@ -3,6 +3,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from metamask_plugin.data import registry
 from metamask_plugin.data.registry import DATASETS, MEAN_STD, load_dataset
 from metamask_plugin.data.splits import FolderImages
 from metamask_plugin.errors import UserError
@@ -79,7 +80,7 @@ def test_in_region_takes_both_splits_and_turns_the_rest_to_the_mean():
 
 def test_in_region_without_test_split_or_boxes(tmp_path):
     train = write_folders(tmp_path, cat=2)
-    dataset = load_dataset({"dataset": "imagenet", "train_path": train, "region": "foreground"})
+    dataset = load_dataset({"dataset": "custom", "train_path": train, "region": "foreground"})
     assert dataset.train.image(0).size == (8, 8), "load_dataset leaves the region to others"
     assert dataset.in_region("full").test is None
     with pytest.raises(UserError, match=r"data\.region must be full, .* got 'background'; take"):
@@ -89,7 +90,8 @@ def test_in_region_without_test_split_or_boxes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["imagenet", "imagenet100", "custom", "cifar10", "stl10"])
-def test_image_folders(tmp_path, name):
+def test_image_folders(tmp_path, name, monkeypatch):
+    monkeypatch.setitem(registry.CLASSES, name, 2)
     train, test = write_folders(tmp_path / "a", cat=2, dog=3), write_folders(tmp_path / "b", cat=1, dog=1)
     dataset = load_dataset({"dataset": name, "train_path": train, "val_path": test})
     assert isinstance(dataset.train, FolderImages) and len(dataset.train) == 5 and len(dataset.test) == 2

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from metamask_plugin.data import registry
 from metamask_plugin.data.registry import MEAN_STD, load_dataset
 from metamask_plugin.data.splits import MemoryImages
 from metamask_plugin.data.tiny_imagenet import tiny_imagenet_splits
@@ -26,8 +27,9 @@ def save_image(path: Path, colour: tuple[int, int, int]) -> None:
 
 
 @pytest.fixture
-def root(tmp_path) -> Path:
+def root(tmp_path, monkeypatch) -> Path:
     """Two classes with two training images and one test image each."""
+    monkeypatch.setitem(registry.CLASSES, "tiny_imagenet", len(CLASSES))
     for name, boxes in TRAIN_BOXES.items():
         for i in range(len(boxes)):
             save_image(tmp_path / "train" / name / "images" / f"{name}_{i}.JPEG", (100 * i, 0, 0))

@@ -75,17 +75,19 @@ def test_timm_weights_of_a_file_without_the_classifier(tmp_path, model, suffix, 
 
 
 def test_fetched_weights_are_asked_for_and_images_may_have_another_size(monkeypatch):
-    asked = {}
+    asked = []
     create = timm.create_model
 
     def fetched(name, pretrained=False, **kwargs):
-        asked.update(name=name, pretrained=pretrained, **kwargs)
+        asked.append({"name": name, "pretrained": pretrained, **kwargs})
         return create(name, pretrained=False, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", fetched)
     monkeypatch.setattr(timm_networks, "_check_fetchable", lambda name, setting: None)
     encoder = load_frozen("timm:test_vit.r160_in1k", image_size=64)
-    assert asked == {"name": "test_vit.r160_in1k", "pretrained": True, "num_classes": 0, "img_size": 64}
+    model = {"name": "test_vit.r160_in1k", "num_classes": 0, "img_size": 64}
+    # once with weights, then to measure the width of its features
+    assert asked == [{**model, "pretrained": True}, {**model, "pretrained": False}]
     assert encoder.image_size == 64
     assert encoder.backbone(images(64)).ndim == 2
     assert encoder.path is None

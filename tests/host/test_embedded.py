@@ -140,7 +140,8 @@ def test_topk_accuracy_with_few_classes_and_missing_labels():
     logits = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]])
     assert topk_accuracy(logits, torch.tensor([0, 2]), 1).item() == 50
     assert topk_accuracy(logits, torch.tensor([0, 2]), 5).item() == 100
-    assert topk_accuracy(logits, torch.tensor([-1, 1]), 1).item() == 50
+    assert topk_accuracy(logits, torch.tensor([-1, 1]), 1).item() == 100
+    assert topk_accuracy(logits, torch.tensor([-1, -1]), 1).item() == 0
 
 
 def test_warmup_step_drops_count_from_either_end_and_leave_static_groups_alone():

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from metamask_plugin.cli import pretrain
 from metamask_plugin.cli.config import complete
-from metamask_plugin.training.run_folder import RunFolder
+from metamask_plugin.training.resume import folder_for
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCKS = ("data_wait_share", "train_seconds", "train_cpu_seconds")
@@ -73,8 +73,8 @@ def run_apart(cfg, fault=None, log=None):
 def folder_of(cfg, resume=True):
     """Where the run of this config is, or would be."""
     cfg = complete(cfg.copy())
-    cfg.data.num_classes = 10  # as the data set says
-    return RunFolder(cfg, resume).path
+    cfg.auto_resume.enabled = resume
+    return folder_for(cfg, pretrain.prepared(cfg)[2]).path
 
 
 def signal_myself(number):

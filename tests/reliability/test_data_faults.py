@@ -204,16 +204,6 @@ def test_the_machines_faults_are_not_the_files(tree, monkeypatch):
     message(error)
 
 
-def test_a_disk_that_fails_is_named(tree, monkeypatch):
-    def open_(path, *args):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr("metamask_plugin.data.image_file.open", open_, raising=False)
-    with pytest.raises(InvalidImages, match="8 of 8 that are not.*Input/output error") as error:
-        module(tree)
-    message(error)
-
-
 def test_training_and_test_images_of_different_classes_are_one_line(tree, tmp_path):
     make_tree(tmp_path / "val", ("cat", "fox"))
     with pytest.raises(

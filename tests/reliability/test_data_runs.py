@@ -67,6 +67,17 @@ def test_a_run_goes_on_where_asked_to(tmp_path, trees, pipeline, capfd):
     assert len(warned) == 1 and "left out 2 " in warned[0]
 
 
+def test_more_neighbours_than_images_are_named_by_what_there_is(tmp_path, trees, capfd):
+    folder = run(tmp_path, trees, "evaluation.knn.k=[20,5]")
+    assert "warning: evaluation.knn.k=20 is more than the 12 training images" in capfd.readouterr().err
+    columns = (folder.path / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"knn12", "knn5", "knn12_masked"} <= set(columns) and "knn20" not in columns
+    assert (folder.path / "best" / "best.ckpt").exists()
+    knn.main(["--pretrained_checkpoint_dir", str(folder.path), "--k", "5000", "--feature_type", "backbone"])
+    out, err = capfd.readouterr()
+    assert "--k=5000 is more than the 12 training images" in err and "5000" not in out and " 12 " in out
+
+
 def probe(folder, **data):
     cfg = {
         "name": "probe",

@@ -59,3 +59,14 @@ def test_whichever_process_is_told_both_stop_and_go_on(tmp_path, rank, pipeline)
     assert second.returncode == 0, second.stderr
     assert_same(read(run_folder(stopped) / "last.ckpt"), read(run_folder(whole) / "last.ckpt"))
     assert rows(run_folder(stopped)) == rows(run_folder(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.fault("processes")
+def test_all_processes_of_a_fresh_attempt_share_one_folder(tmp_path):
+    assert train(tmp_path, "none", 0, "max_epochs=1").returncode == 0
+    again = train(tmp_path, "none", 0, "max_epochs=1", "auto_resume.enabled=False")
+    assert again.returncode == 0, again.stderr
+    folders = sorted(path.name for path in (tmp_path / "metamask").iterdir())
+    assert len(folders) == 2 and folders[1] == f"{folders[0]}-2"
+    assert {path.name for path in tmp_path.glob("*/*/last.ckpt")} == {"last.ckpt"}

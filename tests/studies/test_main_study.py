@@ -76,7 +76,7 @@ def test_a_run_that_is_there_is_measured_and_not_trained_again(fresh_studies, ca
 
 
 def test_data_that_are_missing_are_said_once_before_the_first_trial(fresh_studies, tmp_path, capsys):
-    for split, label in product(("train", "val"), "ab"):
+    for split, label in product(("train", "val"), "abcdefghij"):
         (tmp_path / "cifar10" / split / label).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "cifar10" / split / label / "0.png")
     cfg = fresh_studies.compose(

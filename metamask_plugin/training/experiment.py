@@ -1,0 +1,162 @@
+"""What defines a run: the settings and the images that decide what is trained, in canonical form."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+NOT_THE_EXPERIMENT = (
+    "auto_resume",
+    "checkpoint",
+    "evaluation",
+    "name",
+    "process_timeout",
+    "resume_from_checkpoint",
+    "wandb",
+)
+"""Top-level config keys that do not change what is trained, and so not which run it is."""
+
+WITHOUT_EFFECT = (
+    *NOT_THE_EXPERIMENT,
+    "accelerator",
+    "data.download",
+    "data.format",
+    "data.invalid_images",
+    "data.on_device",
+    "data.train_path",
+    "data.val_path",
+    "data.verify",
+    "debug_augmentations",
+    "host",
+    "knn_eval",
+    "numbers",
+)
+"""Keys that cannot change the bits of a training; of images the fingerprint counts, and not the place.
+
+Which host trains is compared apart, where it makes a difference.
+"""
+
+NOT_IN_THE_DIGEST = ("data.num_workers",)
+"""Keys that change the draws of views alone: a run goes on with another value, and says so."""
+
+RAISABLE = ("max_epochs", "max_steps")
+"""How long a run trains: what was trained for less can be gone on with."""
+
+PRECISIONS = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+DEFAULTS = {
+    "accumulate_grad_batches": 1,
+    "benchmark": False,
+    "deterministic": False,
+    "gradient_clip_val": 0,
+    "limit_train_batches": 1.0,
+    "max_steps": -1,
+    "performance.compile": False,
+    "performance.cuda_graph": False,
+    "sync_batchnorm": False,
+}
+"""Of keys that neither the command line nor a method fills in."""
+
+
+def experiment_of(
+    cfg: DictConfig, devices: int, device: str, pipeline: str, images_fingerprint: str
+) -> dict[str, Any]:
+    """What of a run decides what is trained, as plain values; values that mean the same are the same.
+
+    Args:
+        cfg: the complete config, with the method's defaults in it.
+        devices: how many devices of each machine the run uses.
+        device: their kind, ``cpu`` or ``cuda``.
+        pipeline: what makes the views, see :class:`~metamask_plugin.data.PretrainDataModule`.
+        images_fingerprint: of the training images.
+    """
+    node = OmegaConf.to_container(cfg, resolve=True)
+    for key in WITHOUT_EFFECT:
+        _take(node, key)
+    for key, default in DEFAULTS.items():
+        value = _take(node, key)
+        if value is not None and value != default:
+            _put(node, key, value)
+    precision = str(node.get("precision"))
+    node |= {"devices": devices, "device": device, "precision": PRECISIONS.get(precision, precision)}
+    if devices * (node.get("num_nodes") or 1) == 1 or node.get("strategy") in ("auto", "ddp"):
+        node.pop("strategy", None)
+    if "gradient_clip_val" not in node or node.get("gradient_clip_algorithm") == "norm":
+        node.pop("gradient_clip_algorithm", None)
+    data = node["data"]
+    data |= {"pipeline": pipeline, "images_fingerprint": images_fingerprint}
+    data["kwargs"] = {key: _name_of(value) for key, value in (data.get("kwargs") or {}).items()}
+    if pipeline == "kornia":
+        data.pop("num_workers", None)  # it has none
+    else:
+        data.pop("evaluation_resize", None)  # kornia keeps the images in this size
+    return _canonical(node)
+
+
+def _name_of(value: Any) -> Any:
+    """Of a path its last part: where files lie decides nothing."""
+    return os.path.basename(value) if isinstance(value, str) else value
+
+
+def experiment_digest(experiment: Mapping[str, Any]) -> str:
+    """Eight hex digits that differ whenever two experiments would train something else."""
+    counted = [(key, value) for key, value in sorted(leaves(experiment)) if key not in NOT_IN_THE_DIGEST]
+    return hashlib.sha256(json.dumps(counted, default=str).encode()).hexdigest()[:8]
+
+
+def differences(recorded: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings in which two runs differ, by their dotted keys: there, and here.
+
+    A run that recorded nothing, as those of earlier versions, differs in nothing.
+    """
+    if not recorded:
+        return {}
+    there, here = dict(leaves(recorded)), dict(leaves(wanted))
+    keys = sorted(there.keys() | here.keys())
+    return {key: (there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)}
+
+
+SHOWN = 6
+"""Differences between two configs that a message names; of the others it says how many there are."""
+
+
+def in_words(found: Mapping[str, tuple[Any, Any]]) -> str:
+    """Differences, as a message shows them."""
+    texts = [f"{key} {there!r} there, {here!r} here" for key, (there, here) in found.items()]
+    more = f", and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return "; ".join(texts[:SHOWN]) + more
+
+
+def leaves(tree: Any, path: Sequence[str] = ()) -> list[tuple[str, Any]]:
+    """Leaves of nested mappings and lists, and their dotted keys."""
+    if isinstance(tree, Mapping):
+        return [leaf for key, value in tree.items() for leaf in leaves(value, (*path, str(key)))]
+    if isinstance(tree, list | tuple):
+        return [leaf for key, value in enumerate(tree) for leaf in leaves(value, (*path, str(key)))]
+    return [(".".join(path), tree)]
+
+
+def _canonical(value: Any) -> Any:
+    """Without nulls, which leave a key to its default; 1 and 1.0 alike."""
+    if isinstance(value, Mapping):
+        return {key: _canonical(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list | tuple):
+        return [_canonical(entry) for entry in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _take(node: Any, key: str) -> Any:
+    """Takes a dotted key out of nested dictionaries; None where it is not there."""
+    *path, last = key.split(".")
+    for part in path:
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node.pop(last, None) if isinstance(node, Mapping) else None
+
+
+def _put(node: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        node = node.setdefault(part, {})
+    node[last] = value
