@@ -2,7 +2,7 @@
 
 What stands behind ``--`` goes to the pretraining of every trial, as on ``main_pretrain.py``'s command line:
 
-    python main_study.py --config-name metamask_table2 size=digits -- task=byol optimizer.lr=1e-3
+    python main_study.py --config-name metamask_fig6 size=digits -- task=byol optimizer.lr=1e-3
 
 ``python main_study.py --list`` shows the studies with their settings.
 """

@@ -161,9 +161,10 @@ def shipped(kind: str) -> list[str]:
 def keys(kind: str) -> list[str]:
     """Dotted names of all keys of a kind of config."""
     if kind == "study":
-        from metamask_plugin.cli.schema_study import STUDY
+        from metamask_plugin.cli.schema_study import MEASURE_OPTIONS, STUDY
 
-        return list(STUDY)
+        options = [f"measures.{name}.{key}" for name, keys in MEASURE_OPTIONS.items() for key in keys]
+        return [*STUDY, *options]
     if kind == "linear":
         from metamask_plugin.cli.schema_linear import LINEAR
 

@@ -22,7 +22,7 @@ from metamask_plugin.cli.config import complete
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.free_form import check_keywords
 from metamask_plugin.cli.hydra_errors import told
-from metamask_plugin.cli.paths import expand_paths
+from metamask_plugin.cli.paths import expand_paths, expanded
 from metamask_plugin.cli.pretrain import pretrain
 from metamask_plugin.cli.rehearse_study import rehearse_trials
 from metamask_plugin.cli.schema_study import MEASURE_OPTIONS, STUDY
@@ -192,7 +192,7 @@ def _validated(cfg: DictConfig) -> Study:
 
     A key of the study's own, which others refer to (``${small_arms}``), is no mistake.
     """
-    expand_paths(cfg)
+    _expand_own_paths(cfg)
     own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
     text = OmegaConf.to_yaml(own, resolve=False)
     node = {key: value for key, value in plain(own).items() if key in STUDY or f"${{{key}}}" not in text}
@@ -205,6 +205,16 @@ def _validated(cfg: DictConfig) -> Study:
         measure = MEASURES[choose("measures", name, MEASURES)]
         check_keywords(f"measures.{name}", options, measure, MEASURE_OPTIONS[name], aside=("subject",))
     return study
+
+
+def _expand_own_paths(cfg: DictConfig) -> None:
+    """Expands ``~`` in the study's paths; in overrides, ``~key`` takes a key out of the config."""
+    for key in ("dir", "runs_dir", "checkpoint", "roots", "data", "measures"):
+        value = cfg.get(key)
+        if OmegaConf.is_config(value):
+            expand_paths(value, key)
+        elif value is not None:
+            cfg[key] = expanded(value, key)
 
 
 def _runs(study: Study) -> list[TrialRun]:

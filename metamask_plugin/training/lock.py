@@ -95,8 +95,9 @@ def is_locked(folder: Path) -> bool:
 
 def _acquired(handle: int, folder: Path, what: str, wait: bool) -> bool:
     """Whether the lock is held now; False where the file system has no locks."""
-    said = False
+    tries, said = 0, False
     while True:
+        tries += 1
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -110,6 +111,9 @@ def _acquired(handle: int, folder: Path, what: str, wait: bool) -> bool:
                 return False
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
+        if tries == 1:
+            time.sleep(0.05)  # it may be somebody who only looked, see is_locked
+            continue
         if not wait:
             raise FolderLocked(folder, what)
         if not said:

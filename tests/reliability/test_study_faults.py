@@ -1,5 +1,6 @@
 """A study under faults: damaged records, missing runs, two studies at once, errors that all trials share."""
 
+import contextlib
 import csv
 import json
 import os
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from metamask_plugin import SCRIPTS
 from metamask_plugin.cli import study as cli
@@ -19,7 +19,8 @@ from metamask_plugin.cli.study import run_trial, sweep
 from metamask_plugin.studies.spec import study_of
 from metamask_plugin.studies.tables import write_rows
 from metamask_plugin.studies.trial import TrialRun
-from metamask_plugin.training.lock import FolderLocked, locked
+from metamask_plugin.training import lock
+from metamask_plugin.training.lock import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -83,8 +84,6 @@ def finished(tmp_path_factory):
 def study(finished, tmp_path):
     """A copy of them."""
     shutil.copytree(finished.folder, tmp_path / "copy")
-    text = "\n".join(path.read_text() for path in (tmp_path / "copy").rglob("trials/*.json"))
-    assert str(finished.folder) in text, "the runs are found by the config, not by the records"
     return Study(tmp_path / "copy")
 
 
@@ -190,21 +189,30 @@ def test_a_second_study_in_the_same_folder_is_refused_and_a_report_alone_is_not(
 
 
 @pytest.mark.fault("studies")
-def test_a_run_that_another_study_trains_is_waited_for_and_shared(tmp_path, monkeypatch, capsys):
-    run = tmp_path / "run"
-    asked = []
+def test_a_run_that_another_process_holds_is_waited_for_and_shared(study, monkeypatch, capsys):
+    run = Path(json.loads(study.records[0].read_text())["run"])
+    run = study.folder / run.relative_to(run.parents[2])
+    study.records[0].unlink()
+    written = (run / "last.ckpt").stat().st_mtime_ns
+    held = contextlib.ExitStack()
+    held.enter_context(locked(run, "the run folder"))
 
-    def pretrain(cfg):
-        asked.append(cfg)
-        if len(asked) == 1:  # the other study ends while this one waits
-            raise FolderLocked(run, "the run folder")
-        return "the finished run"
+    def owner(file):
+        held.close()  # the other process ends once this one waits
+        return "process 7 on there"
 
-    run.mkdir()
-    monkeypatch.setattr(cli, "pretrain", pretrain)
-    monkeypatch.setattr(cli, "complete", lambda cfg: cfg)
-    assert cli._pretrain(OmegaConf.create({})) == "the finished run"
-    assert len(asked) == 2
+    monkeypatch.setattr(lock, "_owner", owner)
+    study.sweep(ARMS, "baseline=null")
+    out = capsys.readouterr().out
+    assert out.count(f"note: waiting for process 7 on there, which writes the run folder {run}") == 1
+    assert f"This run is complete: {run}" in out and (run / "last.ckpt").stat().st_mtime_ns == written
+
+
+def test_an_override_that_takes_a_key_out_is_no_path(tmp_path):
+    cfg = Study(tmp_path).compose(small=["~optimizer.kwargs"])
+    cfg.dir = "~/studies"
+    assert cli._validated(cfg).folder == Path.home() / "studies" / "metamask_fig6-smoke"
+    assert list(cfg.overrides) == ["~optimizer.kwargs"]
 
 
 def test_the_words_of_a_report_alone(tmp_path, capsys):
@@ -280,7 +288,7 @@ def test_levels_that_train_the_same_are_refused(tmp_path, capsys):
 def test_a_study_whose_first_trials_fail_alike_stops(tmp_path, capsys, monkeypatch):
     reason = "a disk must be there, got none"
 
-    def pretrain(cfg):
+    def pretrain(cfg, wait):
         raise cli.UserError(reason)
 
     monkeypatch.setattr(cli, "pretrain", pretrain)
@@ -293,7 +301,7 @@ def test_a_study_whose_first_trials_fail_alike_stops(tmp_path, capsys, monkeypat
 
 @pytest.mark.fault("studies")
 def test_a_trial_that_runs_out_of_memory_fails_and_the_others_go_on(tmp_path, capsys, monkeypatch):
-    def pretrain(cfg):
+    def pretrain(cfg, wait):
         raise MemoryError("Unable to allocate 61 GB")
 
     monkeypatch.setattr(cli, "pretrain", pretrain)
