@@ -14,7 +14,7 @@ from metamask_plugin.data.splits import FileImages, ImageSplit
 from metamask_plugin.data.unreadable import printable
 
 # Headers are cheap; of the files with 16 bits a few say what all of them are.
-HEADERS, DECODED = 256, 32
+HEADERS, DECODED = 256, 16
 
 
 @rank_zero_only
