@@ -126,9 +126,9 @@ def path_inside(folder: Path, name: Any, source: Path) -> str:
     Raises:
         UserError: the name is none, or leads elsewhere.
     """
-    text = isinstance(name, str) and name not in ("", ".") and "\0" not in name
+    usable = isinstance(name, str) and name not in ("", ".") and "\0" not in name
     check(
-        text and not PurePath(name).is_absolute() and ".." not in PurePath(name).parts,
+        usable and not PurePath(name).is_absolute() and ".." not in PurePath(name).parts,
         f"an image's name in {printable(source)}",
         "a path below the image folder",
         name,
