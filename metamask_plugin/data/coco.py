@@ -12,6 +12,7 @@ from metamask_plugin.data.boxes import Box, clip_box
 from metamask_plugin.data.image_tree import listing, path_inside
 from metamask_plugin.data.splits import FileImages, refuse_missing_files
 from metamask_plugin.data.torchvision_sets import Splits
+from metamask_plugin.data.unreadable import raise_if_machines
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.retry import retried
 
@@ -115,6 +116,7 @@ def _read_json(file: Path) -> Any:
     try:
         return json.loads(retried(file.read_bytes))
     except (OSError, ValueError, RecursionError) as error:
+        raise_if_machines(f"annotation file {file}", error)
         raise _unusable(file, f"{type(error).__name__}: {error}") from None
 
 

@@ -15,7 +15,6 @@ As with torchvision and solo-learn, transparency is dropped (the colours below i
 is ignored (the pixels stay as stored), and of several frames the first is taken.
 """
 
-import errno
 import os
 import stat
 import warnings
@@ -27,8 +26,8 @@ from typing import BinaryIO, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from metamask_plugin.data.unreadable import UnreadableImage, machine_fault, one_line, printable
-from metamask_plugin.retry import TRANSIENT, retried
+from metamask_plugin.data.unreadable import UnreadableImage, one_line, printable, raise_if_machines
+from metamask_plugin.retry import retried
 
 Result = TypeVar("Result")
 
@@ -38,8 +37,6 @@ END_OF_PNG = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 # Grey of 16 bits, in every byte order; "I" is what older versions of Pillow make of it, in these formats.
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
-# Faults of the machine, not of the file: to leave the image out would hide them.
-EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 FIRST_BYTES = 16
 
 # Sizes are checked here; the warning would be a second line to the same end.
@@ -158,9 +155,8 @@ def _trial(path: str, attempt: Callable[[BinaryIO], Result]) -> Result | str:
     # Pillow's readers fail on damaged bytes by OSError, SyntaxError, struct.error, or whatever they stumble
     # on.
     except Exception as error:
-        code = error.errno if isinstance(error, OSError) else None
-        if code in EXHAUSTED or code in TRANSIENT:
-            raise machine_fault(f"image file {printable(path)}", error) from None
+        # to leave such an image out would hide what is wrong
+        raise_if_machines(f"image file {printable(path)}", error)
         return one_line(error)
 
 

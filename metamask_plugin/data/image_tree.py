@@ -16,9 +16,9 @@ from typing import Any
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from metamask_plugin.data.image_file import begins_like_image, formats
-from metamask_plugin.data.unreadable import SkippedImage, machine_fault, one_line, printable
+from metamask_plugin.data.unreadable import SkippedImage, one_line, printable, raise_if_machines
 from metamask_plugin.errors import UserError, check
-from metamask_plugin.retry import TRANSIENT, retried
+from metamask_plugin.retry import retried
 
 FURTHER = {".jfif": "JPEG", ".jpe": "JPEG", ".gif": "GIF", ".avif": "AVIF", ".jp2": "JPEG2000"}
 """Extensions that torchvision leaves out, and their formats."""
@@ -126,9 +126,9 @@ def path_inside(folder: Path, name: Any, source: Path) -> str:
     Raises:
         UserError: the name is none, or leads elsewhere.
     """
-    text = isinstance(name, str) and name not in ("", ".") and "\0" not in name
+    usable = isinstance(name, str) and name not in ("", ".") and "\0" not in name
     check(
-        text and not PurePath(name).is_absolute() and ".." not in PurePath(name).parts,
+        usable and not PurePath(name).is_absolute() and ".." not in PurePath(name).parts,
         f"an image's name in {printable(source)}",
         "a path below the image folder",
         name,
@@ -148,10 +148,22 @@ def listing(folder: Path) -> list[Path]:
     except PermissionError:
         found, remedy = "no permission to read it", f"run: chmod u+rx {printable(folder)}"
     except OSError as error:
-        if error.errno in TRANSIENT:
-            raise machine_fault(f"image folder {printable(folder)}", error) from None
+        raise_if_machines(f"image folder {printable(folder)}", error)
         found, remedy = one_line(error), "check the disk or the mount"
     raise UserError(f"image folder {printable(folder)} must be a readable folder, got {found}; {remedy}")
+
+
+def is_folder(entry: os.DirEntry | Path) -> bool:
+    """Whether an entry is a folder, or a link to one.
+
+    Raises:
+        MachineFault: the disk or the network fails, again and again.
+    """
+    try:
+        return retried(entry.is_dir)
+    except OSError as error:  # a link that turns in circles, or one into a folder that is closed
+        raise_if_machines(f"image folder {printable(os.fspath(entry))}", error)
+        return False
 
 
 def lost_folder(path: str | Path) -> SkippedImage | None:
@@ -168,18 +180,17 @@ def _folders(folder: str, above: tuple[str, ...], found: Listing) -> Iterator[tu
     try:
         entries = retried(lambda: _entries(folder))
     except OSError as error:
-        if error.errno in TRANSIENT:
-            raise machine_fault(f"image folder {printable(folder)}", error) from None
+        raise_if_machines(f"image folder {printable(folder)}", error)
         reason = "no permission to read it" if isinstance(error, PermissionError) else one_line(error)
         found.faults.append(SkippedImage(folder, f"a folder that cannot be listed, {reason}"))
         return
     below: list[os.DirEntry] = []
     names: list[str] = []
     for entry in sorted(entries, key=lambda entry: entry.name):
-        is_folder = _is_folder(entry)
-        if is_hidden(entry.name) or (is_folder and entry.name.lower() in THUMBNAILS):
-            found.hidden += _images_below(entry, is_folder)
-        elif is_folder:
+        is_a_folder = is_folder(entry)
+        if is_hidden(entry.name) or (is_a_folder and entry.name.lower() in THUMBNAILS):
+            found.hidden += _images_below(entry, is_a_folder)
+        elif is_a_folder:
             below.append(entry)
         else:
             lost = lost_folder(entry.path) if entry.is_symlink() else None
@@ -217,13 +228,6 @@ def _images_below(entry: os.DirEntry, is_folder: bool) -> list[str]:
 def _loop(path: str) -> SkippedImage:
     target = printable(os.readlink(path))
     return SkippedImage(path, f"a symbolic link to {target}, which leads back to the folder it is in")
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that turns in circles, or one into a folder that is closed
-        return False
 
 
 def _leads_back(target: str, here: tuple[str, ...]) -> bool:

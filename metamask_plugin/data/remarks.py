@@ -14,7 +14,7 @@ from metamask_plugin.data.splits import FileImages, ImageSplit
 from metamask_plugin.data.unreadable import printable
 
 # Headers are cheap; of the files with 16 bits a few say what all of them are.
-HEADERS, DECODED = 256, 32
+HEADERS, DECODED = 256, 16
 
 
 @rank_zero_only
@@ -106,13 +106,11 @@ def _tell_bits(name: str, bits: int, largest: int, count: int, grey: bool) -> No
     found = f"{name} images with 16-bit {kind} use {used} bits (largest value {largest} of {count} looked at)"
     if used > bits:
         tell(f"warning: {found} and values above {2**bits - 1} become white; set data.bits={used}")
-    elif used < bits and grey:
+    elif used < bits == 16:  # who sets data.bits knows how many there are
         # cameras and scanners have an even number of bits, and a sample may miss the brightest pixel
         fitting = used if used == 15 else max(8, used + used % 2)
-        if fitting < bits:
-            tell(f"warning: {found} and are read too dark; set data.bits={fitting}")
-    elif used < bits:
-        tell(f"warning: {found} and are read too dark; save them with 8 bits a channel")
+        remedy = f"set data.bits={fitting}" if grey else "save them with 8 bits a channel"
+        tell(f"warning: {found} and are read too dark; {remedy}")
 
 
 def _peaks(split: FileImages) -> list[Peak]:

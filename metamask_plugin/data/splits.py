@@ -23,6 +23,7 @@ from metamask_plugin.data.image_tree import (
     extensions,
     image_files,
     images_by_content,
+    is_folder,
     is_hidden,
     is_image_name,
     listing,
@@ -234,7 +235,7 @@ class FolderImages(FileImages):
                 f"image folder {printable(root)} must be a folder of class folders, got {lost}; "
                 "mend the link or remove it"
             )
-        folders = [entry for entry in entries if entry.is_dir()]
+        folders = [entry for entry in entries if is_folder(entry)]
         classes = sorted(entry.name for entry in folders if not is_hidden(entry.name))
         check(
             bool(classes),

@@ -12,6 +12,7 @@ from metamask_plugin.data.boxes import Box, clip_box
 from metamask_plugin.data.image_tree import path_inside
 from metamask_plugin.data.splits import FileImages, FolderImages, holds_image, refuse_missing_files
 from metamask_plugin.data.torchvision_sets import Splits
+from metamask_plugin.data.unreadable import raise_if_machines
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.retry import retried
 
@@ -102,6 +103,7 @@ def _read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[list[str], 
     try:
         lines = retried(file.read_text).splitlines()
     except (OSError, UnicodeDecodeError) as error:
+        raise_if_machines(f"Tiny ImageNet's {file}", error)
         reason = " ".join(str(error).split())
         raise UserError(
             f"Tiny ImageNet's {file} must be readable, got {type(error).__name__}: {reason}; unpack it anew"

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
-from metamask_plugin.data.image_tree import is_hidden, listing
+from metamask_plugin.data.image_tree import is_folder, is_hidden, listing
 from metamask_plugin.data.splits import (
     FolderImages,
     ImageSplit,
@@ -15,7 +15,9 @@ from metamask_plugin.data.splits import (
     holds_image,
     refuse_folder_of_splits,
 )
+from metamask_plugin.data.unreadable import raise_if_machines
 from metamask_plugin.errors import UserError, check
+from metamask_plugin.retry import retried
 
 Splits = tuple[ImageSplit, ImageSplit | None]
 
@@ -42,7 +44,7 @@ def torchvision_splits(name: str, train_path: str | None, val_path: str | None, 
         test_root = Path(val_path) if val_path and (Path(val_path) / layout).is_dir() else root
         return _guarded(load, name, root, test_root, False)
     if root.is_dir():
-        folders = [entry for entry in listing(root) if entry.is_dir() and not is_hidden(entry.name)]
+        folders = [entry for entry in listing(root) if is_folder(entry) and not is_hidden(entry.name)]
         refuse_folder_of_splits(root, [folder.name for folder in folders])
         if any(holds_image(folder) for folder in folders):
             return folder_splits(train_path, val_path)
@@ -69,8 +71,9 @@ def _guarded(
 ) -> Splits:
     """torchvision reports damaged files and failed downloads by several errors of several lines."""
     try:
-        return load(train_root, test_root, download)
+        return retried(lambda: load(train_root, test_root, download))
     except (RuntimeError, OSError, EOFError) as error:
+        raise_if_machines(f"{name} in {train_root}", error)
         reason = " ".join(str(error).split())
         raise UserError(
             f"{name} in {train_root} must be complete and readable, got {type(error).__name__}: {reason}; "

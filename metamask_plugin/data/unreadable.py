@@ -1,10 +1,14 @@
 """What is said of image files and folders that cannot be read, always in one line."""
 
+import errno
 import os
 from typing import NamedTuple
 
 from metamask_plugin.errors import UserError
 from metamask_plugin.retry import TRANSIENT
+
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""Errors of a machine without file handles or memory."""
 
 
 class SkippedImage(NamedTuple):
@@ -61,19 +65,26 @@ class InvalidImages(UserError):
         self.images = images
 
 
-def machine_fault(name: str, error: OSError) -> MachineFault:
-    """One line for a fault of the machine, after the last try.
+def raise_if_machines(name: str, error: BaseException) -> None:
+    """Raises one line where ``error``, of the last try, is a fault of the machine and not of a file.
 
     Args:
         name: of what could not be read, e.g. ``"image file a.png"``.
-        error: the last one.
+        error: returns where it is of another kind.
+
+    Raises:
+        MachineFault: it is the machine's.
     """
-    remedy = "close other programs, or lower data.num_workers"
-    if error.errno in TRANSIENT:
+    code = error.errno if isinstance(error, OSError) else None
+    if code in TRANSIENT:
         remedy = "check the disk, the mount or the network, and go on with the same command"
-    return MachineFault(
-        f"{name} must be readable, got {os.strerror(error.errno)}, which is no fault of the file; {remedy}"
-    )
+    elif code in EXHAUSTED:
+        remedy = "close other programs, or lower data.num_workers"
+    else:
+        return
+    raise MachineFault(
+        f"{name} must be readable, got {os.strerror(code)}, which is no fault of the file; {remedy}"
+    ) from None
 
 
 def printable(path: object) -> str:

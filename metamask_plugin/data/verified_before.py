@@ -6,10 +6,11 @@ makes another name. Where no record can be written, the files are verified again
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import __version__ as pillow_version
@@ -35,17 +36,43 @@ def remembered(paths: Sequence[str], how: str, verify: Callable[[], dict[int, st
     if len(paths) < RECORDED_FROM:
         return verify()
     record = _folder() / f"{_digest(paths, how)}.json"
+    found = _recorded(record)
+    if found is None:
+        with _one_at_a_time(record):
+            found = _recorded(record)
+            if found is None:
+                found = verify()
+                _write(record, found)
+    return found
+
+
+@contextlib.contextmanager
+def _one_at_a_time(record: Path) -> Iterator[None]:
+    """Lets the other processes of a machine wait for the record of the first, instead of verifying likewise.
+
+    Where there is no place for a lock, none waits.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            record.parent.mkdir(parents=True, exist_ok=True)
+            lock = record.with_suffix(".lock")
+            fcntl.flock(stack.enter_context(open(lock, "w")), fcntl.LOCK_EX)
+            stack.callback(lock.unlink, missing_ok=True)
+        yield
+
+
+def _recorded(record: Path) -> dict[int, str] | None:
     try:
         return {int(index): str(reason) for index, reason in json.loads(record.read_text()).items()}
     except (OSError, ValueError, AttributeError):  # none, or not one of ours
-        pass
-    found = verify()
+        return None
+
+
+def _write(record: Path, found: dict[int, str]) -> None:
     part = record.with_name(f".{record.name}.{os.getpid()}")
     with contextlib.suppress(OSError):  # a home folder that is full, or that cannot be written
-        record.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(found))
         os.replace(part, record)
-    return found
 
 
 def _folder() -> Path:

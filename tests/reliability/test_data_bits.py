@@ -72,6 +72,11 @@ def test_whole_range_and_eight_bits_are_no_news(tmp_path, capfd):
     assert said(capfd) == []
 
 
+def test_who_sets_the_bits_is_not_told_of_dark_images(tmp_path, capfd):
+    module(make_scans(tmp_path / "train", 10), bits=12)
+    assert said(capfd) == []
+
+
 def test_values_that_become_white_are_said(tmp_path, capfd):
     module(make_scans(tmp_path / "train", 16), bits=12)
     assert "values above 4095 become white; set data.bits=16" in said(capfd)[0]

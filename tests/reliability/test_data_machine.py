@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from metamask_plugin.data import (
     verified_before,
 )
 from metamask_plugin.data.unreadable import InvalidImages, MachineFault, UnreadableImage
+from metamask_plugin.data.verify import unreadable
 from metamask_plugin.evaluation.labelled_data import LabelledData
 
 pytestmark = pytest.mark.fault("data")
@@ -108,6 +110,36 @@ def test_a_folder_that_is_away(tree, times, monkeypatch, waits):
     else:
         with pytest.raises(MachineFault, match="small must be readable, got Stale file handle"):
             load_dataset(node(tree, invalid_images="skip"))
+
+
+@pytest.mark.parametrize("times", [2, 99])
+@pytest.mark.parametrize("name", ["coco", "tiny_imagenet", "cifar10"])
+def test_files_beside_the_images_that_are_away(tree, tmp_path, name, times, monkeypatch, waits):
+    """What is wrong with them is said as ever; that they are away is no reason to fetch them anew."""
+    left = [times]
+
+    def away(*args, **kwargs):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        raise ValueError("what they hold") if name != "cifar10" else RuntimeError("what they hold")
+
+    data = {"dataset": name, "train_path": str(tree), "kwargs": {}}
+    if name == "coco":
+        data["kwargs"]["train_annotations"] = str(tmp_path / "coco.json")
+        monkeypatch.setattr(Path, "read_bytes", away)
+    elif name == "tiny_imagenet":
+        (tree / "cat" / "cat_boxes.txt").touch()
+        monkeypatch.setattr(Path, "read_text", away)
+    else:
+        (tree / "cifar-10-batches-py").mkdir()
+        monkeypatch.setattr("metamask_plugin.data.torchvision_sets.CIFAR10", away)
+    with pytest.raises(ValueError) as error:
+        load_dataset(data)
+    if times == 2:
+        assert "what they hold" in str(error.value) and len(waits) == 2
+    else:
+        assert isinstance(error.value, MachineFault) and "no fault of the file" in str(error.value)
 
 
 def test_other_errors_are_not_repeated(waits):
@@ -232,6 +264,24 @@ def test_without_a_place_for_records_the_files_are_verified_again(tree, monkeypa
     (tmp_path / "a file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
     assert verifications(tree, opened) == verifications(tree, opened) > 0
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_of_processes_that_start_together_one_verifies(tree, records, opened, sound):
+    """As under torchrun; threads, each with its own handle of the lock, stand for them."""
+    if not sound:
+        inject("web page", tree / "cat" / "1.jpg")
+    paths = load_dataset(node(tree)).train.paths
+    calls = []
+
+    def verify():
+        calls.append(1)
+        return unreadable(paths, "header")
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: verified_before.remembered(paths, "header", verify), range(4)))
+    assert found == [{} if sound else {1: "no image of a known format"}] * 4 and len(calls) == 1
+    assert [record.suffix for record in records.iterdir()] == [".json"]
 
 
 def test_a_small_data_set_leaves_no_record(tree, tmp_path, monkeypatch):
