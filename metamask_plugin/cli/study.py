@@ -24,6 +24,7 @@ from metamask_plugin.cli.validate import plain, validate
 from metamask_plugin.data import load_dataset
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.methods import METHODS
+from metamask_plugin.signals import Preempted, exit_code, say
 from metamask_plugin.studies.equal_time import calibrated, calibration, is_measured, write_calibration
 from metamask_plugin.studies.measures import MEASURES
 from metamask_plugin.studies.results import write_results
@@ -108,10 +109,10 @@ def sweep(cfg: DictConfig, launch: Launch) -> Path | None:
         runs = _runs(study)
         try:
             _run_missing(runs, launch, first, cfg)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, Preempted) as stop:
             report = write_results(study, runs)
-            print(f"interrupted; the same command goes on. So far: {report}")
-            raise SystemExit(130) from None
+            say(f"interrupted; the same command goes on. So far: {report}")
+            raise SystemExit(exit_code(stop)) from None
         report = write_results(study, runs)
         shown = (study.folder / "tables.md").read_text()
         print(f"\n{shown}\nreport: {report}" if shown else f"\nreport: {report}")
