@@ -37,6 +37,13 @@ class Preempted(BaseException):
         return 128 + self.signal
 
 
+def exit_code(stop: BaseException) -> Any:
+    """Of a process that this exception ends: 128 + the signal, or what a ``SystemExit`` says."""
+    if isinstance(stop, SystemExit):
+        return stop.code
+    return stop.exit_code if isinstance(stop, Preempted) else 128 + signal.SIGINT
+
+
 def install(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
     """Sets the handler of all signals; only the main thread can.
 

@@ -31,6 +31,7 @@ from metamask_plugin.data import load_dataset
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.files import remove_unfinished
 from metamask_plugin.methods import METHODS
+from metamask_plugin.signals import Preempted, exit_code
 from metamask_plugin.studies.equal_time import (
     calibrated,
     calibration,
@@ -148,13 +149,14 @@ def _said_when_ended(report: Callable[[], Path] | None = None) -> Iterator[None]
     try:
         yield
     except BaseException as error:
-        what = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "stopped"
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit | Preempted)
+        what = "interrupted" if interrupted else "stopped"
         so_far = ""
         with contextlib.suppress(Exception):  # what ended the study must be said, whatever the report says
             so_far = "" if report is None else f". So far: {report()}"
         print(f"{what}; the same command goes on{so_far}", flush=True)
-        if isinstance(error, KeyboardInterrupt):
-            raise SystemExit(130) from None
+        if interrupted:
+            raise SystemExit(exit_code(error)) from None
         if isinstance(error, BrokenExecutor):
             raise UserError(
                 f"a process of hydra/launcher must live as long as its trial, got: {error}; free memory or "

@@ -1,10 +1,12 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from omegaconf import OmegaConf
 from PIL import Image
 
-from metamask_plugin.data.datamodule import PretrainDataModule
+from metamask_plugin.data.datamodule import PretrainDataModule, _check_batches
 from metamask_plugin.data.registry import load_dataset
 from metamask_plugin.data.splits import MemoryImages
 from metamask_plugin.errors import UserError
@@ -292,3 +294,24 @@ def test_views_are_made_where_the_batch_lies():
     batch = data.transfer_batch_to_device(batch, torch.device("cuda"), 0)
     _, views, targets = data.on_after_batch_transfer(batch, 0)
     assert all(view.is_cuda for view in views) and targets.is_cuda
+
+
+@pytest.mark.fault("config", source="vturrisi/solo-learn#112, RasmussenLab/vamb#425")
+@pytest.mark.parametrize(
+    ("batch_size", "images", "processes", "pipeline", "limit", "message"),
+    [
+        (22, 43, 2, "kornia", None, None),  # Lightning's sampler repeats an image
+        (23, 43, 2, "kornia", None, "at most 22, the images of one of 2 processes, got 23"),
+        (22, 43, 2, "dali", None, "at most 21, the images of one of 2 processes, got 22"),
+        (11, 43, 4, "torchvision", None, None),
+        (12, 43, 4, "torchvision", None, "at most 11, the images of one of 4 processes, got 12"),
+        (10, 43, 1, "kornia", 0.25, None),
+        (10, 43, 1, "kornia", 0.1, "share of at least one of the epoch's 4 batches, got 0.1; set limit"),
+        (10, 43, 2, "kornia", 0.4, "share of at least one of the epoch's 2 batches, got 0.4; set limit"),
+        (10, 43, 1, "kornia", 1, None),
+    ],
+)
+def test_an_epoch_of_every_process_has_a_batch(batch_size, images, processes, pipeline, limit, message):
+    expectation = nullcontext() if message is None else pytest.raises(UserError, match=message)
+    with expectation:
+        _check_batches(batch_size, images, processes, pipeline, limit)

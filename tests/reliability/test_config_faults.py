@@ -68,7 +68,8 @@ SLIPS = {
     "max_epochs=10.0": "max_epochs must be an integer >= 1, got 10.0; write 10",
     "++max_steps=0": "max_steps must be an integer >= 1 or -1",
     "++gradient_clip_val=-1": "gradient_clip_val must be >= 0, got -1",
-    "optimizer.batch_size=0": "optimizer.batch_size must be an integer >= 1",
+    "optimizer.batch_size=0": "optimizer.batch_size must be an integer >= 2",
+    "optimizer.batch_size=1": "optimizer.batch_size must be an integer >= 2",  # BatchNorm
     "optimizer.batch_size=1e6": "write 1000000",
     "++optimizer.kwargs.betas=[0.9,2]": "optimizer.kwargs",
     "++optimizer.kwargs.beta=[0.9,0.99]": "optimizer.kwargs",

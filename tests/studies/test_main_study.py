@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from itertools import product
@@ -106,20 +107,31 @@ def test_a_trial_that_fails_does_not_stop_the_others_and_is_run_again(fresh_stud
     assert "backbone.name must be" in report.read_text()
 
 
-def test_an_interruption_leaves_a_report_and_the_same_command_goes_on(fresh_studies, monkeypatch, capsys):
+@pytest.mark.fault("studies")
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [
+        (KeyboardInterrupt, 130),
+        (lambda: SystemExit(128 + signal.SIGTERM), 143),  # within a training, which has saved
+        (lambda: os.kill(os.getpid(), signal.SIGTERM) or RuntimeError("not reached"), 143),
+    ],
+)
+def test_an_interruption_leaves_a_report_and_the_same_command_goes_on(
+    fresh_studies, monkeypatch, capsys, stop, code
+):
     done = []
     job = fresh_studies.job
 
     def interrupted(*args):
         if done:
-            raise KeyboardInterrupt
+            raise stop()
         done.append(job(*args))
         return done[-1]
 
     monkeypatch.setattr(fresh_studies, "job", interrupted)
     with pytest.raises(SystemExit) as stopped:
         fresh_studies.sweep("metamask_fig6", "factors.alpha=[1,2]", "baseline=null")
-    assert stopped.value.code == 130
+    assert stopped.value.code == code
     assert "interrupted; the same command goes on" in capsys.readouterr().out
     monkeypatch.setattr(fresh_studies, "job", job)
     report = fresh_studies.sweep("metamask_fig6", "factors.alpha=[1,2]", "baseline=null")
