@@ -22,6 +22,7 @@ def surviving_output() -> Iterator[None]:
     try:
         yield
     finally:
+        sys.stdout.flush()
         sys.stdout, sys.stderr = plain
 
 

@@ -61,19 +61,54 @@ def locked(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
     if fcntl is None or _rank() > 0:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = retried(lambda: os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666))
+    made = _make(folder)
+    handle = _opened(folder)
     _held.add(handle)
     try:
-        if _acquired(handle, folder, what, wait):
-            _sign(handle)
+        while _acquired(handle, folder, what, wait):
+            if _is_current(handle, folder):
+                _sign(handle)
+                break
+            made = _make(folder)  # whoever held the lock has removed the folder, as below
+            current = _opened(folder)
+            os.dup2(current, handle, inheritable=False)
+            os.close(current)
         yield
     finally:
         if handle in _held:  # else this is a forked child, which closed it
+            _remove_if_empty(folder, made)
             _held.discard(handle)
             with contextlib.suppress(OSError):  # before closing: a child that is being forked has a copy
                 fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
+
+
+def _make(folder: Path) -> list[Path]:
+    """Makes a folder; returns those that were missing on the way, the innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_if_empty(folder: Path, made: list[Path]) -> None:
+    """Removes the folders that were made for the lock, where nothing came of it."""
+    with contextlib.suppress(OSError):
+        if made and os.listdir(folder) == [NAME]:
+            (folder / NAME).unlink()
+            for path in made:
+                path.rmdir()
+
+
+def _opened(folder: Path) -> int:
+    return retried(lambda: os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666))
+
+
+def _is_current(handle: int, folder: Path) -> bool:
+    """Whether the lock file is still the one in the folder."""
+    try:
+        return os.fstat(handle).st_ino == os.stat(folder / NAME).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def is_locked(folder: Path) -> bool:

@@ -171,7 +171,10 @@ def test_settings_out_of_range_are_refused():
         ({"metric": "knn"}, "metric must be knn<k> or linear"),
         ({"removal": "best"}, "removal must be one of"),
         ({"weights": torch.ones(3)}, "weights must be one for each of 24 dimensions"),
-        ({"banzhaf_masks": 10}, "banzhaf_masks must be more than 25, got 10"),
+        (
+            {"banzhaf_masks": 10},
+            "banzhaf_masks must be more than 25, as the features have 24 dimensions, got 10",
+        ),
         ({"keep": 1.0}, "keep must be between 0 and 1"),
         ({"max_removed": 0}, "max_removed must be >= 1"),
     ):

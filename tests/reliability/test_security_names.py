@@ -99,7 +99,7 @@ def test_a_browser_runs_nothing_even_without_the_pages_own_policy(tmp_path):
 
 
 @security
-@pytest.mark.parametrize("text", ["\x1b[2J", "a\nerror: b", "a\n\nb", '","', '"', "\u202ecba", ";", "\t"])
+@pytest.mark.parametrize("text", ["\x1b[2J", "a\nerror: b", "a\n\nb", '","', '"', "\u202ecba", ";"])
 def test_a_names_line_ends_and_quotes_stay_in_its_cell(tmp_path, text):
     write_rows([{"arm": text, "seed": seed, "value": 1.0} for seed in (5, 6)], tmp_path)
     with (tmp_path / "results.csv").open(newline="") as file:
