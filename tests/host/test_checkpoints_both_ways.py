@@ -247,7 +247,8 @@ def test_main_linear_reads_a_run_of_solo_learns(runs, tmp_path):
         }
     )
     linear.run(cfg)
-    summary = json.loads((tmp_path / "linear" / "linear" / "summary.json").read_text())
+    (path,) = tmp_path.glob("linear/linear-*/summary.json")
+    summary = json.loads(path.read_text())
     assert (summary["pretrain_method"], summary["dim"]) == ("byol", 512)
 
 

@@ -141,6 +141,17 @@ def cfg_words(cfg):
     return [f"max_epochs={cfg.max_epochs}", f"++resume_from_checkpoint={cfg.resume_from_checkpoint}"]
 
 
+@pytest.mark.fault("resume")
+def test_a_metric_of_an_epochs_first_part_stays_in_its_row(tmp_path):
+    """The epoch's one meta step comes before the interruption, and none after it."""
+    words = ("method_kwargs.meta.every_n_steps=3", "max_epochs=1")
+    whole = pretrain.run(config(tmp_path / "whole", *words)).path
+    cfg = config(tmp_path / "runs", *words)
+    assert run_apart(cfg.copy(), stop_in_step(3, signal.SIGTERM)) == 143
+    folder = pretrain.run(cfg).path
+    assert rows(folder) == rows(whole) and rows(whole)[0]["train_outer_loss"]
+
+
 @pytest.mark.fault("resume", source="CellBender#241, #267, DeepTab#411, pytorch/torchtune#481")
 def test_a_folder_has_one_writer(copied, capsys):
     runs, folder = copied
