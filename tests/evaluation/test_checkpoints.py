@@ -245,3 +245,16 @@ def test_a_broken_args_json_is_named(tmp_path):
     (tmp_path / "args.json").write_text('{"method":')
     with pytest.raises(UserError, match="args.json must be readable JSON"):
         load_pretrained(path)
+
+
+def test_a_timm_model_with_a_hidden_layer_comes_back(tmp_path):
+    encoder = build_encoder("mobilenetv3_small_050", 32).eval()
+    state = {f"backbone.{key}": value for key, value in encoder.state_dict().items()}
+    torch.save(
+        {"state_dict": {**state, "mask.weight": torch.ones(encoder.num_features)}}, tmp_path / "last.ckpt"
+    )
+    args = {"backbone": {"name": "mobilenetv3_small_050"}, "augmentations": [{"crop_size": 32}]}
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    loaded = load_pretrained(tmp_path)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(loaded.backbone(x), encoder(x))

@@ -1,12 +1,9 @@
 """timm's models as encoders: the width of their features, whatever stands behind the pooling."""
 
-import json
-
 import pytest
 import torch
 
 from metamask_plugin.errors import UserError
-from metamask_plugin.evaluation.checkpoints import load_pretrained
 from metamask_plugin.modules.encoders import build_encoder
 
 WITH_A_HIDDEN_LAYER = [
@@ -56,16 +53,3 @@ def test_measuring_draws_no_random_numbers():
 def test_a_classifier_is_no_encoder():
     with pytest.raises(UserError, match="backbone.kwargs.num_classes must be 0"):
         build_encoder("mobilenetv3_small_050", 32, num_classes=10)
-
-
-def test_it_comes_back_from_a_checkpoint(tmp_path):
-    encoder = build_encoder("mobilenetv3_small_050", 32).eval()
-    state = {f"backbone.{key}": value for key, value in encoder.state_dict().items()}
-    torch.save(
-        {"state_dict": {**state, "mask.weight": torch.ones(encoder.num_features)}}, tmp_path / "last.ckpt"
-    )
-    args = {"backbone": {"name": "mobilenetv3_small_050"}, "augmentations": [{"crop_size": 32}]}
-    (tmp_path / "args.json").write_text(json.dumps(args))
-    loaded = load_pretrained(tmp_path)
-    x = torch.rand(2, 3, 32, 32)
-    assert torch.equal(loaded.backbone(x), encoder(x))
