@@ -126,6 +126,9 @@ def checkpoint_for(
     elsewhere = asked_for_elsewhere(cfg, folder)
     own = resumable(folder, model, experiment)
     if own is not None:
+        named = cfg.resume_from_checkpoint
+        if named is not None and Path(named).absolute() != own.absolute():
+            print(f"note: going on from {own}, the newest of this run, and not from {named}")
         return own
     if elsewhere is not None:
         return asked_for(elsewhere, model, experiment)

@@ -131,7 +131,8 @@ def test_an_interrupted_run_that_began_from_a_checkpoint_goes_on_where_it_was(tm
     assert run_apart(cfg.copy(), stop_in_step(14, signal.SIGTERM)) == 143
     capsys.readouterr()
     folder = pretrain.run(cfg.copy()).path
-    assert f"resuming {folder / 'last.ckpt'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"resuming {folder / 'last.ckpt'}" in said and "the newest of this run" in said
     assert_same(read(folder / "last.ckpt"), read(whole / "last.ckpt"))
     assert pretrain.run(cfg.copy()).path == folder
     assert "This run is complete" in capsys.readouterr().out
