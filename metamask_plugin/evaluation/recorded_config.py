@@ -57,6 +57,8 @@ KEYS: dict[str, Check] = {
         "between 0 and 1, or -1",
         lambda value: _number(value) and (value == -1 or 0 < value < 1),
     ),
+    "data.bits": _between(8, 16),
+    "data.evaluation_resize": SIDE,
     "data.num_workers": WHOLE,
     **{f"data.{key}": TEXT for key in ("train_path", "val_path", "format", "pipeline")},
     **{f"data.{key}": TEXT for key in ("region", "region_form", "verify", "invalid_images")},
