@@ -14,6 +14,7 @@ from metamask_plugin.cli.schema import REQUIRED, pretraining_schema
 from metamask_plugin.cli.schema_methods import BARE, METHOD_KWARGS, TASK_KWARGS
 from metamask_plugin.cli.validate import blocks_of, plain, validate, without_empty_blocks
 from metamask_plugin.data.augmentations import parse_augmentations
+from metamask_plugin.data.registry import DATASETS
 from metamask_plugin.errors import check, choose
 from metamask_plugin.host.solo_settings import is_solo_task
 from metamask_plugin.methods import METHODS
@@ -67,6 +68,9 @@ DEFAULTS: dict[str, Any] = {
 }
 """Used where the config is silent. The evaluation block is ours; solo-learn ignores it."""
 
+IN_NAMES = {"imagenet100": "imagenet-100", "tiny_imagenet": "tiny-imagenet"}
+"""How solo-learn spells data sets in the names of configs."""
+
 OPTIMIZER_KWARGS = {"sgd": {"momentum": 0.9}, "lars": {"momentum": 0.9}}
 """solo-learn's defaults for what its optimisers leave at zero."""
 
@@ -91,6 +95,7 @@ def complete(cfg: DictConfig) -> DictConfig:
             OmegaConf.update(cfg, key, value, force_add=True)
     for key, value in OPTIMIZER_KWARGS.get(cfg.optimizer.name, {}).items():
         cfg.optimizer.kwargs.setdefault(key, value)
+    cfg.name = _of_its_data(cfg.name, cfg.data.dataset)
     _count_views(cfg)
     rehearse(cfg)
 
@@ -141,6 +146,15 @@ def with_own_task_settings(cfg: DictConfig) -> DictConfig:
         return cfg  # a method of solo-learn brings its settings itself
     choose("method_kwargs.task", task, TASKS)
     return hydra.compose(hydra_cfg.job.config_name, [*hydra_cfg.overrides.task, f"task={task}"])
+
+
+def _of_its_data(name: str, dataset: str) -> str:
+    """A config's name ends in its data set, and follows where another one is asked for."""
+    spelt = [(f"-{word}", other) for other in DATASETS for word in (other, IN_NAMES.get(other, other))]
+    for ending, other in sorted(spelt, key=lambda pair: -len(pair[0])):
+        if name.endswith(ending):
+            return name if other == dataset else f"{name.removesuffix(ending)}-{dataset}"
+    return name
 
 
 def _count_views(cfg: DictConfig) -> None:

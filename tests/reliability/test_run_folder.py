@@ -549,6 +549,21 @@ def test_the_best_checkpoint_is_of_one_measure_and_comes_along(tmp_path, measure
     assert best["metric"] == "knn1" and best["epoch"] in (2, 3)
 
 
+@pytest.mark.fault("data")
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        (("data.dataset=custom",), "metamask_barlow-custom"),
+        (("data.dataset=custom", "name=a-tiny-imagenet"), "a-custom"),
+        (("data.dataset=tiny_imagenet", "name=a-tiny-imagenet"), "a-tiny-imagenet"),
+        (("data.dataset=custom", "name=mine"), "mine"),
+    ],
+)
+def test_a_runs_name_says_what_it_is_trained_on(tmp_path, words, name):
+    images(tmp_path / "images", count=1)
+    assert complete(config(tmp_path, *custom(tmp_path / "images"), *words)).name == name
+
+
 # what else may happen to a folder
 
 
