@@ -30,6 +30,7 @@ class _Trainer:
     world_size = 1
     num_devices = num_nodes = 1
     is_last_batch = False
+    is_global_zero = True
     sanity_checking = False
     estimated_stepping_batches = num_training_batches = 1_000_000
     accumulate_grad_batches = 1

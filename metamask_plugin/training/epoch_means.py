@@ -52,8 +52,10 @@ class EpochMeans(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._add(trainer)
         for key, (value, count) in self._pending.items():  # logged before the interruption alone
-            mean = value if count is None else value / count
-            pl_module.log(key.partition(".")[2], mean, sync_dist=trainer.world_size > 1)
+            hook, _, name = key.partition(".")
+            if hook != "on_train_epoch_end":  # those are of the epoch's end, which comes again
+                mean = value if count is None else value / count
+                pl_module.log(name, mean, sync_dist=trainer.world_size > 1)
         self._pending = {}
 
     def _add(self, trainer: pl.Trainer) -> None:

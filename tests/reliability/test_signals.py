@@ -39,6 +39,7 @@ def in_a_group(fault, method="fork"):
 
     def begin():
         os.setsid()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         multiprocessing.set_start_method(method, force=True)
         fault()
 
@@ -91,18 +92,25 @@ def of_files(images, runs, *overrides):
     )
 
 
+QUICK = (signal.SIGTERM, signal.SIGHUP)
+"""What the test command sends to a whole job; the slow tests send the others, too."""
+
+
 def workers(count):
     return ["++data.pipeline=torchvision", f"++data.num_workers={count}"]
 
 
 @pytest.mark.fault("processes", source=REPORT)
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize(
-    ("count", "method"),
+    ("number", "count", "method"),
     [
-        (2, "fork"),
-        pytest.param(0, "fork", marks=pytest.mark.slow),
-        pytest.param(2, "forkserver", marks=pytest.mark.slow),
+        pytest.param(
+            *(number, count, method),
+            id=f"{number.name}-{count}-{method}",
+            marks=() if number in QUICK and (count, method) == (2, "fork") else pytest.mark.slow,
+        )
+        for number in SIGNALS
+        for count, method in ((2, "fork"), (0, "fork"), (2, "forkserver"))
     ],
 )
 def test_a_signal_to_all_processes_saves_within_the_epoch(tmp_path, number, count, method):
@@ -306,6 +314,7 @@ def test_nohup_is_respected():
 def test_a_closed_output_does_not_change_how_a_signal_ends_a_command():
     script = (
         "import os, signal\nfrom metamask_plugin.cli.errors import one_line_errors\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "with one_line_errors():\n    os.read(0, 1)\n    os.kill(os.getpid(), signal.SIGHUP)"
     )
     process = subprocess.Popen(
