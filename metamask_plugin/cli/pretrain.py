@@ -46,7 +46,7 @@ from metamask_plugin.training.process_group import with_timeout
 from metamask_plugin.training.progress import Progress
 from metamask_plugin.training.rank_failure import watched_ranks
 from metamask_plugin.training.ranks import RankDraws
-from metamask_plugin.training.resume import adopt_best, asked_for_elsewhere, checkpoint_for, folder_for
+from metamask_plugin.training.resume import Start, adopt_best, checkpoint_for, start_of
 from metamask_plugin.training.run_folder import RunFolder, SameFolder
 from metamask_plugin.training.settings_apply import SettingsApply
 from metamask_plugin.training.torch_flags import torch_flags_kept
@@ -110,9 +110,9 @@ def pretrain(cfg: DictConfig, wait: bool = False) -> RunFolder:
     """
     _quiet()
     datamodule, model, experiment = prepared(cfg)
-    folder = folder_for(cfg, experiment)
-    with locked(folder.path, "the run folder", wait):
-        return _completed(cfg, folder, experiment, datamodule, model)
+    start = start_of(cfg, experiment, model)
+    with locked(start.folder.path, "the run folder", wait):
+        return _completed(cfg, start, datamodule, model)
 
 
 def prepared(cfg: DictConfig) -> tuple[PretrainDataModule, pl.LightningModule, dict[str, Any]]:
@@ -141,19 +141,14 @@ def prepared(cfg: DictConfig) -> tuple[PretrainDataModule, pl.LightningModule, d
 
 
 def _completed(
-    cfg: DictConfig,
-    folder: RunFolder,
-    experiment: dict[str, Any],
-    datamodule: PretrainDataModule,
-    model: pl.LightningModule,
+    cfg: DictConfig, start: Start, datamodule: PretrainDataModule, model: pl.LightningModule
 ) -> RunFolder:
     """Does what is left to do of a run: nothing, a report, or a training."""
-    data = EvaluationData(datamodule)
+    folder, data = start.folder, EvaluationData(datamodule)
     reported = cfg.evaluation.enabled and cfg.evaluation.final_report and data.available
-    if data.available:
+    if cfg.evaluation.enabled and data.available:
         cfg.evaluation.knn.k = within_bank("evaluation.knn.k", cfg.evaluation.knn.k, data.bank)
     evaluation = evaluation_of(cfg, data) if reported else None
-    elsewhere = asked_for_elsewhere(cfg, folder)
     if folder.is_complete(cfg.checkpoint.enabled, evaluation):
         print(f"This run is complete: {folder.path}")
         if reported:
@@ -162,11 +157,11 @@ def _completed(
         return folder
 
     initial = copy.deepcopy(model)
-    callbacks = _callbacks(cfg, folder, data, datamodule.position, experiment)
+    callbacks = _callbacks(cfg, folder, data, datamodule.position, start.experiment)
     trainer = _trainer(cfg, folder, callbacks)
-    checkpoint = checkpoint_for(cfg, folder, model, experiment)
+    checkpoint = checkpoint_for(cfg, start, model)
     if trainer.is_global_zero:
-        folder.start(_began_with(cfg, elsewhere, folder), datamodule.dataset.skipped, anew=checkpoint is None)
+        folder.start(cfg, datamodule.dataset.skipped, anew=checkpoint is None)
         if checkpoint is not None:
             adopt_best(checkpoint, folder)
         _announce(cfg, folder, model, checkpoint)
@@ -183,13 +178,6 @@ def _completed(
             model = model.float()  # as an evaluator loads it, whatever the precision of the training
             final_report(cfg, folder, data, initial, model, callbacks["history"], seconds, device)
     return folder
-
-
-def _began_with(cfg: DictConfig, elsewhere: Path | None, folder: RunFolder) -> DictConfig:
-    """The config for ``args.json``: it names the checkpoint of another run that this one began with."""
-    cfg = cfg.copy()
-    cfg.resume_from_checkpoint = folder.started_from() if elsewhere is None else str(elsewhere)
-    return cfg
 
 
 def _quiet() -> None:

@@ -3,9 +3,9 @@
 import contextlib
 import glob
 import os
-import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,107 +62,140 @@ OF_THE_STATE = (
 IMAGES = "data.images_fingerprint"
 
 
-def folder_for(cfg: DictConfig, experiment: Mapping[str, Any]) -> RunFolder:
-    """The folder of a run, ``<checkpoint.dir>/<method>/<name>-<digest>``: same experiment, same folder.
+BEGAN = "began_with"
+"""In an experiment: the checkpoint of another run with which this one began."""
 
-    So the same command finds its own run again, finished or not, and a sweep over any setting never resumes
-    a neighbour's. Without auto-resume it is a fresh one beside that (``-2``, ``-3`` ...), unless a checkpoint
-    of such a folder is asked for: then the run goes on in there.
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run is trained, and what it begins with.
+
+    Attributes:
+        folder: of the run.
+        experiment: see :func:`~metamask_plugin.training.experiment.experiment_of`; also what it begins with.
+        origin: the checkpoint of another run with which it begins; None at random weights.
+    """
+
+    folder: RunFolder
+    experiment: dict[str, Any]
+    origin: Path | None = None
+
+
+def start_of(cfg: DictConfig, experiment: dict[str, Any], model: nn.Module) -> Start:
+    """Finds the folder of a run, ``<checkpoint.dir>/<method>/<name>-<digest>``.
+
+    Same experiment, same folder: so the same command finds its own run again, finished or not, and a sweep
+    over any setting never resumes a neighbour's. With what checkpoint it begins is part of the experiment. A
+    checkpoint of the run itself that is asked for leads to its folder. With ``auto_resume.extend``, a run
+    that has no folder yet begins with that of a run which differs only in that it was to be shorter. Without
+    auto-resume the folder is a fresh one (``-2``, ``-3`` ...).
 
     Args:
         cfg: the complete config.
         experiment: see :func:`~metamask_plugin.training.experiment.experiment_of`.
+        model: the method that is to be trained.
     """
+    if cfg.resume_from_checkpoint is not None:
+        named = Path(cfg.resume_from_checkpoint)
+        about = _about(named)
+        own = _own(cfg, named, about, experiment)
+        return own or _begun(cfg, experiment, named, about)
+    scratch = Start(RunFolder(_free(cfg, experiment)), experiment)
+    extend = OmegaConf.select(cfg, "auto_resume.extend", default=True)
+    if not (cfg.auto_resume.enabled and extend) or scratch.folder.has_begun:
+        return scratch
+    shorter = [
+        (about["global_step"], _begun(cfg, experiment, neighbour.last_checkpoint, about))
+        for neighbour, about, found in _neighbours(cfg, experiment)
+        if _raised(found, about)
+    ]
+    shorter.sort(key=lambda found: (found[1].folder.has_begun, found[0]), reverse=True)
+    for _, start in shorter:
+        with contextlib.suppress(UserError):
+            check_resumable(start.origin, model)
+            return start
+    return scratch
+
+
+def _own(
+    cfg: DictConfig, named: Path, about: Mapping[str, Any] | None, experiment: dict[str, Any]
+) -> Start | None:
+    """The run whose checkpoint the user names, if that is this very experiment."""
+    runs, home = Path(cfg.checkpoint.dir) / cfg.method, named.absolute().parent
+    if about is None or home.parent != runs.absolute() or _settings_of(about, experiment):
+        return None
+    began = {BEGAN: about["identity"][BEGAN]} if BEGAN in about["identity"] else {}
+    return Start(RunFolder(runs / home.name), {**experiment, **began})
+
+
+def _begun(
+    cfg: DictConfig, experiment: dict[str, Any], origin: Path, about: Mapping[str, Any] | None
+) -> Start:
+    """The run of an experiment that begins with a checkpoint, which is known by its run and its name."""
+    run = experiment_digest(about["identity"]) if about else origin.absolute().parent.name
+    experiment = {**experiment, BEGAN: f"{run}/{origin.name}"}
+    return Start(RunFolder(_free(cfg, experiment)), experiment, origin)
+
+
+def _free(cfg: DictConfig, experiment: Mapping[str, Any]) -> Path:
+    """The experiment's folder; without auto-resume the first that is not there yet."""
     stem = Path(cfg.checkpoint.dir) / cfg.method / f"{cfg.name}-{experiment_digest(experiment)}"
-    named = cfg.resume_from_checkpoint
-    if named is not None:
-        home = Path(named).absolute().parent
-        attempt = re.fullmatch(re.escape(stem.name) + r"(-\d+)?", home.name)
-        if attempt and home.parent == stem.absolute().parent:
-            return RunFolder(stem.with_name(home.name))
     path, attempt = stem, 1
     while not cfg.auto_resume.enabled and path.exists():
         attempt += 1
         path = stem.with_name(f"{stem.name}-{attempt}")
-    return RunFolder(path)
+    return path
 
 
-def asked_for_elsewhere(cfg: DictConfig, folder: RunFolder) -> Path | None:
-    """The checkpoint of another folder that the user names; None where there is none.
+def checkpoint_for(cfg: DictConfig, start: Start, model: nn.Module) -> Path | None:
+    """The checkpoint to go on from, checked before anything starts; None to begin at random weights.
 
-    Raises:
-        UserError: the folder holds a run that did not begin with this file.
-    """
-    named = cfg.resume_from_checkpoint
-    if named is None or Path(named).absolute().parent == folder.path.absolute():
-        return None
-    begun = folder.is_finished or folder.last_checkpoint.exists()
-    if begun and folder.started_from() != named:
-        raise UserError(
-            f"{NAME} must be the file that the run in {folder.path} began with, "
-            f"{folder.started_from() or 'none'}, got {named!r}; set auto_resume.enabled=False for a folder "
-            "of its own"
-        )
-    return Path(named)
-
-
-def checkpoint_for(
-    cfg: DictConfig, folder: RunFolder, model: nn.Module, experiment: Mapping[str, Any]
-) -> Path | None:
-    """The checkpoint to go on from, checked before anything starts; None to begin anew.
-
-    In this order: the folder's own, which is newer than what the run began with; the one that the user names;
-    with ``auto_resume`` that of a run which differs in nothing but that it was to be shorter.
+    The folder's own goes first: it is newer than what the run began with.
 
     Args:
         cfg: the complete config.
-        folder: of the run.
+        start: of the run.
         model: the method that is to go on.
-        experiment: see :func:`~metamask_plugin.training.experiment.experiment_of`.
 
     Raises:
         UserError: there are checkpoints, and none is usable.
     """
-    elsewhere = asked_for_elsewhere(cfg, folder)
-    own = resumable(folder, model, experiment)
+    folder, named = start.folder, cfg.resume_from_checkpoint
+    own = resumable(folder, model, start.experiment)
     if own is not None:
-        named = cfg.resume_from_checkpoint
         if named is not None and Path(named).absolute() != own.absolute():
             print(f"note: going on from {own}, the newest of this run, and not from {named}")
         return own
-    if elsewhere is not None:
-        return asked_for(elsewhere, model, experiment)
-    if not cfg.auto_resume.enabled:
-        return None
     if (folder.path / "metrics.csv").exists():
         print(f"note: {folder.path} has no checkpoint any more: the run is trained anew")
+    elif start.origin is None and cfg.auto_resume.enabled:
+        _tell_of_another(cfg, start.experiment)
+    if start.origin is None:
         return None
-    return _of_a_neighbour(cfg, folder, model, experiment)
+    return asked_for(start.origin, model, start.experiment, named is None)
 
 
-def _of_a_neighbour(
-    cfg: DictConfig, folder: RunFolder, model: nn.Module, experiment: Mapping[str, Any]
-) -> Path | None:
-    """The last checkpoint of a shorter run; else says which run of this name is unfinished."""
-    shorter, others = [], []
-    for path in folder.path.parent.glob(f"{glob.escape(cfg.name)}-*"):
+def _neighbours(
+    cfg: DictConfig, experiment: Mapping[str, Any]
+) -> Iterator[tuple[RunFolder, dict[str, Any], dict[str, tuple[Any, Any]]]]:
+    """Other runs of the same name that nobody trains now: what is known of them, and how they differ."""
+    runs = Path(cfg.checkpoint.dir) / cfg.method
+    for path in runs.glob(f"{glob.escape(cfg.name)}-*"):
         neighbour = RunFolder(path)
-        about = None if path == folder.path else _about(neighbour.last_checkpoint)
-        if about is None or is_locked(path):
-            continue
-        found = differences(about["identity"], experiment)
-        if found and OmegaConf.select(cfg, "auto_resume.extend", default=True) and _raised(found, about):
-            shorter.append((about["global_step"], str(neighbour.last_checkpoint), found))
-        elif not neighbour.is_finished or set(found) == {IMAGES}:
-            others.append((len(found), about["epochs"], neighbour, found))
-    for _, path, found in sorted(shorter, reverse=True):
-        with contextlib.suppress(UserError):
-            check_resumable(Path(path), model)
-            print(
-                f"note: going on from {path}, which differs in {in_words(found)}; its learning rates "
-                "followed the shorter schedule (auto_resume.extend=False begins anew)"
-            )
-            return Path(path)
+        about = _about(neighbour.last_checkpoint)
+        if about is not None and not is_locked(path):
+            found = _settings_of(about, experiment)
+            if found:
+                yield neighbour, about, found
+
+
+def _tell_of_another(cfg: DictConfig, experiment: Mapping[str, Any]) -> None:
+    """Says which run of this name is unfinished, or has ended with other images: the most alike."""
+    others = [
+        (len(found), about["epochs"], neighbour, found)
+        for neighbour, about, found in _neighbours(cfg, experiment)
+        if not neighbour.is_finished or set(found) == {IMAGES}
+    ]
     if others:
         _, epochs, neighbour, found = min(others, key=lambda other: other[:2])
         state = "has ended" if neighbour.is_finished else f"stands at epoch {epochs}"
@@ -170,7 +203,14 @@ def _of_a_neighbour(
             f"note: another run of this name {state}, {neighbour.path}; it differs in {in_words(found)}; "
             f"go on from it with {NAME}={neighbour.last_checkpoint}"
         )
-    return None
+
+
+def _settings_of(
+    recorded: Mapping[str, Any] | None, experiment: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Settings in which a checkpoint's run differs from this one; what either began with is none."""
+    found = differences((recorded or {}).get("identity"), experiment)
+    return {key: value for key, value in found.items() if key != BEGAN}
 
 
 def _about(checkpoint: Path) -> dict[str, Any] | None:
@@ -273,18 +313,22 @@ def _aside(folder: RunFolder) -> str:
     return aside.name
 
 
-def asked_for(path: Path, model: nn.Module, experiment: Mapping[str, Any]) -> Path:
-    """The checkpoint that the user names, with a warning where it is of a run with other settings.
+def asked_for(path: Path, model: nn.Module, experiment: Mapping[str, Any], shorter: bool = False) -> Path:
+    """The checkpoint of another run to begin with; says where that run has other settings.
+
+    Args:
+        path: the checkpoint.
+        model: the method that is to go on.
+        experiment: of this run.
+        shorter: whether it was chosen, and not named, as that run differs in its length alone.
 
     Raises:
         UserError: it does not fit the model, is of another method or optimiser, has been trained for as long
             already, or was saved within an epoch that would not have the same batches here.
     """
     state = check_resumable(path, model)
-    found = differences(state.get("identity"), experiment)
+    found = _settings_of(state, experiment)
     _check_length(path, state, experiment)
-    if not found:
-        return path
     settled = {key: value for key, value in found.items() if key in OF_THE_STATE}
     if settled:
         raise UserError(
@@ -303,7 +347,13 @@ def asked_for(path: Path, model: nn.Module, experiment: Mapping[str, Any]) -> Pa
             f"{str(path)!r}: {in_words({key: found[key] for key in batches})}; take these settings, or a "
             "checkpoint of a whole epoch"
         )
-    print(f"warning: {path} was trained with other settings: {in_words(found)}; from here on these apply")
+    if shorter:
+        print(
+            f"note: going on from {path}, which differs in {in_words(found)}; its learning rates followed "
+            "the shorter schedule (auto_resume.extend=False begins anew)"
+        )
+    elif found:
+        print(f"warning: {path} was trained with other settings: {in_words(found)}; from here on these apply")
     return path
 
 

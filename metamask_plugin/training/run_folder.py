@@ -66,9 +66,10 @@ class RunFolder:
             self.table.exists() and _read(self.summary).get("evaluated_with") == evaluation
         )
 
-    def started_from(self) -> str | None:
-        """The checkpoint of another run that this one began with, as its command named it."""
-        return _read(self.path / "args.json").get("resume_from_checkpoint")
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is something to go on with, or nothing left to do."""
+        return self.is_finished or self.last_checkpoint.exists()
 
     def start(self, cfg: DictConfig, skipped: Sequence[object], anew: bool) -> None:
         """Makes the folder and writes ``args.json``, the resolved config, for the evaluators.

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from metamask_plugin.cli import pretrain
 from metamask_plugin.cli.config import complete
-from metamask_plugin.training.resume import folder_for
+from metamask_plugin.training.resume import start_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOCKS = ("data_wait_share", "train_seconds", "train_cpu_seconds")
@@ -74,7 +74,8 @@ def folder_of(cfg, resume=True):
     """Where the run of this config is, or would be."""
     cfg = complete(cfg.copy())
     cfg.auto_resume.enabled = resume
-    return folder_for(cfg, pretrain.prepared(cfg)[2]).path
+    _, model, experiment = pretrain.prepared(cfg)
+    return start_of(cfg, experiment, model).folder.path
 
 
 def signal_myself(number):

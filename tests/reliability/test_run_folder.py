@@ -85,17 +85,23 @@ def test_a_run_from_a_checkpoint_of_another_has_a_folder_of_its_own(copied, shor
     runs, folder = copied
     before = contents(folder)
     cfg = config(runs, "auto_resume.enabled=False", f"++resume_from_checkpoint={shorter / 'last.ckpt'}")
-    assert pretrain.run(cfg).path == folder.with_name(f"{folder.name}-2")
+    first, second = pretrain.run(cfg.copy()).path, pretrain.run(cfg).path
+    assert second == first.with_name(f"{first.name}-2") and first != folder
     assert contents(folder) == before
 
 
 @pytest.mark.fault("resume")
 def test_a_complete_run_that_began_elsewhere_is_no_answer(copied, shorter, capsys):
+    """Nor is one that began with a checkpoint an answer to a command that names none."""
     runs, folder = copied
     before = contents(folder)
-    said = ends_with(2, capsys, config(runs, f"++resume_from_checkpoint={shorter / 'last.ckpt'}"))
-    assert "resume_from_checkpoint must be the file that the run" in said
-    assert "auto_resume.enabled=False" in said and contents(folder) == before
+    cfg = config(runs, f"++resume_from_checkpoint={shorter / 'last.ckpt'}")
+    other = pretrain.run(cfg.copy()).path
+    assert other != folder and contents(folder) == before
+    assert f"resuming {shorter / 'last.ckpt'}" in capsys.readouterr().out
+    assert pretrain.run(cfg).path == other and "This run is complete" in capsys.readouterr().out
+    shutil.rmtree(folder)
+    assert folder_of(config(runs)) == folder
 
 
 @pytest.mark.fault("resume")
@@ -127,13 +133,16 @@ def stop_in_step(step, number):
 
 @pytest.mark.fault("resume")
 def test_an_interrupted_run_that_began_from_a_checkpoint_goes_on_where_it_was(tmp_path, shorter, capsys):
-    cfg = config(tmp_path, "max_epochs=5", f"++resume_from_checkpoint={shorter / 'last.ckpt'}")
+    cfg = config(tmp_path / "runs", "max_epochs=5", f"++resume_from_checkpoint={shorter / 'last.ckpt'}")
     whole = pretrain.run(config(tmp_path / "whole", *cfg_words(cfg))).path
     assert run_apart(cfg.copy(), stop_in_step(14, signal.SIGTERM)) == 143
-    capsys.readouterr()
-    folder = pretrain.run(cfg.copy()).path
+    folder = run_folder(tmp_path / "runs")
+    assert pretrain.run(cfg.copy()).path == folder
     said = capsys.readouterr().out
     assert f"resuming {folder / 'last.ckpt'}" in said and "the newest of this run" in said
+    again = cfg.copy()  # as the interrupted run says it
+    again.resume_from_checkpoint = str(folder / "last.ckpt")
+    assert pretrain.run(again).path == folder
     assert_same(read(folder / "last.ckpt"), read(whole / "last.ckpt"))
     assert pretrain.run(cfg.copy()).path == folder
     assert "This run is complete" in capsys.readouterr().out
@@ -347,6 +356,8 @@ def test_a_run_may_be_made_longer(copied, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "which differs in max_epochs 3 there, 5 here" in said and "epoch 3/5" not in said
     assert longer != folder and contents(folder) == before
+    assert pretrain.run(config(runs, "max_epochs=5")).path == longer
+    assert "This run is complete" in capsys.readouterr().out
     assert [row["epoch"] for row in rows(longer)] == list("01234")
     anew = pretrain.run(config(tmp_path / "other", "max_epochs=5")).path
     one, other = (read(path / "last.ckpt") for path in (longer, anew))
@@ -360,6 +371,9 @@ def test_a_sweep_and_a_study_begin_each_run_anew(copied, capsys):
     pretrain.run(config(runs, "max_epochs=4", "++auto_resume.extend=False"))
     said = capsys.readouterr().out
     assert "epoch 1/4" in said and "going on" not in said
+    longer = pretrain.run(config(runs, "max_epochs=5")).path
+    anew = pretrain.run(config(runs, "max_epochs=5", "++auto_resume.extend=False")).path
+    assert longer != anew, "what a study trains must not be what was gone on with"
     with initialize_config_dir(str(ROOT / "scripts" / "study"), version_base="1.2"):
         study = study_of(compose("metamask_fig10", ["size=smoke"]))
     assert pretraining_config(study, study.trials[0]).auto_resume.extend is False
