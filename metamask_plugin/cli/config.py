@@ -96,8 +96,11 @@ def complete(cfg: DictConfig) -> DictConfig:
     for key, value in OPTIMIZER_KWARGS.get(cfg.optimizer.name, {}).items():
         cfg.optimizer.kwargs.setdefault(key, value)
     cfg.name = _of_its_data(cfg.name, cfg.data.dataset)
+    written_by_a_run = OmegaConf.select(cfg, "data.num_large_crops") is not None
     _count_views(cfg)
     rehearse(cfg)
+    if written_by_a_run:
+        return cfg  # an args.json, whose learning rates are scaled
 
     scale = cfg.optimizer.batch_size * device_count(cfg) * cfg.num_nodes / 256
     cfg.optimizer.lr *= scale

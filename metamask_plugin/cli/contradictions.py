@@ -147,6 +147,12 @@ def _data(cfg: DictConfig) -> None:
         data.download,
     )
     check(
+        not (data.no_labels and cfg.method == "supervised"),
+        "data.no_labels",
+        "False with method=supervised: there is nothing to learn without labels",
+        data.no_labels,
+    )
+    check(
         not (data.no_labels and OmegaConf.select(cfg, "knn_eval.enabled")),
         "knn_eval.enabled",
         "False with data.no_labels=True: neighbours have no classes then",

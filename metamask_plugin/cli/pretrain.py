@@ -207,14 +207,14 @@ def _callbacks(
     }
     if cfg.checkpoint.enabled:
         callbacks["preemption"] = Preemption(position)
-        callbacks["checkpointer"] = Checkpointer(
-            folder,
-            cfg.checkpoint.frequency,
-            position,
-            callbacks["preemption"],
-            cfg.checkpoint.get("every_n_steps"),
-            identity,
-        )
+    callbacks["checkpointer"] = Checkpointer(  # which restores, too, where nothing is to be saved
+        folder,
+        cfg.checkpoint.frequency if cfg.checkpoint.enabled else None,
+        position,
+        callbacks.get("preemption"),
+        cfg.checkpoint.get("every_n_steps") if cfg.checkpoint.enabled else None,
+        identity,
+    )
     callbacks["rank_draws"] = RankDraws(cfg.seed)
     if cfg.evaluation.enabled and data.available:
         knn = cfg.evaluation.knn

@@ -12,7 +12,7 @@ IMAGES_DIGESTED = 20_000
 
 
 def fingerprint(split: ImageSplit) -> str:
-    """Hash of the number of images, the class names, the labels, and which images they are.
+    """Hash of the number of images, the class names, the labels, the boxes, and which images they are.
 
     Image files are known by their paths below the folder that holds them all, wherever that lies: one that
     was replaced under its own name is not noticed. Images in memory are known by their pixels.
@@ -25,6 +25,8 @@ def fingerprint(split: ImageSplit) -> str:
     """
     digest = hashlib.sha256(repr((len(split), list(split.classes))).encode(errors="surrogateescape"))
     digest.update(split.labels.numpy().astype("<i8").tobytes())
+    if split.boxes is not None:  # data.region shows what is inside, or outside
+        digest.update(split.boxes.numpy().astype("<i4").tobytes())
     if isinstance(split, FileImages):
         digest.update("\0".join(_below_their_folder(split.paths)).encode(errors="surrogateescape"))
     elif isinstance(split, MemoryImages):

@@ -1,7 +1,6 @@
 """Checkpoints from which a run goes on as if it had never stopped."""
 
 import random
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +9,7 @@ import torch
 
 from metamask_plugin.data.batches import EpochPosition
 from metamask_plugin.signals import Preempted
+from metamask_plugin.training.checkpoint_header import BEST, header_of
 from metamask_plugin.training.online_knn import OnlineKNN
 from metamask_plugin.training.preemption import Preemption
 from metamask_plugin.training.ranks import of_all_ranks, of_this_rank
@@ -49,7 +49,7 @@ class Checkpointer(pl.Callback):
 
     Args:
         folder: the run's folder.
-        frequency: epochs between checkpoints.
+        frequency: epochs between checkpoints; None: none is saved, and a resumed run goes on exactly.
         position: of the run's data module.
         preemption: what watches for signals; None for nothing.
         every_n_steps: optimiser steps between checkpoints within an epoch; None for none.
@@ -59,7 +59,7 @@ class Checkpointer(pl.Callback):
     def __init__(
         self,
         folder: RunFolder,
-        frequency: int = 1,
+        frequency: int | None = 1,
         position: EpochPosition | None = None,
         preemption: Preemption | None = None,
         every_n_steps: int | None = None,
@@ -100,6 +100,8 @@ class Checkpointer(pl.Callback):
             raise Preempted(number)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.frequency is None:
+            return
         finished = trainer.current_epoch + 1
         last = finished == trainer.max_epochs or trainer.global_step >= trainer.max_steps > 0
         stopping = self.preemption is not None and self.preemption.asked_to_stop(trainer) is not None
@@ -141,7 +143,7 @@ class BestCheckpoint(pl.Callback):
         knn: measures.
     """
 
-    state_key = "BestCheckpoint"
+    state_key = BEST
 
     def __init__(self, folder: RunFolder, knn: OnlineKNN):
         self.folder, self.knn = folder, knn
@@ -150,7 +152,9 @@ class BestCheckpoint(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the checkpoint that the run resumes from, if it was measured just now and is the best."""
-        if self._improved(trainer):
+        # a finished run is only reported: its best epoch stays, whatever this report measures
+        finished = trainer.strategy.broadcast(self.folder.is_finished)
+        if not finished and self._improved(trainer):
             state = trainer.strategy.checkpoint_io.load_checkpoint(trainer.ckpt_path)
             states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}
             state["callbacks"] = {key: value for key, value in states.items() if value}
@@ -177,18 +181,7 @@ class BestCheckpoint(pl.Callback):
         return self.best or {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        saved = best_of(self.folder.best_checkpoint)
+        header = header_of(self.folder.best_checkpoint)
+        saved = header and header.best
         comparable = saved is not None and saved["metric"] == state["metric"] == self.metric
         self.best = dict(state) if comparable and saved["value"] >= state["value"] else None
-
-
-def best_of(checkpoint: Path) -> dict[str, Any] | None:
-    """The best epoch that a checkpoint knows of: ``metric``, ``epoch`` and ``value``; None where of none.
-
-    Its tensors are not read.
-    """
-    try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        return state["callbacks"].get(BestCheckpoint.state_key)
-    except Exception:  # missing or damaged in whatever way: there is none
-        return None

@@ -10,6 +10,9 @@ from metamask_plugin.training.ranks import of_all_ranks, of_this_rank
 Running = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
 """Of each metric the sum (or the largest) so far and, of a mean, the samples that it is over."""
 
+AT_THE_END = "on_train_epoch_end."
+"""Of what is logged once an epoch: one that max_steps has cut short is logged again when it is whole."""
+
 
 class EpochMeans(pl.Callback):
     """Carries what Lightning has accumulated of an epoch's metrics into the run that goes on with the epoch.
@@ -52,10 +55,8 @@ class EpochMeans(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._add(trainer)
         for key, (value, count) in self._pending.items():  # logged before the interruption alone
-            hook, _, name = key.partition(".")
-            if hook != "on_train_epoch_end":  # those are of the epoch's end, which comes again
-                mean = value if count is None else value / count
-                pl_module.log(name, mean, sync_dist=trainer.world_size > 1)
+            mean = value if count is None else value / count
+            pl_module.log(key.partition(".")[2], mean, sync_dist=trainer.world_size > 1)
         self._pending = {}
 
     def _add(self, trainer: pl.Trainer) -> None:
@@ -76,7 +77,11 @@ class EpochMeans(pl.Callback):
 def _accumulating(trainer: pl.Trainer) -> list[tuple[str, Any]]:
     """Lightning's metrics of the running epoch that have been logged in it; of a kind that can be added."""
     metrics = trainer.fit_loop.epoch_loop._results.items()
-    return [(key, metric) for key, metric in metrics if metric.is_tensor and _was_logged(metric)]
+    return [
+        (key, metric)
+        for key, metric in metrics
+        if metric.is_tensor and _was_logged(metric) and not key.startswith(AT_THE_END)
+    ]
 
 
 def _is_mean(metric: Any) -> bool:

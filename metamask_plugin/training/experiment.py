@@ -30,14 +30,10 @@ WITHOUT_EFFECT = (
     "data.val_path",
     "data.verify",
     "debug_augmentations",
-    "host",
     "knn_eval",
     "numbers",
 )
-"""Keys that cannot change the bits of a training; of images the fingerprint counts, and not the place.
-
-Which host trains is compared apart, where it makes a difference.
-"""
+"""Keys that cannot change the bits of a training; of images the fingerprint counts, and not the place."""
 
 NOT_IN_THE_DIGEST = ("data.num_workers",)
 """Keys that change the draws of views alone: a run goes on with another value, and says so."""

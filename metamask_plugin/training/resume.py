@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -22,7 +23,7 @@ from metamask_plugin.evaluation.checkpoints import (
     recorded_host,
 )
 from metamask_plugin.evaluation.files import replacing
-from metamask_plugin.training.checkpointer import best_of
+from metamask_plugin.training.checkpoint_header import CheckpointHeader, header_of
 from metamask_plugin.training.experiment import (
     NOT_IN_THE_DIGEST,
     RAISABLE,
@@ -81,6 +82,12 @@ class Start:
     origin: Path | None = None
 
 
+@rank_zero_only
+def tell(line: str) -> None:
+    """Prints a line, once for all processes of a run."""
+    print(line, flush=True)
+
+
 def start_of(cfg: DictConfig, experiment: dict[str, Any], model: nn.Module) -> Start:
     """Finds the folder of a run, ``<checkpoint.dir>/<method>/<name>-<digest>``.
 
@@ -97,17 +104,16 @@ def start_of(cfg: DictConfig, experiment: dict[str, Any], model: nn.Module) -> S
     """
     if cfg.resume_from_checkpoint is not None:
         named = Path(cfg.resume_from_checkpoint)
-        about = _about(named)
-        own = _own(cfg, named, about, experiment)
-        return own or _begun(cfg, experiment, named, about)
+        header = header_of(named)
+        return _own(cfg, named, header, experiment) or _begun(cfg, experiment, named, header)
     scratch = Start(RunFolder(_free(cfg, experiment)), experiment)
     extend = OmegaConf.select(cfg, "auto_resume.extend", default=True)
     if not (cfg.auto_resume.enabled and extend) or scratch.folder.has_begun:
         return scratch
     shorter = [
-        (about["global_step"], _begun(cfg, experiment, neighbour.last_checkpoint, about))
-        for neighbour, about, found in _neighbours(cfg, experiment)
-        if _raised(found, about)
+        (header.steps, _begun(cfg, experiment, neighbour.last_checkpoint, header))
+        for neighbour, header, found in _neighbours(cfg, experiment)
+        if _raised(found, header, experiment)
     ]
     shorter.sort(key=lambda found: (found[1].folder.has_begun, found[0]), reverse=True)
     for _, start in shorter:
@@ -118,21 +124,21 @@ def start_of(cfg: DictConfig, experiment: dict[str, Any], model: nn.Module) -> S
 
 
 def _own(
-    cfg: DictConfig, named: Path, about: Mapping[str, Any] | None, experiment: dict[str, Any]
+    cfg: DictConfig, named: Path, header: CheckpointHeader | None, experiment: dict[str, Any]
 ) -> Start | None:
     """The run whose checkpoint the user names, if that is this very experiment."""
     runs, home = Path(cfg.checkpoint.dir) / cfg.method, named.absolute().parent
-    if about is None or home.parent != runs.absolute() or _settings_of(about, experiment):
+    if header is None or home.parent != runs.absolute() or _settings_of(header.experiment, experiment):
         return None
-    began = {BEGAN: about["identity"][BEGAN]} if BEGAN in about["identity"] else {}
+    began = {key: value for key, value in header.experiment.items() if key == BEGAN}
     return Start(RunFolder(runs / home.name), {**experiment, **began})
 
 
 def _begun(
-    cfg: DictConfig, experiment: dict[str, Any], origin: Path, about: Mapping[str, Any] | None
+    cfg: DictConfig, experiment: dict[str, Any], origin: Path, header: CheckpointHeader | None
 ) -> Start:
     """The run of an experiment that begins with a checkpoint, which is known by its run and its name."""
-    run = experiment_digest(about["identity"]) if about else origin.absolute().parent.name
+    run = experiment_digest(header.experiment) if header else origin.absolute().parent.name
     experiment = {**experiment, BEGAN: f"{run}/{origin.name}"}
     return Start(RunFolder(_free(cfg, experiment)), experiment, origin)
 
@@ -164,42 +170,42 @@ def checkpoint_for(cfg: DictConfig, start: Start, model: nn.Module) -> Path | No
     own = resumable(folder, model, start.experiment)
     if own is not None:
         if named is not None and Path(named).absolute() != own.absolute():
-            print(f"note: going on from {own}, the newest of this run, and not from {named}")
+            tell(f"note: going on from {own}, the newest of this run, and not from {named}")
         return own
+    if start.origin is not None:
+        return asked_for(start.origin, model, start.experiment, named is None)
     if (folder.path / "metrics.csv").exists():
-        print(f"note: {folder.path} has no checkpoint any more: the run is trained anew")
-    elif start.origin is None and cfg.auto_resume.enabled:
+        tell(f"note: {folder.path} has no checkpoint: the run is trained anew")
+    elif cfg.auto_resume.enabled:
         _tell_of_another(cfg, start.experiment)
-    if start.origin is None:
-        return None
-    return asked_for(start.origin, model, start.experiment, named is None)
+    return None
 
 
 def _neighbours(
     cfg: DictConfig, experiment: Mapping[str, Any]
-) -> Iterator[tuple[RunFolder, dict[str, Any], dict[str, tuple[Any, Any]]]]:
+) -> Iterator[tuple[RunFolder, CheckpointHeader, dict[str, tuple[Any, Any]]]]:
     """Other runs of the same name that nobody trains now: what is known of them, and how they differ."""
     runs = Path(cfg.checkpoint.dir) / cfg.method
     for path in runs.glob(f"{glob.escape(cfg.name)}-*"):
         neighbour = RunFolder(path)
-        about = _about(neighbour.last_checkpoint)
-        if about is not None and not is_locked(path):
-            found = _settings_of(about, experiment)
+        header = header_of(neighbour.last_checkpoint)
+        if header is not None and not is_locked(path):
+            found = _settings_of(header.experiment, experiment)
             if found:
-                yield neighbour, about, found
+                yield neighbour, header, found
 
 
 def _tell_of_another(cfg: DictConfig, experiment: Mapping[str, Any]) -> None:
     """Says which run of this name is unfinished, or has ended with other images: the most alike."""
     others = [
-        (len(found), about["epochs"], neighbour, found)
-        for neighbour, about, found in _neighbours(cfg, experiment)
+        (len(found), header.epochs, neighbour, found)
+        for neighbour, header, found in _neighbours(cfg, experiment)
         if not neighbour.is_finished or set(found) == {IMAGES}
     ]
     if others:
         _, epochs, neighbour, found = min(others, key=lambda other: other[:2])
         state = "has ended" if neighbour.is_finished else f"stands at epoch {epochs}"
-        print(
+        tell(
             f"note: another run of this name {state}, {neighbour.path}; it differs in {in_words(found)}; "
             f"go on from it with {NAME}={neighbour.last_checkpoint}"
         )
@@ -209,44 +215,30 @@ def _settings_of(
     recorded: Mapping[str, Any] | None, experiment: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
     """Settings in which a checkpoint's run differs from this one; what either began with is none."""
-    found = differences((recorded or {}).get("identity"), experiment)
+    found = differences(recorded, experiment)
     return {key: value for key, value in found.items() if key != BEGAN}
 
 
-def _about(checkpoint: Path) -> dict[str, Any] | None:
-    """Of which run a checkpoint is, and how far it has come; None where it does not say so.
-
-    Its tensors are not read.
-    """
-    try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        within = bool(state["batches_done"])
-        return {
-            "identity": dict(state["identity"]),
-            "global_step": state["global_step"],
-            "epochs": state["epoch"] + (0 if within else 1),
-        }
-    except Exception:  # damaged in whatever way: it is not this run's, and whoever wants it will be told
-        return None
-
-
-def _raised(found: Mapping[str, tuple[Any, Any]], about: Mapping[str, Any]) -> bool:
-    """Whether two runs differ only in that the second is to be longer."""
+def _raised(
+    found: Mapping[str, tuple[Any, Any]], header: CheckpointHeader, experiment: Mapping[str, Any]
+) -> bool:
+    """Whether two runs differ only in that the second is to be longer, and has steps left."""
     unlimited = {None: float("inf"), -1: float("inf")}
+    limit = experiment.get("max_steps")
+    if header.steps >= unlimited.get(limit, limit) or header.epochs >= experiment["max_epochs"]:
+        return False
     if not found.keys() <= {*RAISABLE, *NOT_IN_THE_DIGEST} or not found.keys() & set(RAISABLE):
         return False
     lengths = [found[key] for key in RAISABLE if key in found]
-    longer = all(unlimited.get(there, there) < unlimited.get(here, here) for there, here in lengths)
-    here = found.get("max_epochs", (0, float("inf")))[1]
-    return longer and about["epochs"] < here
+    return all(unlimited.get(there, there) < unlimited.get(here, here) for there, here in lengths)
 
 
 def adopt_best(checkpoint: Path, folder: RunFolder) -> None:
     """Copies the best checkpoint from where a run goes on from, if that is still the one of this past."""
     theirs = RunFolder(checkpoint.parent).best_checkpoint
     own = checkpoint.parent.absolute() == folder.path.absolute()
-    best = None if own else best_of(theirs)
-    if best is not None and best == best_of(checkpoint):
+    there, best = header_of(checkpoint), None if own else header_of(theirs)
+    if best and there and best.best is not None and best.best == there.best:
         with replacing(folder.best_checkpoint) as file, theirs.open("rb") as source:
             shutil.copyfileobj(source, file)
 
@@ -289,11 +281,11 @@ def resumable(folder: RunFolder, model: nn.Module, experiment: Mapping[str, Any]
             reasons.append(str(error))
             continue
         if not state.get("identity"):
-            print(f"warning: {path} does not say of which run it is; its settings are not compared")
+            tell(f"warning: {path} does not say of which run it is; its settings are not compared")
         if drawn:
-            print(f"note: {', '.join(drawn)} has changed: views are drawn differently from here on")
+            tell(f"note: {', '.join(drawn)} has changed: views are drawn differently from here on")
         for reason in reasons:
-            print(
+            tell(
                 f"warning: {reason}\n"
                 f"warning: resuming {path}, the one before; the other is now {_aside(folder)}"
             )
@@ -327,7 +319,7 @@ def asked_for(path: Path, model: nn.Module, experiment: Mapping[str, Any], short
             already, or was saved within an epoch that would not have the same batches here.
     """
     state = check_resumable(path, model)
-    found = _settings_of(state, experiment)
+    found = _settings_of(state.get("identity"), experiment)
     _check_length(path, state, experiment)
     settled = {key: value for key, value in found.items() if key in OF_THE_STATE}
     if settled:
@@ -348,12 +340,12 @@ def asked_for(path: Path, model: nn.Module, experiment: Mapping[str, Any], short
             "checkpoint of a whole epoch"
         )
     if shorter:
-        print(
+        tell(
             f"note: going on from {path}, which differs in {in_words(found)}; its learning rates followed "
-            "the shorter schedule (auto_resume.extend=False begins anew)"
+            "the shorter schedule (++auto_resume.extend=False begins anew)"
         )
     elif found:
-        print(f"warning: {path} was trained with other settings: {in_words(found)}; from here on these apply")
+        tell(f"warning: {path} was trained with other settings: {in_words(found)}; from here on these apply")
     return path
 
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin.evaluation.files import read_json, write_whole
 from metamask_plugin.evaluation.report import write_summary
+from metamask_plugin.training.checkpoint_header import header_of
 
 
 class RunFolder:
@@ -60,7 +61,8 @@ class RunFolder:
             with_checkpoint: whether the run is to leave a checkpoint.
             evaluation: settings of the final report that is wanted; None for no report.
         """
-        if not self.is_finished or (with_checkpoint and not self.last_checkpoint.exists()):
+        finished, last = _read(self.finished), header_of(self.last_checkpoint) if with_checkpoint else None
+        if not finished or (with_checkpoint and (last is None or last.steps != finished.get("steps"))):
             return False
         return evaluation is None or (
             self.table.exists() and _read(self.summary).get("evaluated_with") == evaluation

@@ -28,6 +28,8 @@ from PIL import Image
 from metamask_plugin.cli import pretrain
 from metamask_plugin.cli.config import complete
 from metamask_plugin.cli.devices import device_count
+from metamask_plugin.data.fingerprint import fingerprint
+from metamask_plugin.data.splits import MemoryImages
 from metamask_plugin.methods import METHODS
 from metamask_plugin.methods.task_method import TaskMethod
 from metamask_plugin.studies.pretraining import pretraining_config
@@ -183,7 +185,7 @@ def test_a_complete_run_without_its_checkpoint_is_trained_again(copied, capsys):
     for name in ("last.ckpt", "previous.ckpt"):
         (folder / name).unlink()
     pretrain.run(config(runs))
-    assert "has no checkpoint any more" in capsys.readouterr().out
+    assert "has no checkpoint: the run is trained anew" in capsys.readouterr().out
     assert_same(read(folder / "last.ckpt"), expected)
 
 
@@ -192,6 +194,33 @@ def test_a_run_without_checkpoints_does_not_count_for_one_that_wants_them(tmp_pa
     without = pretrain.run(config(tmp_path, "max_epochs=1", "checkpoint.enabled=False")).path
     assert without == pretrain.run(config(tmp_path, "max_epochs=1")).path
     assert (without / "last.ckpt").exists()
+
+
+@pytest.mark.fault("resume")
+def test_a_run_that_was_ended_without_checkpoints_is_gone_on_with(copied, tmp_path):
+    """Exactly, and it does not make the earlier checkpoint pass for the last one."""
+    expected = read(copied[1] / "last.ckpt")
+    other = config(tmp_path / "other")
+    assert run_apart(other.copy(), stop_in_step(6, signal.SIGTERM)) == 143
+    unsaved = other.copy()
+    unsaved.checkpoint.enabled = False
+    folder = pretrain.run(unsaved).path
+    assert rows(folder)[-1]["train_loss"] == rows(copied[1])[-1]["train_loss"]
+    assert read(folder / "last.ckpt")["global_step"] < expected["global_step"]
+    pretrain.run(other)
+    assert_same(read(folder / "last.ckpt"), expected)
+
+
+@pytest.mark.fault("resume")
+def test_another_evaluation_leaves_the_best_checkpoint_of_a_complete_run(tmp_path):
+    folder = pretrain.run(config(tmp_path, *UNREPORTED, "max_epochs=1")).path
+    best = folder / "best" / "best.ckpt"
+    state = read(best)
+    state["callbacks"]["BestCheckpoint"]["value"] = 100.0  # no epoch to come is better
+    torch.save(state, best)
+    before = best.read_bytes()
+    pretrain.run(config(tmp_path, *REPORTED, "max_epochs=1", "evaluation.knn.k=[20]"))
+    assert best.read_bytes() == before
 
 
 @pytest.mark.fault("resume")
@@ -252,6 +281,36 @@ def test_no_optimiser_step_is_no_training(tmp_path, capsys, monkeypatch):
     said = ends_with(2, capsys, config(tmp_path, *REPORTED))
     assert "must make an optimiser step" in said
     assert not [path for path in tmp_path.rglob("*") if path.name in ("finished.json", "table.txt")]
+
+
+@pytest.mark.fault("resume")
+def test_a_checkpoint_that_is_asked_for_and_gone_is_no_new_run(tmp_path, capsys):
+    cfg = config(tmp_path)
+    cfg.resume_from_checkpoint = str(folder_of(cfg) / "last.ckpt")
+    said = ends_with(2, capsys, cfg)
+    assert "which does not exist" in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.fault("config")
+def test_labels_are_not_learnt_where_there_are_none(tmp_path, capsys):
+    said = ends_with(2, capsys, config(tmp_path, "method=supervised", "++data.no_labels=True"))
+    assert "data.no_labels must be False with method=supervised" in said
+
+
+@pytest.mark.fault("resume")
+def test_more_epochs_of_a_run_that_has_made_its_steps_leave_a_checkpoint(tmp_path):
+    steps = ("++max_steps=4", "max_epochs=2")
+    shorter = pretrain.run(config(tmp_path, *steps)).path
+    longer = pretrain.run(config(tmp_path, *steps, "max_epochs=3")).path
+    assert longer != shorter and read(longer / "last.ckpt")["global_step"] == 4
+
+
+@pytest.mark.fault("config")
+def test_the_config_that_a_run_has_written_is_the_same_run():
+    once = complete(config("runs"))
+    again = complete(once.copy())
+    assert again.optimizer.lr == once.optimizer.lr
+    assert again.optimizer.classifier_lr == once.optimizer.classifier_lr
 
 
 # that a run knows itself
@@ -316,6 +375,14 @@ def test_what_changes_the_training_is_another_run(own, overrides):
     assert digest(*overrides) != own != digest(images="others")
 
 
+@pytest.mark.fault("auto-resume")
+def test_boxes_are_part_of_the_images():
+    images, labels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
+    boxes = torch.tensor([[0, 0, 2, 2], [1, 1, 3, 3]], dtype=torch.int32)
+    splits = [MemoryImages(images, labels, ["a", "b"], found) for found in (None, boxes, boxes + 1)]
+    assert len({fingerprint(split) for split in splits}) == 3
+
+
 @pytest.mark.fault("auto-resume", source="nnUNet#2367, lightning-hydra-template#146")
 def test_images_may_move_also_within_an_epoch(tmp_path):
     """As onto a job's own disk; saved by a signal in the middle of an epoch."""
@@ -363,6 +430,17 @@ def test_a_run_may_be_made_longer(copied, tmp_path, capsys):
     one, other = (read(path / "last.ckpt") for path in (longer, anew))
     rates = [state["optimizer_states"][0]["param_groups"][0]["lr"] for state in (one, other)]
     assert rates[0] == rates[1]
+
+
+@pytest.mark.fault("auto-resume")
+def test_a_longer_run_that_ends_before_its_first_checkpoint_goes_on_as_it_did(copied, capsys):
+    runs, folder = copied
+    longer = config(runs, "max_epochs=6", "checkpoint.frequency=10")
+    assert run_apart(longer.copy(), stop_in_step(18, signal.SIGKILL)) == -signal.SIGKILL
+    capsys.readouterr()
+    pretrain.run(longer)
+    said = capsys.readouterr().out
+    assert f"going on from {folder / 'last.ckpt'}" in said and "epoch 1/6" not in said
 
 
 @pytest.mark.fault("auto-resume")
