@@ -11,7 +11,7 @@ quickstart: $(VENV)/installed
 setup: $(VENV)/installed-test
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow

@@ -57,6 +57,7 @@ def test_a_second_process_is_refused_and_told_who_writes_and_a_killed_one_leaves
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.fault("processes")
 def test_a_process_can_wait_for_the_other_and_says_so_once(tmp_path, capsys):
     other = holder(tmp_path, 1)

@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from killed_runs import (
     ROOT,
@@ -196,6 +197,7 @@ def test_a_run_without_checkpoints_does_not_count_for_one_that_wants_them(tmp_pa
     assert (without / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("resume")
 def test_a_run_that_was_ended_without_checkpoints_is_gone_on_with(copied, tmp_path):
     """Exactly, and it does not make the earlier checkpoint pass for the last one."""
@@ -297,6 +299,7 @@ def test_labels_are_not_learnt_where_there_are_none(tmp_path, capsys):
     assert "data.no_labels must be False with method=supervised" in said
 
 
+@pytest.mark.slow
 @pytest.mark.fault("resume")
 def test_more_epochs_of_a_run_that_has_made_its_steps_leave_a_checkpoint(tmp_path):
     steps = ("++max_steps=4", "max_epochs=2")
@@ -350,29 +353,38 @@ OTHERS = [
 ]
 
 
-def digest(*overrides, images="the same"):
-    cfg = complete(config("runs", *overrides))
+@pytest.fixture(scope="module")
+def completed():
+    """A config that is checked and filled in."""
+    cfg = complete(config("runs"))
     cfg.data.num_classes = 10  # as the images say
-    cfg = METHODS[cfg.method](cfg).cfg
+    return METHODS[cfg.method](cfg).cfg
+
+
+def digest(completed, overrides=(), images="the same"):
+    cfg = completed.copy()
+    for override in overrides:
+        key, value = override.lstrip("+").split("=", 1)
+        OmegaConf.update(cfg, key, yaml.safe_load(value), force_add=True)
     known = (device_count(cfg), "cpu", cfg.data.get("pipeline") or "kornia", images)
     return experiment_digest(experiment_of(cfg, *known))
 
 
 @pytest.fixture(scope="module")
-def own():
-    return digest()
+def own(completed):
+    return digest(completed)
 
 
 @pytest.mark.fault("auto-resume", source="nnUNet#2367, fairchem#777, #803, Lightning#16639")
 @pytest.mark.parametrize("overrides", SAME, ids=" ".join)
-def test_what_cannot_change_the_training_leaves_the_run_the_same(own, overrides):
-    assert digest(*overrides) == own
+def test_what_cannot_change_the_training_leaves_the_run_the_same(completed, own, overrides):
+    assert digest(completed, overrides) == own
 
 
 @pytest.mark.fault("auto-resume")
 @pytest.mark.parametrize("overrides", OTHERS, ids=" ".join)
-def test_what_changes_the_training_is_another_run(own, overrides):
-    assert digest(*overrides) != own != digest(images="others")
+def test_what_changes_the_training_is_another_run(completed, own, overrides):
+    assert digest(completed, overrides) != own != digest(completed, images="others")
 
 
 @pytest.mark.fault("auto-resume")
@@ -399,6 +411,7 @@ def test_images_may_move_also_within_an_epoch(tmp_path):
     assert len(list((tmp_path / "runs/metamask").iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.fault("auto-resume", source="nnUNet#2367")
 def test_the_number_of_workers_may_be_lowered(tmp_path, capsys):
     images(tmp_path / "images")
@@ -432,6 +445,7 @@ def test_a_run_may_be_made_longer(copied, tmp_path, capsys):
     assert rates[0] == rates[1]
 
 
+@pytest.mark.slow
 @pytest.mark.fault("auto-resume")
 def test_a_longer_run_that_ends_before_its_first_checkpoint_goes_on_as_it_did(copied, capsys):
     runs, folder = copied
@@ -443,6 +457,7 @@ def test_a_longer_run_that_ends_before_its_first_checkpoint_goes_on_as_it_did(co
     assert f"going on from {folder / 'last.ckpt'}" in said and "epoch 1/6" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.fault("auto-resume")
 def test_a_sweep_and_a_study_begin_each_run_anew(copied, capsys):
     runs, folder = copied
@@ -494,7 +509,7 @@ SCHEDULES = {
 @pytest.mark.fault("resume")
 @pytest.mark.parametrize(
     "schedule",
-    [*list(SCHEDULES)[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in list(SCHEDULES)[2:])],
+    [pytest.param(name, marks=() if name == "warmup_cosine" else pytest.mark.slow) for name in SCHEDULES],
 )
 def test_another_learning_rate_is_the_one_that_is_used(tmp_path, monkeypatch, capsys, schedule):
     words = ("max_epochs=3", *SCHEDULES[schedule])
@@ -529,7 +544,7 @@ def test_what_is_over_before_it_begins_is_refused(tmp_path, shorter, capsys, ove
 
 
 @pytest.mark.fault("resume", source="anemoi-training#183, speculators#898, Lightning#11979")
-@pytest.mark.parametrize("schedule", ["iteration", "epoch"])
+@pytest.mark.parametrize("schedule", ["iteration", pytest.param("epoch", marks=pytest.mark.slow)])
 def test_max_steps_within_an_epoch(tmp_path, schedule, capsys):
     """The epoch is evaluated, and a run that goes on is the uninterrupted one to the last bit."""
     words = (*UNREPORTED, "scheduler.name=none", f"method_kwargs.meta.schedule={schedule}")
@@ -617,7 +632,9 @@ ENDS = {
 
 
 @pytest.mark.fault("resume")
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize(
+    "end", [pytest.param(end, marks=pytest.mark.slow if "measuring" in end else ()) for end in ENDS]
+)
 def test_the_best_checkpoint_is_as_if_nothing_had_happened(tmp_path, measured, end):
     fault, code, epochs = ENDS[end]
     cfg = config(tmp_path, *UNREPORTED)
@@ -631,6 +648,7 @@ def test_the_best_checkpoint_is_as_if_nothing_had_happened(tmp_path, measured, e
         assert_same(read(folder / name), read(measured / name))
 
 
+@pytest.mark.slow
 @pytest.mark.fault("resume")
 def test_the_best_checkpoint_is_of_one_measure_and_comes_along(tmp_path, measured):
     longer = (*UNREPORTED, "max_epochs=4", f"++resume_from_checkpoint={measured / 'last.ckpt'}")
@@ -745,7 +763,7 @@ def test_a_reader_that_ends_does_not_end_the_run(tmp_path):
 @pytest.mark.parametrize(
     "code", ["EIO", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ESTALE", "ENOTCONN", "EBUSY"))]
 )
-@pytest.mark.parametrize("name", ["last.ckpt", "metrics.csv"])
+@pytest.mark.parametrize("name", ["last.ckpt", pytest.param("metrics.csv", marks=pytest.mark.slow)])
 def test_a_file_system_that_fails_once_is_asked_again(tmp_path, monkeypatch, code, name):
     plain, failed = os.replace, []
 

@@ -112,7 +112,8 @@ def test_a_trial_that_fails_does_not_stop_the_others_and_is_run_again(fresh_stud
     ("stop", "code"),
     [
         (KeyboardInterrupt, 130),
-        (lambda: SystemExit(128 + signal.SIGTERM), 143),  # within a training, which has saved
+        # within a training, which has saved
+        pytest.param(lambda: SystemExit(128 + signal.SIGTERM), 143, marks=pytest.mark.slow),
         (lambda: os.kill(os.getpid(), signal.SIGTERM) or RuntimeError("not reached"), 143),
     ],
 )
@@ -226,6 +227,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_under_joblib_loaders_may_have_workers():
     pytest.importorskip("joblib", reason="Hydra's joblib launcher is not installed")
     # a process of its own: joblib's workers outlive the call
