@@ -25,7 +25,7 @@ def peaks(backbone: str, batch: int, size: int) -> dict[str, Memory]:
 
 @pytest.mark.parametrize(
     ("backbone", "size"),
-    [("conv4", 32), ("resnet18", 16), pytest.param("resnet18", 32, marks=pytest.mark.slow)],
+    [("conv4", 32), *(pytest.param("resnet18", size, marks=pytest.mark.slow) for size in (16, 32))],
 )
 def test_exact_stays_below_twice_the_plain_step(backbone, size):
     found = peaks(backbone, 8, size)

@@ -263,6 +263,7 @@ def test_the_script_itself_ends_with_one_line_and_code_2(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_without_a_config_the_shipped_ones_are_listed(tmp_path):
     command = [sys.executable, str(ROOT / "main_pretrain.py")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -284,7 +285,8 @@ def test_the_list_names_everything_that_is_registered(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override", [pytest.param("task=byol", marks=pytest.mark.slow), "method_kwargs.task=byol"]
+    "override",
+    [pytest.param(word, marks=pytest.mark.slow) for word in ("task=byol", "method_kwargs.task=byol")],
 )
 def test_either_way_to_name_a_task_brings_its_settings(tmp_path, override):
     command = [sys.executable, str(ROOT / "main_pretrain.py"), "--config-name", "metamask_barlow", override]

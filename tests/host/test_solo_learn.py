@@ -13,7 +13,7 @@ pytestmark = needs_solo_learn
 @pytest.mark.parametrize(
     ("tests", "chosen"),
     [
-        ("host/test_contract.py", ""),
+        pytest.param("host/test_contract.py", "", marks=pytest.mark.slow),
         ("methods/test_metamask.py", "not timm"),
         pytest.param("methods/test_icl_msr.py", "not timm", marks=pytest.mark.slow),
         pytest.param(

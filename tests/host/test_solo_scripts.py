@@ -88,6 +88,7 @@ def _second(folder):
     return checkpoint(folder, "metamask", 1)
 
 
+@pytest.mark.slow
 def test_solo_learns_auto_resume_cannot_take_another_experiment(folder, pretrained):
     """It looks for a run of the same method and optimiser, whatever its method_kwargs."""
     done = script(
@@ -199,6 +200,7 @@ def test_every_config_composes_there(folder):
         assert small == ("1" if method == "icl_msr" else "0"), line
 
 
+@pytest.mark.slow
 def test_importing_solo_learn_imports_nothing_of_ours():
     show = "import sys, solo.methods; print([name for name in sys.modules if 'metamask' in name])"
     assert under_solo("-c", show).stdout.strip() == "[]"

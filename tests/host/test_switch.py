@@ -36,6 +36,7 @@ def test_solo_learn_where_it_is(tmp_path):
     assert decide(tmp_path, CURRENT).stdout.strip() == "solo"
 
 
+@pytest.mark.slow
 def test_the_variable_overrides(tmp_path):
     assert decide(tmp_path, CURRENT, "embedded").stdout.strip() == "embedded"
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from metamask_plugin.cli import knn, linear, pretrain
 
 ADDED = "Lightning-AI/pytorch-lightning#19980, Lightning-AI/pytorch-lightning#12591"
-QUICK = [("bf16-true", "metamask_barlow", "kornia"), ("64-true", "icl_msr_simclr", "torchvision")]
+QUICK = [("bf16-true", "metamask_barlow", "kornia")]
 OTHERS = [
     (precision, name, pipeline)
     for precision in ("bf16-true", "64-true")
