@@ -61,6 +61,7 @@ def test_transformers_do_not_see_what_no_whole_patch_holds(name, size, patch, un
 
 def test_a_padding_transformer_may_have_any_size():
     encoder = build_encoder("vit_tiny_patch16_224", 28, depth=1, dynamic_img_size=True, dynamic_img_pad=True)
+    assert unseen_border(encoder, 28) == 0
     check_reach(encoder, 28, "crop_size")
 
 

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from metamask_plugin.cli import pretrain
 from metamask_plugin.cli.config import complete
+from metamask_plugin.methods.task_method import TaskMethod
 from metamask_plugin.training.resume import start_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,3 +118,18 @@ def rows(folder):
     """The rows of metrics.csv, without what a clock measured."""
     with (folder / "metrics.csv").open() as file:
         return [{key: row[key] for key in row if key not in CLOCKS} for row in csv.DictReader(file)]
+
+
+def in_step(step, then):
+    """Patches the method: ``then`` happens after the optimiser's ``step``-th step, before the meta step."""
+    plain = TaskMethod.on_train_batch_end
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.trainer.global_step == step:
+            then()
+        plain(self, outputs, batch, batch_idx)
+
+    def patch():
+        TaskMethod.on_train_batch_end = on_train_batch_end
+
+    return patch

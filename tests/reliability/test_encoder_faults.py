@@ -43,16 +43,13 @@ def test_an_unseen_border_of_small_crops_names_their_key():
 
 
 def test_the_remedies_are_accepted():
+    sizes = []
     for remedy in ("augmentations.0.crop_size=32", "++backbone.kwargs.patch_size=14"):
         overrides = ["augmentations.0.crop_size=28", remedy] if "patch" in remedy else [remedy]
-        complete(
-            config(
-                "accelerator=cpu",
-                "backbone.name=vit_tiny_patch16_224",
-                "++backbone.kwargs.depth=2",
-                *overrides,
-            )
-        )
+        words = ["accelerator=cpu", "backbone.name=vit_tiny_patch16_224", "++backbone.kwargs.depth=2"]
+        cfg = complete(config(*words, *overrides))
+        sizes.append((cfg.augmentations[0].crop_size, cfg.backbone.kwargs.get("patch_size")))
+    assert sizes == [(32, None), (28, 14)]
 
 
 def test_dropped_pixels_of_a_convolution_are_noted(capsys):

@@ -7,8 +7,8 @@ import signal
 import subprocess
 
 import pytest
-from killed_runs import assert_same, config, kill_myself, read, rows, run_apart, run_folder
-from test_resume_exactly import in_step, when_saving
+from killed_runs import assert_same, config, in_step, kill_myself, read, rows, run_apart, run_folder
+from test_resume_exactly import when_saving
 
 
 def limited_to(size):

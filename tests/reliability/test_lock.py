@@ -101,8 +101,11 @@ def test_a_file_system_without_locks_is_gone_on_with(tmp_path, monkeypatch, caps
 def test_other_ranks_do_not_lock(tmp_path, monkeypatch):
     with locked(tmp_path, "the run folder"):
         monkeypatch.setattr(lock.rank_zero_only, "rank", 1)
+        monkeypatch.setattr(fcntl, "flock", lambda *_: pytest.fail("rank 1 has locked"))
         with locked(tmp_path, "the run folder"):
-            pass
+            assert (tmp_path / lock.NAME).read_text().split()[0] == str(os.getpid())
+        monkeypatch.undo()
+        assert lock.is_locked(tmp_path), "rank 0 holds it still"
 
 
 def test_a_transient_error_is_tried_again_and_another_is_not(monkeypatch):

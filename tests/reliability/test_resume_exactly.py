@@ -5,10 +5,19 @@ import signal
 
 import pytest
 import torch
-from killed_runs import assert_same, config, kill_myself, read, rows, run_apart, run_folder, signal_myself
+from killed_runs import (
+    assert_same,
+    config,
+    in_step,
+    kill_myself,
+    read,
+    rows,
+    run_apart,
+    run_folder,
+    signal_myself,
+)
 
 from metamask_plugin.methods.bilevel_method import BilevelMethod
-from metamask_plugin.methods.task_method import TaskMethod
 from metamask_plugin.training import preemption
 from metamask_plugin.training.checkpointer import Checkpointer
 
@@ -54,21 +63,6 @@ def assert_as_uninterrupted(folder, whole):
     assert_same(read(folder / "last.ckpt"), read(whole / "last.ckpt"))
     assert rows(folder) == rows(whole)
     assert not list(folder.glob("**/*.part"))
-
-
-def in_step(step, then):
-    """Patches the method: ``then`` happens after the optimiser's ``step``-th step, before the meta step."""
-    plain = TaskMethod.on_train_batch_end
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        if self.trainer.global_step == step:
-            then()
-        plain(self, outputs, batch, batch_idx)
-
-    def patch():
-        TaskMethod.on_train_batch_end = on_train_batch_end
-
-    return patch
 
 
 def in_meta_step():

@@ -16,6 +16,7 @@ from killed_runs import (
     assert_same,
     config,
     folder_of,
+    in_step,
     kill_myself,
     read,
     rows,
@@ -121,17 +122,7 @@ def test_the_remedy_of_an_interrupted_second_attempt_goes_on_in_its_folder(copie
 
 
 def stop_in_step(step, number):
-    plain = TaskMethod.on_train_batch_end
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        if self.trainer.global_step == step:
-            signal_myself(number)
-        plain(self, outputs, batch, batch_idx)
-
-    def patch():
-        TaskMethod.on_train_batch_end = on_train_batch_end
-
-    return patch
+    return in_step(step, lambda: signal_myself(number))
 
 
 @pytest.mark.fault("resume")
@@ -701,24 +692,10 @@ def test_a_planted_link_is_not_written_through(copied, tmp_path):
 @pytest.mark.fault("resume")
 def test_a_folder_that_is_deleted_while_the_run_trains(tmp_path, capsys):
     log = tmp_path / "log"
-    fault = in_step_delete(tmp_path / "runs")
+    fault = in_step(6, lambda: shutil.rmtree(tmp_path / "runs"))
     assert run_apart(config(tmp_path / "runs", "max_epochs=9"), fault, log) == 2
     (line,) = [line for line in log.read_text().splitlines() if line.startswith("error:")]
     assert "was deleted" in line
-
-
-def in_step_delete(runs):
-    plain = TaskMethod.on_train_batch_end
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        plain(self, outputs, batch, batch_idx)
-        if self.trainer.global_step == 6:
-            shutil.rmtree(runs)
-
-    def patch():
-        TaskMethod.on_train_batch_end = on_train_batch_end
-
-    return patch
 
 
 @pytest.mark.fault("resume")
