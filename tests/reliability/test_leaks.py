@@ -53,11 +53,15 @@ def meta_step(model, views, original):
 def live_tensors():
     """Number of tensors that Python knows, and bytes of their storages."""
     gc.collect()
-    things = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
-    # those of a lazy module that another test has left have no storage yet
-    tensors = [thing for thing in things if not torch.nn.parameter.is_lazy(thing)]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return len(tensors), sum(storages.values())
+    count, storages = 0, {}
+    for thing in gc.get_objects():
+        # what another test of this process has left has no storage: lazy parameters, fakes of torch.compile
+        if issubclass(type(thing), torch.Tensor) and not torch.nn.parameter.is_lazy(thing):
+            with contextlib.suppress(RuntimeError):
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+                count += 1
+    return count, sum(storages.values())
 
 
 def resident_bytes():
