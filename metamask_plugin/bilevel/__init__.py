@@ -14,10 +14,19 @@ from metamask_plugin.bilevel.exact import Exact
 from metamask_plugin.bilevel.finite_difference import FiniteDifference
 from metamask_plugin.bilevel.first_order import FirstOrder
 from metamask_plugin.bilevel.functional import Functional
+from metamask_plugin.bilevel.permuted import Permuted
 from metamask_plugin.bilevel.problem import BilevelProblem, EncoderPass
 from metamask_plugin.bilevel.processes import DistributedBatch, OneProcess, Processes, joined
 from metamask_plugin.bilevel.tape import Tape
-from metamask_plugin.bilevel.trial import MomentumStep, PlainStep, Trial, TrialStep
+from metamask_plugin.bilevel.trial import (
+    AdamStep,
+    MatchedStep,
+    MomentumStep,
+    PlainStep,
+    Trial,
+    TrialStep,
+    TrustRatioStep,
+)
 from metamask_plugin.bilevel.unrolled import Unrolled
 
 ESTIMATORS: dict[str, type[Estimator]] = {
@@ -25,10 +34,12 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "unrolled": Unrolled,
     "finite_difference": FiniteDifference,
     "first_order": FirstOrder,
+    "permuted": Permuted,
 }
 
 __all__ = [
     "ESTIMATORS",
+    "AdamStep",
     "BilevelProblem",
     "CaptureError",
     "CudaGraph",
@@ -39,14 +50,17 @@ __all__ = [
     "FiniteDifference",
     "FirstOrder",
     "Functional",
+    "MatchedStep",
     "MetaGradient",
     "MomentumStep",
     "OneProcess",
+    "Permuted",
     "PlainStep",
     "Processes",
     "Tape",
     "Trial",
     "TrialStep",
+    "TrustRatioStep",
     "Unrolled",
     "joined",
 ]

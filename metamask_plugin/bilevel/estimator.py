@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils import get_total_norm
 
 from metamask_plugin.bilevel.params import Params, Weights, leaves
 from metamask_plugin.bilevel.problem import BilevelProblem, EncoderPass
@@ -11,17 +12,22 @@ from metamask_plugin.bilevel.trial import Trial
 
 
 class MetaGradient(NamedTuple):
-    """A meta-gradient and the losses met on the way.
+    """A meta-gradient and what was met on the way; all but the first are detached scalars.
 
     Attributes:
         weights: dL_out/dw, shaped as the problem's ``weights``.
-        inner_loss: L_in at the weights, detached scalar.
-        outer_loss: L_out at the trial weights, detached scalar.
+        inner_loss: L_in at the weights.
+        outer_loss: L_out at the trial weights.
+        gain: L_out at the weights less L_out at the trial weights. A trial step that is right for its
+            purpose has one above 0; where both losses are the same it is L_in - L_out.
+        relative_length: of the trial step, |(theta', phi') - (theta, phi)| / |(theta, phi)|.
     """
 
     weights: Weights
     inner_loss: torch.Tensor
     outer_loss: torch.Tensor
+    gain: torch.Tensor
+    relative_length: torch.Tensor
 
 
 class Estimator(ABC):
@@ -60,6 +66,8 @@ class InnerStep(NamedTuple):
         encoder_trial: theta', in no graph.
         head_trial: phi', in no graph.
         encoder_pass: the forward pass at theta.
+        outer_loss: L_out at the weights.
+        trial: the trial steps, linear at this gradient.
     """
 
     loss: torch.Tensor
@@ -69,6 +77,8 @@ class InnerStep(NamedTuple):
     encoder_trial: Params
     head_trial: Params
     encoder_pass: EncoderPass
+    outer_loss: torch.Tensor
+    trial: Trial
 
 
 def inner_step(problem: BilevelProblem, trial: Trial, twice: bool = False, tape: bool = False) -> InnerStep:
@@ -89,15 +99,44 @@ def inner_step(problem: BilevelProblem, trial: Trial, twice: bool = False, tape:
     (grad_h,), grad_phi = gradients(loss, (h,), phi, create_graph=twice)
     grad_theta = encoder_gradient(problem, encoder_pass, grad_h)
     detached = {name: grad.detach() for name, grad in grad_phi.items()}
+    params = problem.encoder_params, problem.head_params
+    trial = trial.at(params, (grad_theta, detached))
     return InnerStep(
         loss.detach(),
         weights,
         grad_h,
         grad_phi,
-        trial.encoder.step(problem.encoder_params, grad_theta),
-        trial.head.step(problem.head_params, detached),
+        trial.encoder.step(params[0], grad_theta),
+        trial.head.step(params[1], detached),
         encoder_pass,
+        outer_loss_before(problem, h, loss),
+        trial,
     )
+
+
+@torch.no_grad()
+def outer_loss_before(problem: BilevelProblem, h: torch.Tensor, inner_loss: torch.Tensor) -> torch.Tensor:
+    """L_out at the weights: what the trial step starts from.
+
+    Args:
+        problem: the problem.
+        h: features of the joint batch at theta.
+        inner_loss: L_in at the weights.
+    """
+    if problem.outer_encode is not None:
+        h = joint_features(problem, problem.outer_encode(problem.encoder_params))
+    elif problem.outer_loss is problem.inner_loss:
+        return inner_loss.detach()
+    return problem.outer_loss(h, problem.head_params, problem.weights)
+
+
+def relative_length(problem: BilevelProblem, encoder_trial: Params, head_trial: Params) -> torch.Tensor:
+    """Of the trial step, in the length of the weights; 0 where there are none."""
+    weights = [*problem.encoder_params.values(), *problem.head_params.values()]
+    trial = [*encoder_trial.values(), *head_trial.values()]
+    moved = get_total_norm([after - before for before, after in zip(weights, trial, strict=True)])
+    size = get_total_norm(weights)
+    return moved / size.clamp(min=torch.finfo(size.dtype).tiny)
 
 
 class OuterGradients(NamedTuple):
@@ -108,18 +147,22 @@ class OuterGradients(NamedTuple):
     encoder_direction: Params
     head_direction: Params
 
+    def result(self, problem: BilevelProblem, inner: InnerStep, weights: Weights) -> MetaGradient:
+        """The meta-gradient ``weights`` with what was met on the way."""
+        length = relative_length(problem, inner.encoder_trial, inner.head_trial)
+        return MetaGradient(weights, inner.loss, self.loss, inner.outer_loss - self.loss, length)
 
-def outer_gradients(problem: BilevelProblem, trial: Trial, inner: InnerStep) -> OuterGradients:
+
+def outer_gradients(problem: BilevelProblem, inner: InnerStep) -> OuterGradients:
     """Back-propagates L_out at (theta', phi'): d_w L_out, and u = l * v for both groups."""
-    encoder_pass = problem.forward_pass(inner.encoder_trial)
+    encoder_pass = problem.outer_pass(inner.encoder_trial)
     h, phi = joint_features(problem, encoder_pass.features).requires_grad_(), leaves(inner.head_trial)
     weights = tuple(w.detach().requires_grad_() for w in problem.weights)
     outer = problem.outer_loss(h, phi, weights)
     (v_h,), v_phi, direct = gradients(outer, (h,), phi, weights)
     v_theta = encoder_gradient(problem, encoder_pass, v_h)
-    return OuterGradients(
-        outer.detach(), direct, trial.encoder.pull_back(v_theta), trial.head.pull_back(v_phi)
-    )
+    directions = inner.trial.encoder.pull_back(v_theta), inner.trial.head.pull_back(v_phi)
+    return OuterGradients(outer.detach(), direct, *directions)
 
 
 def joint_features(problem: BilevelProblem, own: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,7 @@ class Exact(Estimator):
         inner = inner_step(problem, trial, twice=True, tape=self.reuse)
 
         # outer gradient at the trial weights: the direct term, and u
-        outer = outer_gradients(problem, trial, inner)
+        outer = outer_gradients(problem, inner)
 
         # d_w s
         s = sum((inner.head_gradient[name] * u).sum() for name, u in outer.head_direction.items())
@@ -63,7 +63,7 @@ class Exact(Estimator):
             s = s + (inner.features_gradient * tangent).sum()
         (correction,) = gradients(s, inner.weights)
         total = tuple(direct - c for direct, c in zip(outer.direct, correction))
-        return MetaGradient(total, inner.loss, outer.loss)
+        return outer.result(problem, inner, total)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ class FiniteDifference(Estimator):
 
     def gradient(self, problem: BilevelProblem, trial: Trial) -> MetaGradient:
         inner = inner_step(problem, trial)
-        outer = outer_gradients(problem, trial, inner)
+        outer = outer_gradients(problem, inner)
         u_theta, u_phi = outer.encoder_direction, outer.head_direction
 
         norm = torch.sqrt(sum(u.pow(2).sum() for u in [*u_theta.values(), *u_phi.values()]))
@@ -44,7 +44,7 @@ class FiniteDifference(Estimator):
         plus = self._weight_gradient(problem, u_theta, u_phi, e)
         minus = self._weight_gradient(problem, u_theta, u_phi, -e)
         total = tuple(d - (p - m) / (2 * e) for d, p, m in zip(outer.direct, plus, minus))
-        return MetaGradient(total, inner.loss, outer.loss)
+        return outer.result(problem, inner, total)
 
     @staticmethod
     def _weight_gradient(problem: BilevelProblem, u_theta: Params, u_phi: Params, e: torch.Tensor) -> Weights:

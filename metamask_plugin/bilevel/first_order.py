@@ -13,5 +13,5 @@ class FirstOrder(Estimator):
 
     def gradient(self, problem: BilevelProblem, trial: Trial) -> MetaGradient:
         inner = inner_step(problem, trial)
-        outer = outer_gradients(problem, trial, inner)
-        return MetaGradient(outer.direct, inner.loss, outer.loss)
+        outer = outer_gradients(problem, inner)
+        return outer.result(problem, inner, outer.direct)

@@ -55,7 +55,8 @@ class BilevelProblem:
     Attributes:
         encode: theta -> h, the features of this process's batch, any one shape.
         inner_loss: (h, phi, w) -> scalar, the loss that makes the trial step; h of the joint batch.
-        outer_loss: (h, phi, w) -> scalar, the loss at the trial weights, minimised over w; h likewise.
+        outer_loss: (h, phi, w) -> scalar, the loss at the trial weights, minimised over w; h likewise. The
+            same object as ``inner_loss`` where both are the same function.
         encoder_params: theta.
         head_params: phi, everything behind the encoder that takes the trial step.
         weights: w.
@@ -63,6 +64,7 @@ class BilevelProblem:
             it may be compiled, or compute in a lower precision. ``encode`` if None.
         eager: within it ``encode_once`` is not compiled, so that a :class:`Tape` can watch it.
         encoded: the pass at theta, where one has been made already, as by the regular step.
+        outer_encode: ``encode_once`` of the batch that the outer loss is of, where that is another one.
         processes: who shares the batch.
     """
 
@@ -75,6 +77,7 @@ class BilevelProblem:
     encode_once: Callable[[Params], torch.Tensor] | None = None
     eager: Callable[[], AbstractContextManager] = nullcontext
     encoded: EncoderPass | None = None
+    outer_encode: Callable[[Params], torch.Tensor] | None = None
     processes: Processes = field(default_factory=OneProcess)
 
     def __post_init__(self) -> None:
@@ -104,6 +107,14 @@ class BilevelProblem:
         with self.eager(), recorder.recording():
             return EncoderPass(self.first_order_encode(theta), theta, recorder)
 
+    def outer_pass(self, params: Params) -> EncoderPass:
+        """The encoder at ``params`` on the batch that the outer loss is of."""
+        if self.outer_encode is None:
+            return self.forward_pass(params)
+        theta = leaves(params)
+        return EncoderPass(self.outer_encode(theta), theta)
+
+    @torch.no_grad()
     def frozen_encoder(self) -> "BilevelProblem":
         """The same problem with a trial step on the heads alone: theta' = theta.
 
@@ -112,12 +123,13 @@ class BilevelProblem:
         if self.encoded is not None:
             features = self.encoded.features.detach()
         else:
-            with torch.no_grad():
-                features = self.first_order_encode(self.encoder_params)
+            features = self.first_order_encode(self.encoder_params)
+        outer = None if self.outer_encode is None else self.outer_encode(self.encoder_params)
         return replace(
             self,
             encode=lambda _: features,
             encode_once=None,
             encoder_params={},
             encoded=EncoderPass(features, {}),
+            outer_encode=None if outer is None else lambda _: outer,
         )

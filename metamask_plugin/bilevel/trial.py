@@ -6,27 +6,33 @@ from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
+from torch.nn.utils import get_total_norm
 
 from metamask_plugin.bilevel.params import Params
 
+Number = float | torch.Tensor
+
 
 class TrialStep(Protocol):
-    """One gradient step on one group of parameters, linear in the gradient.
+    """One gradient step on one group of parameters.
 
     Attributes:
-        lr: l, its length.
+        numbers: what changes from one iteration to the next and is no tensor that is read in place, the
+            learning rate first.
     """
 
-    lr: float | torch.Tensor
+    numbers: tuple[Number, ...]
 
-    def step(self, params: Params, grads: Params) -> Params:
-        """Returns the trial weights; differentiable in ``grads``, changes nothing in place."""
+    def at(self, params: Params, grads: Params) -> "PlainStep":
+        """Returns the step as one that is linear in the gradient, all else held fixed.
 
-    def pull_back(self, cotangent: Params) -> Params:
-        """Returns u with <u, dg> = -<cotangent, d step(params, g)>: what a change of g costs."""
+        Args:
+            params: the weights, in no graph.
+            grads: the inner gradient, in no graph.
+        """
 
-    def of_length(self, lr: float | torch.Tensor) -> "TrialStep":
-        """Returns the same step with another l."""
+    def with_numbers(self, *numbers: Number) -> "TrialStep":
+        """Returns the same step with other :attr:`numbers`."""
 
 
 class PlainStep:
@@ -34,31 +40,39 @@ class PlainStep:
 
     Args:
         lr: l >= 0; a scalar tensor may change between two replays of a :class:`CudaGraph`.
-        scale: factors on l of single parameters, by name, where the optimiser has several rates.
+        scale: factors on l of single parameters, by name: of a parameter, or of each of its entries.
 
     [0] Li et al., *MetaMask*, NeurIPS 2022.
     """
 
-    def __init__(self, lr: float | torch.Tensor, scale: Mapping[str, float] = MappingProxyType({})):
+    def __init__(self, lr: Number, scale: Mapping[str, Number] = MappingProxyType({})):
         if not isinstance(lr, torch.Tensor) and lr < 0:
-            raise ValueError(f"PlainStep: lr must be >= 0, got {lr}")
+            raise ValueError(f"{type(self).__name__}: lr must be >= 0, got {lr}")
         self.lr, self.scale = lr, scale
 
-    def length(self, name: str) -> float | torch.Tensor:
+    @property
+    def numbers(self) -> tuple[Number, ...]:
+        return (self.lr,)
+
+    def with_numbers(self, lr: Number) -> "PlainStep":
+        step = copy.copy(self)
+        step.lr = lr
+        return step
+
+    def at(self, params: Params, grads: Params) -> "PlainStep":
+        return self
+
+    def length(self, name: str) -> Number:
         """l of one parameter."""
         return self.lr * self.scale[name] if name in self.scale else self.lr
 
     def step(self, params: Params, grads: Params) -> Params:
+        """Returns the trial weights; differentiable in ``grads``, changes nothing in place."""
         return {name: param - self.length(name) * grads[name] for name, param in params.items()}
 
     def pull_back(self, cotangent: Params) -> Params:
+        """Returns u with <u, dg> = -<cotangent, d step(params, g)>: what a change of g costs."""
         return {name: self.length(name) * v for name, v in cotangent.items()}
-
-    def of_length(self, lr: float | torch.Tensor) -> "PlainStep":
-        """The same step with another l."""
-        step = copy.copy(self)
-        step.lr = lr
-        return step
 
 
 class MomentumStep(PlainStep):
@@ -81,11 +95,11 @@ class MomentumStep(PlainStep):
 
     def __init__(
         self,
-        lr: float,
+        lr: Number,
         momentum: float,
         weight_decay: float | Mapping[str, float],
         buffers: Params,
-        scale: Mapping[str, float] = MappingProxyType({}),
+        scale: Mapping[str, Number] = MappingProxyType({}),
     ):
         super().__init__(lr, scale)
         self.momentum, self.weight_decay, self.buffers = momentum, weight_decay, buffers
@@ -99,8 +113,155 @@ class MomentumStep(PlainStep):
         return super().step(params, descent)
 
 
+class AdamStep(PlainStep):
+    """The step that Adam or AdamW would make, momentum and weight decay aside.
+
+        theta' = theta - l * g / (sqrt(v / c) + eps),       c = 1 - beta2^t
+
+    Its second moments v are those of the optimiser's last step, and are held fixed: Eqs. (1) and (2) of
+    Algorithm 1 in [0] without the first moment.
+
+    Args:
+        lr: l >= 0.
+        second_moments: v, by name. A parameter without has had no gradient yet, and is not moved.
+        corrections: c, of each number of steps t that parameters have made.
+        eps: the optimiser's.
+        scale: factors on l.
+        which: the place of a parameter's c in ``corrections``, 0 where it is not named.
+
+    [0] Kingma and Ba, *Adam*, ICLR 2015.
+
+    Example:
+        >>> state = optimizer.state[weight]
+        >>> c = 1 - 0.999 ** float(state["step"])
+        >>> step = AdamStep(1e-3, {"weight": state["exp_avg_sq"]}, (c,))
+        >>> trial = Trial(step, PlainStep(0.1))
+    """
+
+    def __init__(
+        self,
+        lr: Number,
+        second_moments: Params,
+        corrections: tuple[Number, ...],
+        eps: float = 1e-8,
+        scale: Mapping[str, Number] = MappingProxyType({}),
+        which: Mapping[str, int] = MappingProxyType({}),
+    ):
+        super().__init__(lr, scale)
+        self.second_moments, self.corrections, self.eps = second_moments, corrections, eps
+        self.which = which
+
+    @property
+    def numbers(self) -> tuple[Number, ...]:
+        return (self.lr, *self.corrections)
+
+    def with_numbers(self, lr: Number, *corrections: Number) -> "AdamStep":
+        step = super().with_numbers(lr)
+        step.corrections = corrections
+        return step
+
+    def at(self, params: Params, grads: Params) -> PlainStep:
+        return PlainStep(self.lr, {name: self._factor(name) for name in params})
+
+    def _factor(self, name: str) -> Number:
+        if name not in self.second_moments:
+            return 0.0
+        root = self.second_moments[name].sqrt() / self.corrections[self.which.get(name, 0)] ** 0.5
+        return self.scale.get(name, 1.0) / (root + self.eps)
+
+
+class TrustRatioStep(PlainStep):
+    """The step that LARS would make, momentum and weight decay aside.
+
+        theta' = theta - l * q * g,       q = eta * |theta| / (|g| + weight_decay * |theta| + eps)
+
+    q, one number a parameter, is that of the inner gradient, and is held fixed: Eq. (6) of [0].
+
+    Args:
+        lr: l >= 0.
+        eta: trust coefficient, by parameter; one that is not named is not adapted (q = 1).
+        weight_decay: by parameter.
+        eps: the optimiser's.
+        clip: whether l * q is at most l (LARC).
+        scale: factors on l of single parameters.
+        weight: what the inner loss counts for in the loss that the optimiser descends: q is that of its
+            gradient.
+
+    [0] You, Gitman and Ginsburg, *Large Batch Training of Convolutional Networks*, arXiv 1708.03888.
+    """
+
+    def __init__(
+        self,
+        lr: Number,
+        eta: Mapping[str, float],
+        weight_decay: Mapping[str, float],
+        eps: float = 1e-8,
+        clip: bool = False,
+        scale: Mapping[str, Number] = MappingProxyType({}),
+        weight: float = 1.0,
+    ):
+        super().__init__(lr, scale)
+        self.eta, self.weight_decay, self.eps, self.clip, self.weight = eta, weight_decay, eps, clip, weight
+
+    def at(self, params: Params, grads: Params) -> PlainStep:
+        return PlainStep(self.lr, {name: self._factor(name, params[name], grads[name]) for name in params})
+
+    def _factor(self, name: str, param: torch.Tensor, grad: torch.Tensor) -> Number:
+        scale = self.scale.get(name, 1.0)
+        if name not in self.eta:
+            return scale * self.weight
+        size, slope = param.norm(), self.weight * grad.norm()
+        q = self.eta[name] * size / (slope + self.weight_decay[name] * size + self.eps)
+        if self.clip:
+            q = (q / (self.lr * scale)).clamp(max=1.0)
+        return scale * self.weight * torch.where((size > 0) & (slope > 0), q, 1.0)
+
+
+class MatchedStep:
+    """A plain step whose length is a share of another step's, so that it need not be guessed.
+
+        theta' = theta - l * g,       l = share * |other step| / |g|
+
+    l is held fixed where the step is differentiated.
+
+    Args:
+        other: the step whose length it has, such as the main optimiser's own.
+        share: of that length, >= 0.
+        scale: factors on l of single parameters.
+    """
+
+    def __init__(
+        self, other: TrialStep, share: float = 1.0, scale: Mapping[str, Number] = MappingProxyType({})
+    ):
+        if share < 0:
+            raise ValueError(f"MatchedStep: share must be >= 0, got {share}")
+        self.other, self.share, self.scale = other, share, scale
+
+    @property
+    def numbers(self) -> tuple[Number, ...]:
+        return self.other.numbers
+
+    def with_numbers(self, *numbers: Number) -> "MatchedStep":
+        return MatchedStep(self.other.with_numbers(*numbers), self.share, self.scale)
+
+    def at(self, params: Params, grads: Params) -> PlainStep:
+        other = self.other.at(params, grads).step(params, grads)
+        own = PlainStep(1.0, self.scale).step(params, grads)
+        wanted, unit = distance(other, params), distance(own, params)
+        return PlainStep(torch.where(unit > 0, self.share * wanted / unit, 0.0), self.scale)
+
+
+def distance(params: Params, others: Params) -> torch.Tensor:
+    """Euclidean distance of two points, over all parameters; a scalar."""
+    return get_total_norm([params[name] - others[name] for name in params])
+
+
 class Trial(NamedTuple):
     """The trial steps of both groups; the papers let their learning rates differ."""
 
     encoder: TrialStep
     head: TrialStep
+
+    def at(self, params: tuple[Params, Params], grads: tuple[Params, Params]) -> "Trial":
+        """Both steps as linear ones, see :meth:`TrialStep.at`."""
+        return Trial(*(step.at(*point) for step, point in zip(self, zip(params, grads))))

@@ -1,8 +1,15 @@
 """The meta-gradient by back-propagation through the trial step: the oracle."""
 
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metamask_plugin.bilevel.estimator import Estimator, MetaGradient, gradients
+from metamask_plugin.bilevel.estimator import (
+    Estimator,
+    MetaGradient,
+    gradients,
+    outer_loss_before,
+    relative_length,
+)
 from metamask_plugin.bilevel.params import leaves
 from metamask_plugin.bilevel.problem import BilevelProblem
 from metamask_plugin.bilevel.processes import OneProcess
@@ -23,10 +30,17 @@ class Unrolled(Estimator):
         theta, phi = leaves(problem.encoder_params), leaves(problem.head_params)
         weights = tuple(w.detach().requires_grad_() for w in problem.weights)
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no double backward
-            inner = problem.inner_loss(problem.encode(theta), phi, weights)
-            grad_theta, grad_phi = gradients(inner, theta, phi, create_graph=True)
-            theta_trial = trial.encoder.step(theta, grad_theta)
-            phi_trial = trial.head.step(phi, grad_phi)
-            outer = problem.outer_loss(problem.encode(theta_trial), phi_trial, weights)
+            h = problem.encode(theta)
+            inner = problem.inner_loss(h, phi, weights)
+            grads = gradients(inner, theta, phi, create_graph=True)
+            detached = [{name: grad.detach() for name, grad in group.items()} for group in grads]
+            trial = trial.at((problem.encoder_params, problem.head_params), detached)
+            theta_trial = trial.encoder.step(theta, grads[0])
+            phi_trial = trial.head.step(phi, grads[1])
+            encode = problem.outer_encode or problem.encode
+            outer = problem.outer_loss(encode(theta_trial), phi_trial, weights)
             (total,) = gradients(outer, weights)
-        return MetaGradient(total, inner.detach(), outer.detach())
+        before = outer_loss_before(problem, h.detach(), inner)
+        with torch.no_grad():
+            length = relative_length(problem, theta_trial, phi_trial)
+        return MetaGradient(total, inner.detach(), outer.detach(), before - outer.detach(), length)

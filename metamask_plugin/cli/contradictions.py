@@ -23,8 +23,8 @@ PRECISIONS = (
 """Lightning's."""
 HALF = ("bf16-true", "16-true")
 DOWNLOADS = ("cifar10", "cifar100", "stl10")
-STEPPING = ("sgd", "lars")
-"""Optimisers whose learning rate is the length of a gradient step, and which keep a momentum buffer."""
+WITH_MOMENTUM = ("sgd", "lars")
+"""Optimisers that keep a momentum buffer."""
 MOST_PROCESSES = 1024
 
 
@@ -224,14 +224,15 @@ def _task(cfg: DictConfig, kwargs: DictConfig) -> None:
 def _meta(cfg: DictConfig, meta: DictConfig) -> None:
     name, main = "method_kwargs.meta", cfg.optimizer.name
     check(
-        meta.inner_lr is not None or main in STEPPING,
+        meta.trial != "plain" or meta.inner_lr is not None or main == "sgd",
         f"{name}.inner_lr",
-        f"set when optimizer.name is {main}: its learning rate is not the length of a gradient step",
+        f"set for trial=plain when optimizer.name is {main}: its learning rate is not the length of a "
+        "gradient step",
         None,
-        "try 0.1",
+        f"set ++{name}.inner_lr=auto",
     )
     check(
-        meta.trial != "momentum" or main in STEPPING,
+        meta.trial != "momentum" or main in WITH_MOMENTUM,
         f"{name}.trial",
         f"plain when optimizer.name is {main}; only SGD and LARS keep a momentum buffer",
         meta.trial,

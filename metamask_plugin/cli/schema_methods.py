@@ -7,8 +7,9 @@ from metamask_plugin.cli.settings import Setting, block, flag, number, text, who
 from metamask_plugin.host.contract import OPTIMIZERS
 from metamask_plugin.methods import icl_msr, metamask
 from metamask_plugin.methods.icl_msr import SCOPES
-from metamask_plugin.methods.meta_update import PRECISIONS, SCHEDULES, TRIAL_ON, TRIALS
+from metamask_plugin.methods.meta_update import OUTER_BATCHES, PRECISIONS, SCHEDULES, TRIAL_ON
 from metamask_plugin.methods.metamask import FORMS
+from metamask_plugin.methods.trial_steps import AUTO, TRIALS
 from metamask_plugin.modules.dimensional_mask import PARAMETERISATIONS
 from metamask_plugin.modules.semantic_regularizer import ACTIVATIONS
 from metamask_plugin.tasks.interventional import LEVELS
@@ -28,9 +29,17 @@ META: dict[str, Setting] = {
     "meta.enabled": flag("whether there is a meta step"),
     "meta.estimator": word("of the meta-gradient", lambda: ESTIMATORS),
     "meta.estimator_kwargs": block("the estimator's settings"),
-    "meta.trial": word("plain, or the main optimiser's with its momentum", TRIALS),
+    "meta.trial": word("plain, scaled as the main optimiser's, or with its momentum", TRIALS),
     "meta.trial_on": word("heads: the encoder takes no trial step", TRIAL_ON),
-    "meta.inner_lr": number("length of the trial step; null: the main learning rate", 0, 1e6, null=True),
+    "meta.inner_lr": number(
+        "length of the trial step; null: the main learning rate; auto: as long as an adaptive one",
+        0,
+        1e6,
+        null=True,
+        also=(AUTO,),
+    ),
+    "meta.outer_batch": word("which batch the outer loss is of", OUTER_BATCHES),
+    "meta.accumulate": whole("meta-gradients that a meta step is the mean of", 1),
     "meta.every_n_steps": whole("a meta step every n-th iteration", 1),
     "meta.schedule": word("when a meta step is made", SCHEDULES),
     "meta.batch_share": number("of each batch that the meta step sees", above=0, most=1),

@@ -28,6 +28,11 @@ from metamask_plugin.errors import UserError, check
 from metamask_plugin.methods.meta_update import MetaUpdate
 from metamask_plugin.methods.recorded import recorded
 from metamask_plugin.methods.task_method import TaskMethod
+from metamask_plugin.methods.trial_steps import AUTO
+from metamask_plugin.tasks import Task
+
+OuterBatch = tuple[list[torch.Tensor], list[torch.Tensor] | None]
+"""Views, (N, 3, H, W) each, and the target network's features of them, (N, D) each, where they are known."""
 
 
 class BilevelMethod(TaskMethod):
@@ -61,6 +66,7 @@ class BilevelMethod(TaskMethod):
         batch: list,
         target_feats: list[torch.Tensor] | None = None,
         encoded: EncoderPass | None = None,
+        outer: OuterBatch | None = None,
     ) -> None:
         """One meta step on one batch.
 
@@ -69,6 +75,7 @@ class BilevelMethod(TaskMethod):
             target_feats: the target network's features of the joint batch's large crops, where the regular
                 step has them already.
             encoded: the regular step's pass through the encoder, for ``meta.schedule: shared``.
+            outer: what the outer loss is of, where that is another batch.
         """
 
     @abstractmethod
@@ -83,6 +90,7 @@ class BilevelMethod(TaskMethod):
         self.meta.check(str(self.trainer.precision))
         self.meta.start(self.meta_parameters(), self.optimizers(use_pl_optimizer=False))
         self._rates: list[float] | None = None
+        self._warned = False
         self._graph: CudaGraph | None = None
         self._captures = self._can_capture()
         if self.trainer.is_global_zero:
@@ -109,8 +117,14 @@ class BilevelMethod(TaskMethod):
             )
 
     def check_processes(self, processes: int) -> None:
-        """Raises a UserError for what several processes cannot do together."""
+        """Raises a UserError for what cannot be together: processes, the task, a second batch."""
         self.task.check_meta_step(processes)
+        check(
+            self.meta.cfg.outer_batch == "same" or type(self.task).observe is Task.observe,
+            "method_kwargs.meta.outer_batch",
+            f"same with the task {self.cfg.method_kwargs.task}, which is told of one batch at a time",
+            self.meta.cfg.outer_batch,
+        )
         check(
             processes == 1 or not isinstance(self.meta.estimator, Unrolled),
             "method_kwargs.meta.estimator",
@@ -126,6 +140,39 @@ class BilevelMethod(TaskMethod):
             "SyncBatchNorm has no second derivative; the heads see the joint batch without it",
         )
 
+    @property
+    def resumes_within_epoch(self) -> bool:
+        """Not where the next meta step needs the batch before, which no checkpoint holds."""
+        alone = self.meta is None or self.meta.cfg.outer_batch == "same"
+        return alone and super().resumes_within_epoch
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._held: list | None = None
+
+    def on_train_epoch_end(self) -> None:
+        """Warns, once, of a trial step that does the opposite of what it is for."""
+        super().on_train_epoch_end()
+        gain = self.trainer.callback_metrics.get("train_trial_gain")
+        if gain is None or gain >= 0 or self._warned or not self.trainer.is_global_zero:
+            return
+        self._warned = True
+        print(
+            f"warning: in epoch {self.trainer.current_epoch + 1} the trial step raised the loss that it is "
+            f"to lower, by {-float(gain):.2g} on average (train_trial_gain): what is meta-learned follows a "
+            f"step that overshoots; {self._shorter()}",
+            flush=True,
+        )
+
+    def _shorter(self) -> str:
+        """The remedy against a trial step that is too long."""
+        cfg, name = self.meta.cfg, "method_kwargs.meta"
+        if cfg.inner_lr is None:  # as long as the main optimiser's own
+            return f"lower optimizer.lr, or give it a length of its own: {name}.inner_lr=1e-3"
+        if cfg.inner_lr == AUTO:
+            return f"set {name}.inner_lr=1e-3"
+        return f"set {name}.inner_lr=auto, or null with ++{name}.trial=adaptive"
+
     def on_fit_end(self) -> None:
         super().on_fit_end()
         self._graph = None  # with the memory that it holds
@@ -137,6 +184,7 @@ class BilevelMethod(TaskMethod):
         *more: torch.Tensor,
         target_feats: list[torch.Tensor] | None = None,
         encoded: EncoderPass | None = None,
+        outer: OuterBatch | None = None,
     ) -> BilevelProblem:
         """One batch's bi-level problem.
 
@@ -145,6 +193,7 @@ class BilevelMethod(TaskMethod):
             more: what else the method needs.
             target_feats: see :meth:`meta_step`; computed here if None.
             encoded: see :meth:`meta_step`.
+            outer: likewise.
         """
 
     def meta_gradient(
@@ -154,6 +203,7 @@ class BilevelMethod(TaskMethod):
         *more: torch.Tensor,
         target_feats: list[torch.Tensor] | None = None,
         encoded: EncoderPass | None = None,
+        outer: OuterBatch | None = None,
     ) -> MetaGradient:
         """The meta-gradient of one batch; the arguments are :meth:`meta_problem`'s.
 
@@ -161,23 +211,25 @@ class BilevelMethod(TaskMethod):
         step, which goes on with it.
         """
         if encoded is not None or not self._captures:
-            problem = self.meta_problem(views, *more, target_feats=target_feats, encoded=encoded)
+            problem = self.meta_problem(views, *more, target_feats=target_feats, encoded=encoded, outer=outer)
             return self.meta.gradient(problem, trial)
-        lengths = [torch.full((), step.lr, device=views[0].device) for step in trial]
+        device = views[0].device
+        numbers = [[torch.full((), number, device=device) for number in step.numbers] for step in trial]
         if self._graph is None:
             self._graph = CudaGraph(partial(self._meta_gradient, trial))
         try:
-            return self._graph(lengths, views, more, target_feats)
+            return self._graph(numbers, views, more, target_feats, outer)
         except CaptureError as error:
             raise UserError(
                 f"performance.cuda_graph must be False where the meta step cannot be captured: {error}"
             ) from error
 
-    def _meta_gradient(self, trial: Trial, lengths, views, more, target_feats) -> MetaGradient:
+    def _meta_gradient(self, trial: Trial, numbers, views, more, target_feats, outer) -> MetaGradient:
         """The same as a function of all tensors that change their place from step to step."""
-        trial = Trial(*(step.of_length(length) for step, length in zip(trial, lengths)))
+        trial = Trial(*(step.with_numbers(*own) for step, own in zip(trial, numbers)))
         with self.uncompiled():  # compiled code may replay graphs of its own
-            return self.meta.gradient(self.meta_problem(views, *more, target_feats=target_feats), trial)
+            problem = self.meta_problem(views, *more, target_feats=target_feats, outer=outer)
+            return self.meta.gradient(problem, trial)
 
     def _can_capture(self) -> bool:
         """Whether meta steps are to be replayed as a CUDA graph, and can be."""
@@ -222,25 +274,38 @@ class BilevelMethod(TaskMethod):
         if self.meta is not None:
             if self.meta.per_epoch and self.trainer.is_last_batch:
                 self._meta_epoch()
-            elif self.meta.per_iteration and stepped and self.meta.due(self.trainer.global_step):
-                self._own_meta_step(batch)
+            elif self.meta.per_iteration and stepped:
+                self._meta_step_on(batch, self.meta.due(self.trainer.global_step))
         if self.trainer.is_last_batch:  # as the epoch leaves it, not its mean over the epoch
             self.log_dict(self.meta_state(), on_step=False, on_epoch=True)
 
-    def apply_meta_gradient(self, main: torch.optim.Optimizer, outer_loss: torch.Tensor) -> bool:
+    def apply_meta_gradient(
+        self, main: torch.optim.Optimizer, found: MetaGradient, metrics: dict[str, torch.Tensor], images: int
+    ) -> bool:
         """The meta optimiser's step on the ``.grad`` of the meta parameters, unless something is not finite.
 
         Args:
             main: the main optimiser.
-            outer_loss: L_out, a scalar.
+            found: the meta-gradient that ``.grad`` is from.
+            metrics: what the method logs beside the diagnostics of the trial step.
+            images: N, of this process.
 
         Returns:
             Whether it was made.
         """
-        finite = self.guard.before_meta_step(self, outer_loss, self.meta_parameters())
-        if finite:
-            self.meta.step(main)
-        return finite
+        if not self.guard.before_meta_step(self, found.outer_loss, self.meta_parameters()):
+            return False
+        metrics = {
+            "train_inner_loss": found.inner_loss,
+            "train_outer_loss": found.outer_loss,
+            "train_trial_gain": found.gain,
+            "train_trial_length": found.relative_length,
+            **self.meta.statistics(self.meta_parameters()),
+            **metrics,
+        }
+        self.meta.step(main)
+        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=images)
+        return True
 
     def _meta_batch(self, batch: list) -> tuple[list, list[torch.Tensor] | None]:
         """The part of a batch that ``meta.batch_share`` asks for; its target features if they are there."""
@@ -255,20 +320,33 @@ class BilevelMethod(TaskMethod):
         """Algorithm 1's second loop: the epoch's images once more, in the same order."""
         self._target_feats = None  # of another batch
         batches = islice(self.trainer.train_dataloader, self.trainer.num_training_batches)
+        self._held = None
         for number, batch in enumerate(batches):
-            if self.meta.due(number + 1):
+            due = self.meta.due(number + 1)
+            if due or self.meta.cfg.outer_batch == "next":
                 batch = self.trainer.precision_plugin.convert_input(batch)  # as the trainer's own loop does
                 indexes, views, labels = self.trainer.strategy.batch_to_device(batch)
                 self.task.observe(indexes, labels, number)
-                self._own_meta_step([indexes, views, labels])
+                self._meta_step_on([indexes, views, labels], due)
 
-    def _own_meta_step(self, batch: list) -> None:
-        """A meta step that makes all its passes itself."""
+    def _meta_step_on(self, batch: list, due: bool) -> None:
+        """A meta step that makes all its passes itself, if one is due.
+
+        With ``meta.outer_batch: next`` its trial step is of the batch before, of which an epoch's first batch
+        has none.
+        """
         batch, target_feats = self._meta_batch(batch)
+        if self.meta.cfg.outer_batch == "same":
+            inner, outer = (batch, target_feats), None
+        else:
+            inner, outer = (self._held, None), (self.separate(batch[1])[0], target_feats)
+            self._held = batch
+        if not due or inner[0] is None:
+            return
         if self.meta.cfg.update_statistics:
-            self._update_statistics(batch[1], target_feats)
+            self._update_statistics(inner[0][1], inner[1])
         with self._rates_of_the_regular_step():
-            self.meta_step(batch, target_feats)
+            self.meta_step(*inner, outer=outer)
 
     @torch.no_grad()
     def _update_statistics(self, views: list[torch.Tensor], target_feats: list[torch.Tensor] | None) -> None:
@@ -312,8 +390,20 @@ class BilevelMethod(TaskMethod):
             for group, rate in zip(groups, moved):
                 group["lr"] = rate
 
+    def laid_out(
+        self, views: list[torch.Tensor], outer: OuterBatch | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None, list[torch.Tensor] | None]:
+        """Views of the inner batch, views and targets of the outer one, in the encoder's memory format."""
+        outer_views, targets = outer or (None, None)
+        laid = [self._layout(x) for x in views]
+        return laid, None if outer is None else [self._layout(x) for x in outer_views], targets
+
     def encoder_problem(
-        self, encoder: Functional, views: list[torch.Tensor], encoded: EncoderPass | None
+        self,
+        encoder: Functional,
+        views: list[torch.Tensor],
+        encoded: EncoderPass | None,
+        outer_views: list[torch.Tensor] | None = None,
     ) -> dict[str, Any]:
         """What of a :class:`~metamask_plugin.bilevel.BilevelProblem` concerns the encoder.
 
@@ -322,19 +412,21 @@ class BilevelMethod(TaskMethod):
             views: images of each view, (N, 3, H, W) each; BatchNorm sees them one by one, as in the
                 regular step.
             encoded: a pass that has been made already, if any.
+            outer_views: those of the outer loss, where it is of another batch.
         """
 
         def encode(theta):
             with self.uncompiled():
                 return torch.stack(encoder.each(theta, views))
 
-        def encode_once(theta):
-            with nullcontext() if self.meta is None else self.meta.autocast(views[0].device.type):
-                return torch.stack(encoder.each(theta, views))
+        def encode_once(theta, images=views):
+            with nullcontext() if self.meta is None else self.meta.autocast(images[0].device.type):
+                return torch.stack(encoder.each(theta, images))
 
         return {
             "encode": encode,
             "encode_once": encode_once,
+            "outer_encode": None if outer_views is None else partial(encode_once, images=outer_views),
             "eager": self.uncompiled,
             "encoder_params": encoder.params,
             "encoded": encoded,

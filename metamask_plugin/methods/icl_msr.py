@@ -11,7 +11,7 @@ from metamask_plugin.bilevel import BilevelProblem, DistributedBatch, EncoderPas
 from metamask_plugin.errors import check, choose
 from metamask_plugin.losses import uniformity_loss
 from metamask_plugin.losses.uniformity import SCOPES
-from metamask_plugin.methods.bilevel_method import BilevelMethod
+from metamask_plugin.methods.bilevel_method import BilevelMethod, OuterBatch
 from metamask_plugin.methods.meta_update import DEFAULTS, MetaUpdate
 from metamask_plugin.methods.presets import apply_preset
 from metamask_plugin.methods.task_method import original_pipeline
@@ -196,6 +196,7 @@ class ICLMSR(BilevelMethod):
         batch: list,
         target_feats: list[torch.Tensor] | None = None,
         encoded: EncoderPass | None = None,
+        outer: OuterBatch | None = None,
     ) -> None:
         """Eqs. (7) and (8): f_msr goes down the gradient that reaches it through A."""
         views, original = self.separate(batch[1])
@@ -204,32 +205,32 @@ class ICLMSR(BilevelMethod):
         own = torch.func.functional_call(self.regularizer, leaves, (original,))
         weights = self._strata_of_all(own)
         trial = self.meta.trial(main, self._encoder(), self._interventional_task())
-        meta_gradient = self.meta_gradient(trial, views, weights, target_feats=target_feats, encoded=encoded)
+        found = self.meta_gradient(
+            trial, views, weights, target_feats=target_feats, encoded=encoded, outer=outer
+        )
 
         processes = self.processes(DistributedBatch())
         pulled = torch.autograd.grad(
-            own, list(leaves.values()), processes.part(meta_gradient.weights[0]), materialize_grads=True
+            own, list(leaves.values()), processes.part(found.weights[0]), materialize_grads=True
         )
         gradients = processes.sum(dict(zip(leaves, pulled)))
         for name, parameter in self.regularizer.named_parameters():
             parameter.grad = gradients[name]
-        if self.apply_meta_gradient(main, meta_gradient.outer_loss):
-            self._log_meta_step(weights, meta_gradient)
-
-    def _log_meta_step(self, weights: torch.Tensor, meta_gradient: MetaGradient) -> None:
-        """Both terms of Eq. (8), and how hard each pulls at A."""
         self._latest_weights = weights
+        self.apply_meta_gradient(main, found, self._terms(weights, found), len(weights))
+
+    def _terms(self, weights: torch.Tensor, found: MetaGradient) -> dict[str, torch.Tensor]:
+        """Both terms of Eq. (8), and how hard each pulls at A."""
         leaf = weights.clone().requires_grad_()
         uniformity = self._uniformity(leaf)
         gamma = self.cfg.method_kwargs.gamma
         (pull,) = torch.autograd.grad(gamma * uniformity, leaf)
-        metrics = {
-            "train_outer_loss": meta_gradient.outer_loss - gamma * uniformity.detach(),
+        return {
+            "train_outer_loss": found.outer_loss - gamma * uniformity.detach(),
             "train_uniformity_loss": uniformity.detach(),
-            "meta_gradient_task": (meta_gradient.weights[0] - pull).norm(),
+            "meta_gradient_task": (found.weights[0] - pull).norm(),
             "meta_gradient_uniformity": pull.norm(),
         }
-        self.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(weights))
 
     def _uniformity(self, weights: torch.Tensor) -> torch.Tensor:
         settings = self.cfg.method_kwargs.uniformity
@@ -241,6 +242,7 @@ class ICLMSR(BilevelMethod):
         weights: torch.Tensor,
         target_feats: list[torch.Tensor] | None = None,
         encoded: EncoderPass | None = None,
+        outer: OuterBatch | None = None,
     ) -> BilevelProblem:
         """Eqs. (7) and (8) for one batch: w is A, from which the engine's result goes on into f_msr.
 
@@ -249,17 +251,22 @@ class ICLMSR(BilevelMethod):
             weights: A of the joint batch, shape (N, n, C), detached.
             target_feats: see :meth:`meta_step`; computed here if None.
             encoded: likewise.
+            outer: likewise.
         """
-        views = [self._layout(x) for x in views]
+        views, outer_views, outer_targets = self.laid_out(views, outer)
         if target_feats is None:
             target_feats = self.target_features(views, keep_statistics=True)
+        if outer_views is None:
+            outer_targets = target_feats
+        elif outer_targets is None:
+            outer_targets = self.target_features(outer_views, keep_statistics=True)
         lamb, gamma = self.cfg.method_kwargs.lamb, self.cfg.method_kwargs.gamma
         encoder_names = head_names = None
         if self.split is not None:  # what lies behind the map is the head's here
             encoder_names = self.split.front_names
             head_names = {f"tail.{name}" for name in self.split.tail_names}
             head_names |= {f"task.{name}" for name, _ in self.task.named_parameters()}
-        encoder = self.encoder_problem(Functional(self._encoder(), encoder_names), views, encoded)
+        encoder = Functional(self._encoder(), encoder_names)
         head = Functional(self._interventional_task(), head_names)
 
         def inner_loss(encoded, phi, w):
@@ -269,7 +276,7 @@ class ICLMSR(BilevelMethod):
             return contrast + lamb * adjusted
 
         def outer_loss(encoded, phi, w):
-            contrast, _ = head(phi, list(encoded), None, target_feats)
+            contrast, _ = head(phi, list(encoded), None, outer_targets)
             return contrast + gamma * self._uniformity(w[0])
 
         return BilevelProblem(
@@ -277,7 +284,7 @@ class ICLMSR(BilevelMethod):
             outer_loss=outer_loss,
             head_params=head.params,
             weights=(weights,),
-            **encoder,
+            **self.encoder_problem(encoder, views, encoded, outer_views),
         )
 
     def _encoder(self) -> nn.Module:

@@ -7,34 +7,30 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.nn.utils import get_total_norm
+from torch.utils._pytree import tree_map_only
 
-from metamask_plugin.bilevel import (
-    ESTIMATORS,
-    BilevelProblem,
-    Estimator,
-    MetaGradient,
-    MomentumStep,
-    PlainStep,
-    Trial,
-    TrialStep,
-)
+from metamask_plugin.bilevel import ESTIMATORS, BilevelProblem, Estimator, MetaGradient, Trial
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.host.optimizers import build_optimizer
+from metamask_plugin.methods.trial_steps import AUTO, TRIALS, check_trial, resolved, trial_step
 
-TRIALS = ("plain", "momentum")
 SCHEDULES = ("iteration", "shared", "epoch")
 TRIAL_ON = ("all", "heads")
 PRECISIONS = ("full", "bf16")
+OUTER_BATCHES = ("same", "next")
 
 DEFAULTS: dict[str, Any] = {
     "enabled": True,
     "estimator": "exact",
     "estimator_kwargs": {},
-    "trial": "plain",
+    "trial": "auto",
     "trial_on": "all",
     "inner_lr": None,
     "every_n_steps": 1,
     "schedule": "iteration",
+    "outer_batch": "same",
+    "accumulate": 1,
     "batch_share": 1.0,
     "precision": "full",
     "follow_schedule": False,
@@ -61,10 +57,14 @@ class MetaUpdate:
     parameters themselves belong to the method.
 
     Args:
-        cfg: ``method_kwargs.meta``: ``estimator``, ``estimator_kwargs``; ``trial`` (``plain``, or
-            ``momentum`` as the official release); ``inner_lr``, the trial step's length, ``null`` for
-            the main optimiser's current learning rate; ``trial_on``: ``all``, or ``heads``, the encoder then
-            takes no trial step; ``schedule``: ``iteration``, a meta step after a regular step,
+        cfg: ``method_kwargs.meta``: ``estimator``, ``estimator_kwargs``; ``trial``: ``plain``, a gradient
+            step as in the papers; ``adaptive``, scaled as the main optimiser scales its own; ``momentum``, as
+            in MetaMask's release; ``auto``: adaptive for Adam, AdamW and LARS, unless a length is given, and
+            plain otherwise; ``inner_lr``, the trial step's length, ``null`` for the main optimiser's current
+            learning rate, ``auto`` for a plain step as long as the adaptive one; ``outer_batch``: ``same``,
+            or ``next``, the outer loss is then of the batch after the one of the trial step; ``accumulate``:
+            how many meta-gradients one meta step is the mean of; ``trial_on``: ``all``, or ``heads``, the
+            encoder then takes no trial step; ``schedule``: ``iteration``, a meta step after a regular step,
             ``shared``, before it and with its forward pass through the encoder, or ``epoch``, all meta steps
             after the epoch's last regular step; ``every_n_steps``: of these only every n-th;
             ``batch_share``, of each batch, in (0, 1]; ``precision``, of the encoder's arithmetic: ``full``,
@@ -84,6 +84,7 @@ class MetaUpdate:
         choose("method_kwargs.meta.schedule", cfg.schedule, SCHEDULES)
         choose("method_kwargs.meta.trial_on", cfg.trial_on, TRIAL_ON)
         choose("method_kwargs.meta.precision", cfg.precision, PRECISIONS)
+        choose("method_kwargs.meta.outer_batch", cfg.outer_batch, OUTER_BATCHES)
         name = "method_kwargs.meta"
         check(0 < cfg.batch_share <= 1, f"{name}.batch_share", "in (0, 1]", cfg.batch_share)
         check(
@@ -107,7 +108,26 @@ class MetaUpdate:
         )
         check(cfg.every_n_steps >= 1, f"{name}.every_n_steps", ">= 1", cfg.every_n_steps)
         check(cfg.optimizer.lr > 0, f"{name}.optimizer.lr", "> 0", cfg.optimizer.lr)
-        check(cfg.inner_lr is None or cfg.inner_lr >= 0, f"{name}.inner_lr", ">= 0 or null", cfg.inner_lr)
+        check(cfg.accumulate >= 1, f"{name}.accumulate", ">= 1", cfg.accumulate)
+        length = cfg.inner_lr
+        check(
+            length in (None, AUTO) or not isinstance(length, str) and length >= 0,
+            f"{name}.inner_lr",
+            ">= 0, auto or null",
+            length,
+        )
+        check(
+            length != AUTO or cfg.trial in ("auto", "plain"),
+            f"{name}.inner_lr",
+            "a number or null with another trial step than plain, whose length it matches",
+            length,
+        )
+        check(
+            cfg.schedule != "shared" or cfg.outer_batch == "same",
+            f"{name}.outer_batch",
+            "same with schedule=shared, whose forward pass is of one batch",
+            cfg.outer_batch,
+        )
         check(
             cfg.precision == "full" or cfg.estimator != "unrolled",
             f"{name}.precision",
@@ -120,7 +140,9 @@ class MetaUpdate:
         self.per_epoch: bool = cfg.schedule == "epoch"
         self.estimator = build_estimator(cfg.estimator, OmegaConf.to_container(cfg.estimator_kwargs))
         self.optimizer: torch.optim.Optimizer | None = None
-        self._state: dict | None = None
+        self._state: dict[str, Any] | None = None
+        self._previous: list[torch.Tensor] | None = None
+        self._gathered: list[list[torch.Tensor]] = []
 
     def check(self, precision: str) -> None:
         """What shows only once the trainer is there.
@@ -153,22 +175,7 @@ class MetaUpdate:
             UserError: if the trial step cannot be derived from the main optimiser.
         """
         cfg = self.cfg
-        if cfg.inner_lr is None and not self._step_is_lr(main):
-            raise UserError(
-                f"method_kwargs.meta.inner_lr must be set when the main optimiser is {type(main).__name__}: "
-                "its learning rate is not the length of a gradient step; try 0.1"
-            )
-        if cfg.trial == "momentum" and "momentum" not in main.param_groups[0]:
-            raise UserError(
-                "method_kwargs.meta.trial must be 'plain' when the main optimiser is "
-                f"{type(main).__name__}, got 'momentum'; only SGD and LARS keep a momentum buffer"
-            )
-        other = [key for key in ("nesterov", "dampening") if main.param_groups[0].get(key)]
-        if cfg.trial == "momentum" and other:
-            raise UserError(
-                f"optimizer.kwargs.{other[0]} must be left out with method_kwargs.meta.trial='momentum', got "
-                f"{main.param_groups[0][other[0]]}; or set method_kwargs.meta.trial=plain"
-            )
+        check_trial(resolved(cfg.trial, cfg.inner_lr, main), cfg.inner_lr, main)
         self.optimizer = build_optimizer(
             cfg.optimizer.name,
             [{"params": list(parameters)}],
@@ -176,47 +183,34 @@ class MetaUpdate:
             cfg.optimizer.weight_decay,
             OmegaConf.to_container(cfg.optimizer.kwargs),
         )
-        if self._state is not None:
-            (group,) = self.optimizer.param_groups
-            wanted = {key: value for key, value in group.items() if key != "params"}
-            self.optimizer.load_state_dict(self._state)
-            if not cfg.follow_schedule:  # the checkpoint has settings of its own; the config's apply
-                self.optimizer.param_groups[0] |= wanted
-
-    @staticmethod
-    def _step_is_lr(main: torch.optim.Optimizer) -> bool:
-        """Whether the learning rate is a step length: for SGD, and for any host's LARS."""
-        return isinstance(main, torch.optim.SGD) or type(main).__name__.lower() == "lars"
+        if self._state is None:
+            return
+        (group,) = self.optimizer.param_groups
+        wanted = {key: value for key, value in group.items() if key != "params"}
+        self.optimizer.load_state_dict(self._state["optimizer"])
+        if not cfg.follow_schedule:  # the checkpoint has settings of its own; the config's apply
+            self.optimizer.param_groups[0] |= wanted
+        device = group["params"][0].device
+        self._previous = _moved(self._state["previous"], device)
+        self._gathered = _moved(self._state["gathered"], device)
 
     def due(self, step: int) -> bool:
         """Whether the ``step``-th meta step, counted from 1, is to be made."""
         return step % self.cfg.every_n_steps == 0
 
-    def trial(self, main: torch.optim.Optimizer, encoder: nn.Module, head: nn.Module) -> Trial:
-        """The trial steps of this iteration, from the main optimiser's current state."""
-        return Trial(self._trial_step(main, encoder), self._trial_step(main, head))
+    def trial(
+        self, main: torch.optim.Optimizer, encoder: nn.Module, head: nn.Module, weight: float = 1.0
+    ) -> Trial:
+        """The trial steps of this iteration, from the main optimiser's current state.
 
-    def _trial_step(self, main: torch.optim.Optimizer, module: nn.Module) -> TrialStep:
-        names = {param: name for name, param in module.named_parameters() if param.requires_grad}
-        # of each parameter: biases and norms may have no decay, a predictor a rate of its own
-        groups = {names[p]: group for group in main.param_groups for p in group["params"] if p in names}
-        if not groups:  # no parameter of this module trains: a step of any length does nothing
-            return PlainStep(0.0)
-        first = next(iter(groups.values()))
-        lr, scale = self.cfg.inner_lr, {}
-        if lr is None:
-            lr = max(group["lr"] for group in groups.values())
-            scale = {name: group["lr"] / lr for name, group in groups.items() if group["lr"] != lr}
-        if self.cfg.trial == "plain":
-            return PlainStep(lr, scale)
-        buffers = {name: main.state[param].get("momentum_buffer") for param, name in names.items()}
-        return MomentumStep(
-            lr,
-            first["momentum"],
-            {name: group["weight_decay"] for name, group in groups.items()},
-            {name: buffer for name, buffer in buffers.items() if buffer is not None},
-            scale,
-        )
+        Args:
+            main: the main optimiser.
+            encoder: theta's module.
+            head: phi's.
+            weight: what the inner loss counts for in the regular loss.
+        """
+        kind, length = resolved(self.cfg.trial, self.cfg.inner_lr, main), self.cfg.inner_lr
+        return Trial(*(trial_step(kind, length, main, module, weight) for module in (encoder, head)))
 
     def gradient(self, problem: BilevelProblem, trial: Trial) -> MetaGradient:
         """The estimator's meta-gradient."""
@@ -225,18 +219,62 @@ class MetaUpdate:
                 problem = problem.frozen_encoder()
             return self.estimator.gradient(problem, trial)
 
+    def statistics(self, parameters: Iterable[nn.Parameter]) -> dict[str, torch.Tensor]:
+        """What one meta-gradient, the parameters' ``.grad``, looks like; scalars to log.
+
+        ``meta_gradient_norm``, and from the second on ``meta_gradient_cosine`` with the one before: near 1
+        where all batches ask for the same, near 0 where it is the batch that speaks.
+        """
+        gradients = [parameter.grad.detach() for parameter in parameters]
+        norm = get_total_norm(gradients)
+        found = {"meta_gradient_norm": norm}
+        if self._previous is not None:
+            product = sum((a * b).sum() for a, b in zip(gradients, self._previous))
+            lengths = norm * get_total_norm(self._previous)
+            found["meta_gradient_cosine"] = product / lengths.clamp(min=torch.finfo(norm.dtype).tiny)
+        self._previous = [gradient.clone() for gradient in gradients]
+        return found
+
     def step(self, main: torch.optim.Optimizer) -> None:
-        """Steps the meta optimiser on the ``.grad`` of its parameters, then clears it."""
+        """Steps the meta optimiser on the ``.grad`` of its parameters, then clears it.
+
+        With ``accumulate: m`` on the mean of m of them, once they are there.
+        """
         if self.cfg.follow_schedule:
             group = main.param_groups[0]
             decay = group["lr"] / group.get("initial_lr", group["lr"])
             for meta_group in self.optimizer.param_groups:
                 meta_group["lr"] = self.cfg.optimizer.lr * decay
-        self.optimizer.step()
+        if self.cfg.accumulate == 1 or self._gather():
+            self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def state_dict(self) -> dict | None:
-        return self._state if self.optimizer is None else self.optimizer.state_dict()
+    def _gather(self) -> bool:
+        """Adds a gradient to those that wait; whether they are enough, and their mean is ``.grad`` now."""
+        parameters = self.optimizer.param_groups[0]["params"]
+        self._gathered.append([parameter.grad.detach().clone() for parameter in parameters])
+        if len(self._gathered) < self.cfg.accumulate:
+            return False
+        for parameter, gradients in zip(parameters, zip(*self._gathered)):
+            parameter.grad = torch.stack(gradients).mean(dim=0)
+        self._gathered = []
+        return True
 
-    def load_state_dict(self, state: dict | None) -> None:
+    def state_dict(self) -> dict[str, Any] | None:
+        if self.optimizer is None:
+            return self._state
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "previous": self._previous,
+            "gathered": self._gathered,
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Takes a checkpoint's; one of a version before this one is the optimiser's alone."""
+        if state is not None and "optimizer" not in state:
+            state = {"optimizer": state, "previous": None, "gathered": []}
         self._state = state
+
+
+def _moved(gradients: Any, device: torch.device) -> Any:
+    return tree_map_only(torch.Tensor, lambda gradient: gradient.to(device), gradients)

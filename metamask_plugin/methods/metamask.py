@@ -13,7 +13,7 @@ from metamask_plugin.errors import check, choose
 from metamask_plugin.host import release_kwargs
 from metamask_plugin.losses import redundancy_reduction_loss
 from metamask_plugin.losses.redundancy_reduction import FORMS
-from metamask_plugin.methods.bilevel_method import BilevelMethod
+from metamask_plugin.methods.bilevel_method import BilevelMethod, OuterBatch
 from metamask_plugin.methods.meta_update import DEFAULTS, MetaUpdate
 from metamask_plugin.methods.presets import apply_preset
 from metamask_plugin.modules.dimensional_mask import DimensionalMask
@@ -200,47 +200,40 @@ class MetaMask(BilevelMethod):
         batch: list,
         target_feats: list[torch.Tensor] | None = None,
         encoded: EncoderPass | None = None,
+        outer: OuterBatch | None = None,
     ) -> None:
         """Eqs. (6) and (7): the mask goes down the gradient of the trial weights' loss."""
         views, _ = self.separate(batch[1])
-        main = self.optimizers(use_pl_optimizer=False)
-        trial = self.meta.trial(main, self.backbone, self.task)
-        meta_gradient = self.meta_gradient(trial, views, target_feats=target_feats, encoded=encoded)
+        main, kwargs = self.optimizers(use_pl_optimizer=False), self.cfg.method_kwargs
+        trial = self.meta.trial(main, self.backbone, self.task, kwargs.scale_loss * kwargs.alpha)
+        found = self.meta_gradient(trial, views, target_feats=target_feats, encoded=encoded, outer=outer)
         # processes agree on the joint batch's gradient up to rounding; averaged, their masks stay equal
-        self.mask.accumulate(self.trainer.strategy.reduce(meta_gradient.weights[0], reduce_op="mean"))
-        if not self.apply_meta_gradient(main, meta_gradient.outer_loss):
-            return
-        self.mask.confine()
-        self.log(
-            "train_outer_loss",
-            meta_gradient.outer_loss,
-            on_step=False,
-            on_epoch=True,
-            sync_dist=True,
-            batch_size=len(views[0]),
-        )
+        self.mask.accumulate(self.trainer.strategy.reduce(found.weights[0], reduce_op="mean"))
+        if self.apply_meta_gradient(main, found, {}, len(views[0])):
+            self.mask.confine()
 
     def meta_problem(
         self,
         views: list[torch.Tensor],
         target_feats: list[torch.Tensor] | None = None,
         encoded: EncoderPass | None = None,
+        outer: OuterBatch | None = None,
     ) -> BilevelProblem:
         """Eqs. (6) and (7) for one batch: both losses are L_task, w is the mask."""
-        views = [self._layout(x) for x in views]
         task, mask_now = Functional(self.task), self.mask.values().detach()
-        if target_feats is None:
-            target_feats = self.target_features(views, keep_statistics=True)
-        masked_targets = None if target_feats is None else [h * mask_now for h in target_feats]
 
-        def task_loss(h, phi, weights):
-            (mask,) = weights
-            return task(phi, list(h * mask), masked_targets)
+        def loss_of(views, target_feats):
+            if target_feats is None:
+                target_feats = self.target_features(views, keep_statistics=True)
+            masked_targets = None if target_feats is None else [h * mask_now for h in target_feats]
+            return lambda h, phi, weights: task(phi, list(h * weights[0]), masked_targets)
 
+        views, outer_views, outer_targets = self.laid_out(views, outer)
+        inner_loss = loss_of(views, target_feats)
         return BilevelProblem(
-            inner_loss=task_loss,
-            outer_loss=task_loss,
+            inner_loss=inner_loss,
+            outer_loss=inner_loss if outer_views is None else loss_of(outer_views, outer_targets),
             head_params=task.params,
             weights=(mask_now,),
-            **self.encoder_problem(Functional(self.backbone), views, encoded),
+            **self.encoder_problem(Functional(self.backbone), views, encoded, outer_views),
         )

@@ -31,7 +31,13 @@ def test_inputs_go_to_the_captured_place_and_outputs_come_as_copies(graph_stand_
 
     def function(lengths, views, nothing):
         calls.append(nothing)
-        return MetaGradient((lengths[0] * views[0] * parameter,), views[1].sum(), views[1].mean())
+        return MetaGradient(
+            (lengths[0] * views[0] * parameter,),
+            views[1].sum(),
+            views[1].mean(),
+            views[1].sum(),
+            views[1].mean(),
+        )
 
     graph, results = CudaGraph(function, warmup=2), []
     for number in range(6):
