@@ -66,6 +66,7 @@ def main(folder, extent):
         "++backbone.kwargs.width=4",
         "++data.fraction=0.1",
         "++data.kwargs.copies=1",
+        "++data.kwargs.test_copies=1",
     ]
     short = [
         "optimizer.batch_size=32",

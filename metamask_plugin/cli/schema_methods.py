@@ -140,7 +140,8 @@ DATA_KWARGS: dict[str, Setting] = {
     "correlation": number("share of images whose background goes with their class", 0, 1),
     "size": whole("side of the images, pixels", 8, 1024),
     "seed": whole("of backgrounds and colours", 0, 2**32 - 1),
-    "copies": whole("of each digit, on backgrounds of their own", 1, 1000),
+    "copies": whole("of each training digit, on backgrounds of their own", 1, 1000),
+    "test_copies": whole("of each test digit, on backgrounds of their own", 1, 1000),
     "train_annotations": Setting("COCO's boxes of the training images", "path", null=True),
     "val_annotations": Setting("of the test images", "path", null=True),
 }

@@ -40,21 +40,26 @@ COLOURS = 12
 # on a contact sheet. Luma, because it is what legibility hangs on.
 CONTRAST = 0.35
 
+Rendered = tuple[Tensor, Tensor, Tensor]
+
 
 class ConfoundedImages(MemoryImages):
-    """Images that know which region of the photographs their background was cut from.
+    """Images that know which region of the photographs their background was cut from, and whose digit it is.
 
     Attributes:
         backgrounds: index into :data:`REGIONS`, int64, shape (N,).
+        originals: the handwritten digit that each image shows, as its index among those of the split, int64,
+            shape (N,).
     """
 
-    def __init__(self, *args, backgrounds: Tensor, **kwargs) -> None:
+    def __init__(self, *args, backgrounds: Tensor, originals: Tensor, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.backgrounds = backgrounds
+        self.originals = originals
 
 
 def confounded_digits(
-    correlation: float = 0.5, size: int = 32, seed: int = 0, copies: int = 1
+    correlation: float = 0.5, size: int = 32, seed: int = 0, copies: int = 1, test_copies: int = 1
 ) -> tuple[ConfoundedImages, ConfoundedImages]:
     """Training and test split of coloured digits on patches of photographs, with boxes and masks.
 
@@ -68,20 +73,26 @@ def confounded_digits(
         size: height and width in pixels, at least 16.
         seed: colours, places and backgrounds are a function of it; torch's global generator is not touched.
         copies: renderings of each training digit, with other colour, place and background.
+        test_copies: renderings of each test digit, likewise. One copy follows the other, and the first are
+            the images that one copy alone has.
 
     Raises:
         UserError: an option is out of range.
     """
-    _check_options(correlation, size, seed, copies)
+    _check_options(correlation, size, seed, copies, test_copies)
     (train_ink, train_labels), (test_ink, test_labels) = raw_digits()
     train_ink, train_labels = train_ink.repeat(copies, 1, 1), train_labels.repeat(copies)
     # Distinct streams: else the test digits would wear the training digits' colours.
-    train = _render(train_ink, train_labels, correlation, size, torch.Generator().manual_seed(2 * seed))
-    test = _render(test_ink, test_labels, 0.0, size, torch.Generator().manual_seed(2 * seed + 1))
-    return train, test
+    train_rng, test_rng = (torch.Generator().manual_seed(2 * seed + split) for split in (0, 1))
+    train = _render(train_ink, train_labels, correlation, size, train_rng)
+    # Copy by copy from one stream: so further copies leave the first as it is.
+    test = [_render(test_ink, test_labels, 0.0, size, test_rng) for _ in range(test_copies)]
+    return _as_split(train_labels, [train], copies), _as_split(
+        test_labels.repeat(test_copies), test, test_copies
+    )
 
 
-def _check_options(correlation: float, size: int, seed: int, copies: int) -> None:
+def _check_options(correlation: float, size: int, seed: int, copies: int, test_copies: int) -> None:
     number = isinstance(correlation, int | float)
     check(number and 0 <= correlation <= 1, "data.kwargs.correlation", "between 0 and 1", correlation)
     check(
@@ -91,12 +102,30 @@ def _check_options(correlation: float, size: int, seed: int, copies: int) -> Non
         size,
     )
     check(isinstance(seed, int) and seed >= 0, "data.kwargs.seed", "a whole number of at least 0", seed)
-    check(
-        isinstance(copies, int) and copies >= 1, "data.kwargs.copies", "a whole number of at least 1", copies
+    for name, given in (("copies", copies), ("test_copies", test_copies)):
+        check(
+            isinstance(given, int) and given >= 1,
+            f"data.kwargs.{name}",
+            "a whole number of at least 1",
+            given,
+        )
+
+
+def _as_split(labels: Tensor, parts: Sequence[Rendered], copies: int) -> ConfoundedImages:
+    images, masks, backgrounds = (torch.cat(tensors) for tensors in zip(*parts))
+    return ConfoundedImages(
+        images,
+        labels,
+        CLASSES,
+        boxes_of(masks),
+        masks,
+        backgrounds=backgrounds,
+        originals=torch.arange(len(labels) // copies).repeat(copies),
     )
 
 
-def _render(ink: Tensor, labels: Tensor, correlation: float, size: int, rng: Generator) -> ConfoundedImages:
+def _render(ink: Tensor, labels: Tensor, correlation: float, size: int, rng: Generator) -> Rendered:
+    """Images, masks and backgrounds."""
     backgrounds = _draw_backgrounds(labels, correlation, rng)
     photographs = torch.stack([torch.from_numpy(photo.copy()) for photo in load_sample_images().images])
     images, masks = [], []
@@ -107,8 +136,7 @@ def _render(ink: Tensor, labels: Tensor, correlation: float, size: int, rng: Gen
         blended = patches + alpha[:, None] * (colour[:, :, None, None] - patches)
         images.append((blended * 255).round().to(torch.uint8))
         masks.append(alpha > 0.5)
-    mask = torch.cat(masks)
-    return ConfoundedImages(torch.cat(images), labels, CLASSES, boxes_of(mask), mask, backgrounds=backgrounds)
+    return torch.cat(images), torch.cat(masks), backgrounds
 
 
 def _draw_backgrounds(labels: Tensor, correlation: float, rng: Generator) -> Tensor:

@@ -25,14 +25,16 @@ def check_generated(options: Mapping[str, Any]) -> None:
     Args:
         options: ``data.kwargs``; what is no whole number is left to the data set's own check.
     """
-    size, copies = options.get("size", 32), options.get("copies", 1)
+    size, copies, test_copies = (
+        options.get(key, default) for key, default in (("size", 32), ("copies", 1), ("test_copies", 1))
+    )
     there = memory()
-    if there is None or not (isinstance(size, int) and isinstance(copies, int)):
+    if there is None or not all(isinstance(number, int) for number in (size, copies, test_copies)):
         return
-    images = 2 * 3 * size**2 * (1297 * copies + 500)
+    images = 2 * 3 * size**2 * (1297 * copies + 500 * test_copies)
     check(
         images <= there,
-        "data.kwargs.size and data.kwargs.copies",
+        "data.kwargs.size, data.kwargs.copies and data.kwargs.test_copies",
         f"those of images that fit into this machine's {there / 1e9:.0f} GB of memory",
         f"{images / 1e9:.0f} GB",
     )

@@ -44,6 +44,7 @@ class ImageSplit(ABC):
         boxes: foreground box of each image, x0, y0, x1, y1 in pixels, half open, int32, shape (N, 4); or
             None.
         masks: foreground pixels, bool, shape (N, H, W); or None.
+        originals: index of what each image shows, int64, shape (N,), where several show the same; or None.
         faults: what could not be listed when the images were looked for.
         hidden: image files that were left out as hidden, or as a desktop's or a file server's.
         others: files beside the images whose names are not those of images.
@@ -53,6 +54,7 @@ class ImageSplit(ABC):
     classes: list[str]
     boxes: Tensor | None = None
     masks: Tensor | None = None
+    originals: Tensor | None = None
     faults: tuple[SkippedImage, ...] = ()
     hidden: tuple[str, ...] = ()
     others: tuple[str, ...] = ()

@@ -102,6 +102,8 @@ def test_trains(name, image_folder, tmp_path):
         if composed(name).augmentations[-1].crop_size == 112:
             overrides.append("augmentations.1.crop_size=48")
         overrides += ["data.dataset=custom"]  # of few classes; the rest of the config does not depend on it
+    else:
+        overrides += ["data.kwargs.test_copies=1"]  # no evaluation looks at them
     # a wide head costs memory and teaches a test nothing
     overrides += ["method_kwargs.task_kwargs.proj_hidden_dim=32"]
     if composed(name).method == "metamask":

@@ -1,9 +1,11 @@
+import hashlib
 import time
 
 import pytest
 import torch
 
-from metamask_plugin.data.confounded_digits import PATCH, REGIONS, boxes_of, confounded_digits
+from metamask_plugin.data.confounded_digits import PATCH, REGIONS, _render, boxes_of, confounded_digits
+from metamask_plugin.data.digits import raw_digits
 from metamask_plugin.errors import UserError
 
 
@@ -63,6 +65,44 @@ def test_copies_differ():
     assert (train.images[:1297] != train.images[1297:]).flatten(1).any(1).all()
 
 
+def test_a_single_test_copy_is_what_recorded_runs_were_evaluated_on():
+    _, test = confounded_digits(size=16)
+    drawn = torch.cat([test.backgrounds, test.labels]).numpy().tobytes()
+    assert hashlib.sha256(drawn).hexdigest()[:16] == "1caf302a505e534e"
+    # the last bit of a pixel is the processor's: the sum, and the renderer alone on this one
+    assert test.images.sum().item() == pytest.approx(41_508_006, rel=1e-5)
+    alone, masks, _ = _render(*raw_digits()[1], 0.0, 16, torch.Generator().manual_seed(1))
+    assert torch.equal(test.images, alone) and torch.equal(test.masks, masks)
+
+
+def test_further_test_copies_follow_the_first_and_leave_training_as_it_is():
+    (train, one), (same, three) = (confounded_digits(size=16, test_copies=copies) for copies in (1, 3))
+    for name in ("images", "labels", "boxes", "masks", "backgrounds", "originals"):
+        assert torch.equal(getattr(three, name)[:500], getattr(one, name)), name
+        assert torch.equal(getattr(same, name), getattr(train, name)), name
+    assert len(three) == 1500 and torch.equal(three.labels, one.labels.repeat(3))
+    first, second, third = three.images.split(500)
+    for left, right in ((first, second), (first, third), (second, third)):
+        assert (left != right).flatten(1).any(1).all()
+    # drawn anew: four standard deviations of a share of 0.1
+    for left, right in ((0, 500), (500, 1000)):
+        alike = three.backgrounds[left : left + 500] == three.backgrounds[right : right + 500]
+        assert alike.float().mean().item() == pytest.approx(0.1, abs=4 * 0.3 / 500**0.5)
+
+
+def test_originals_say_which_handwritten_digit_an_image_shows():
+    train, test = confounded_digits(size=16, copies=2, test_copies=3)
+    for split, (_, labels), copies in zip((train, test), raw_digits(), (2, 3)):
+        assert split.originals.dtype == torch.int64
+        assert torch.equal(split.originals.bincount(), torch.full((len(labels),), copies))
+        assert torch.equal(split.labels, labels[split.originals])
+    # how much of its box a digit fills is its own: 0.83 between its renderings, 0.27 with others of the class
+    x0, y0, x1, y1 = train.boxes.T
+    filled = train.masks.sum((1, 2)) / ((x1 - x0) * (y1 - y0))
+    assert torch.corrcoef(filled.view(2, 1297))[0, 1] > 0.7
+    assert torch.equal(test.subset([501, 3]).originals, torch.tensor([1, 3]))
+
+
 def test_masks_fill_their_boxes():
     train, _ = confounded_digits()
     x0, y0, x1, y1 = train.boxes.T
@@ -102,7 +142,14 @@ def test_subset_keeps_backgrounds():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("correlation", 1.2), ("correlation", "high"), ("size", 8), ("seed", -1), ("copies", 0)],
+    [
+        ("correlation", 1.2),
+        ("correlation", "high"),
+        ("size", 8),
+        ("seed", -1),
+        ("copies", 0),
+        ("test_copies", 0),
+    ],
 )
 def test_options_are_checked(option, value):
     with pytest.raises(UserError, match=rf"data\.kwargs\.{option} must be"):

@@ -26,6 +26,7 @@ def config(runs, *overrides, name="metamask_barlow"):
         "++backbone.kwargs.width=4",
         "++data.fraction=0.1",
         "++data.kwargs.copies=1",
+        "++data.kwargs.test_copies=1",
         "optimizer.batch_size=32",
         "max_epochs=3",
         "accelerator=cpu",

@@ -62,6 +62,7 @@ def config(folder, *overrides, name="metamask_barlow"):
         "++backbone.kwargs.width=4",
         "++data.fraction=0.1",
         "++data.kwargs.copies=1",
+        "++data.kwargs.test_copies=1",
         "optimizer.batch_size=16",
         "max_epochs=500",
         "accelerator=cpu",

@@ -36,6 +36,7 @@ def tiny(folder, *overrides):
         "++backbone.kwargs.width=4",
         "++data.fraction=0.1",
         "++data.kwargs.copies=1",
+        "++data.kwargs.test_copies=1",
     ]
     short = ["optimizer.batch_size=32", "max_epochs=1", "++evaluation.enabled=False", "accelerator=cpu"]
     place = [f"checkpoint.dir={folder}"]

@@ -24,7 +24,12 @@ from metamask_plugin.training.lock import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
-    *("++backbone.kwargs.width=4", "++data.fraction=0.05", "++data.kwargs.copies=1"),
+    *(
+        "++backbone.kwargs.width=4",
+        "++data.fraction=0.05",
+        "++data.kwargs.copies=1",
+        "++data.kwargs.test_copies=1",
+    ),
     *("optimizer.batch_size=16", "accelerator=cpu"),
 ]
 ARMS = "factors.alpha=[1,2]"
