@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from metamask_plugin.errors import check, choose
 
@@ -13,7 +14,11 @@ Row = Mapping[str, Any]
 Entry = dict[str, Any]
 
 LEVEL = 0.95
-FOUND = ("n", "mean", "low", "high", "std", "values", "outside", "left_out")
+POWER = 0.8
+"""Probability with which the paired t-test finds the difference that an entry calls resolvable."""
+OF_MEANS = ("n", "mean", "low", "high", "std", "values")
+OF_DIFFERENCES = ("outside", "left_out", "p", "p_holm", "clear", "resolvable")
+FOUND = (*OF_MEANS, *OF_DIFFERENCES)
 """Keys of an entry that are no columns of the rows."""
 
 
@@ -42,7 +47,7 @@ def paired(rows: Iterable[Row], factors: Sequence[str], baseline: Mapping[str, A
     """Differences to a baseline, within the same seed and at the same levels of all other columns.
 
     What the arms of a seed share, such as the order of the data, is in both sides of a difference and
-    cancels. The intervals are not corrected for how many there are.
+    cancels. The intervals are not corrected for how many there are; ``p_holm`` and ``clear`` are.
 
     Args:
         rows: tidy rows, see :func:`summarise`.
@@ -51,12 +56,21 @@ def paired(rows: Iterable[Row], factors: Sequence[str], baseline: Mapping[str, A
             not name vary freely, and are matched.
 
     Returns:
-        For every other level of the baseline's factors what :func:`summarise` returns, of the differences;
-        with ``outside``, whether 0 is outside the interval (None without an interval), and ``left_out``, how
-        many seeds have one side alone. Where the rows lack the baseline, ``n`` is 0.
+        For every other level of the baseline's factors what :func:`summarise` returns, of the differences.
+        Further keys, of which all but ``left_out`` are None without an interval:
+
+        - ``outside``: whether 0 is outside the interval. ``p``: of the paired t-test.
+        - ``p_holm``: the same after Holm's correction [0] for all entries of the metric and checkpoint, at
+          whatever levels. ``clear``: whether it is below 0.05.
+        - ``resolvable``: the true difference that so many seeds would find with probability :data:`POWER`,
+          by the paired t-test at level 0.05, not corrected, if the observed deviation is the true one.
+        - ``left_out``: how many seeds have one side alone. Where the rows lack the baseline, ``n`` is 0.
 
     Raises:
         UserError: for a baseline that names no factor, and for two rows that differ in their value alone.
+
+    [0] S. Holm, *A simple sequentially rejective multiple test procedure*, Scandinavian Journal of Statistics
+        6, 1979.
     """
     check(len(baseline) > 0, "baseline", "a level by factor like {arm: SimCLR}", dict(baseline))
     for factor in baseline:
@@ -70,9 +84,11 @@ def paired(rows: Iterable[Row], factors: Sequence[str], baseline: Mapping[str, A
         reference = groups.get(tuple((columns | dict(baseline)).items()), {})
         shared = [seed for seed in values if seed in reference]
         found = _interval({seed: values[seed] - reference[seed] for seed in shared})
-        outside = None if found["low"] is None else not found["low"] <= 0 <= found["high"]
         left_out = len(values.keys() ^ reference.keys())
-        entries.append(columns | found | {"outside": outside, "left_out": left_out})
+        entries.append(columns | found | _tested(found) | {"left_out": left_out})
+    for family in _families(entries):
+        for entry, p in zip(family, _holm([entry["p"] for entry in family]), strict=True):
+            entry |= {"p_holm": p, "clear": p < 1 - LEVEL}
     return entries
 
 
@@ -112,6 +128,48 @@ def _by_seed(rows: Iterable[Row], factors: Sequence[str]) -> dict[Hashable, dict
         }
         for key, seeds in drawn.items()
     }
+
+
+def _tested(found: Entry) -> Entry:
+    """The keys of a difference that its own seeds decide; the corrected ones are None yet."""
+    if found["low"] is None:
+        return dict.fromkeys(OF_DIFFERENCES)
+    error = found["std"] / math.sqrt(found["n"])
+    freedom = found["n"] - 1
+    # seeds that all agree: nothing is due to chance
+    p = float(2 * stats.t.sf(abs(found["mean"]) / error, freedom)) if error else float(found["mean"] == 0)
+    return dict.fromkeys(OF_DIFFERENCES) | {
+        "outside": not found["low"] <= 0 <= found["high"],
+        "p": p,
+        "resolvable": _resolvable_errors(freedom) * error,
+    }
+
+
+@lru_cache
+def _resolvable_errors(freedom: int) -> float:
+    """The difference that the two-sided t-test finds with probability POWER, in standard errors."""
+    least = stats.t.ppf((1 + LEVEL) / 2, freedom)
+    roughly = least + stats.t.ppf(POWER, freedom)
+    # the tail on the wrong side is too rare to count
+    return float(optimize.brentq(lambda shift: stats.nct.sf(least, freedom, shift) - POWER, 0, 2 * roughly))
+
+
+def _families(entries: Iterable[Entry]) -> list[list[Entry]]:
+    """The tested entries of each metric and checkpoint."""
+    families: dict[Any, list[Entry]] = {}
+    for entry in entries:
+        if entry["p"] is not None:
+            families.setdefault((entry["metric"], entry.get("checkpoint")), []).append(entry)
+    return list(families.values())
+
+
+def _holm(p: Sequence[float]) -> list[float]:
+    """Adjusted p-values: the smallest times their number, the next times one less, and so on."""
+    adjusted, least = [0.0] * len(p), 0.0
+    for rank, i in enumerate(np.argsort(p, kind="stable")):
+        least = max(least, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = least
+    return adjusted
 
 
 def _interval(values: Mapping[int, float]) -> Entry:

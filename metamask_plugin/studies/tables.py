@@ -35,7 +35,7 @@ class Cell:
         text: ``mean ± half-width (n)``, a mean alone where there is one seed, or a dash.
         mean: the mean, or None.
         paper: the paper's number as text, or None.
-        marked: of a summary: the highest accuracy of its column; of differences: 0 is outside the interval.
+        marked: of a summary: the highest accuracy of its column; of differences: it is clear.
     """
 
     text: str
@@ -83,7 +83,7 @@ def tables(
         layout: ``rows`` (a column, or several), ``columns`` (a list, may be missing), ``metric`` or
             ``metrics`` (the innermost columns), ``checkpoint``, ``title``.
         summary: of :func:`~metamask_plugin.studies.statistics.summarise`, or of its ``paired``: then the
-            cells are differences, and those whose interval leaves 0 out are marked.
+            cells are differences, and those that are clear are marked.
         paper: the paper's numbers: ``metric``, ``value``, and the levels that each is of. What a number does
             not name (the checkpoint, for one) it is of all of.
         factors: the study's, which are columns even where no trial is finished.
@@ -120,7 +120,7 @@ def tables(
 
 
 def markdown(table: Table) -> str:
-    """A table in Markdown; its header is one line, the best of a column or what excludes 0 is bold."""
+    """A table in Markdown; its header is one line, the best of a column or a clear difference is bold."""
     names = [" / ".join(filter(None, words)) for words in zip(*(_spread(line) for line in table.header))]
     lines = [[table.corner, *names], ["---"] * (1 + len(names))]
     for label, cells in table.rows:
@@ -182,7 +182,7 @@ def _table(
         for place in itertools.product(*levels_across, measured)
         if any((label, place) in by_place for label in side)
     ]
-    differences = any("outside" in entry for entry in entries)
+    differences = any("clear" in entry for entry in entries)
     best = {} if differences or len(side) < 2 else {place: _best(by_place, side, place) for place in places}
     rows = []
     for label in side:
@@ -221,7 +221,7 @@ def _spread(line: Sequence[tuple[str, int]]) -> list[str]:
 def _cell(entry: Entry | None, paper: Sequence[Row], best: float | None) -> Cell:
     if entry is None or entry["mean"] is None:
         return Cell(MISSING)
-    metric, mean, differs = entry["metric"], entry["mean"], "outside" in entry
+    metric, mean, differs = entry["metric"], entry["mean"], "clear" in entry
     text = number(mean, metric, sign=differs)
     if entry["low"] is not None:
         half = mean - entry["low"]
@@ -232,7 +232,7 @@ def _cell(entry: Entry | None, paper: Sequence[Row], best: float | None) -> Cell
         text=text,
         mean=mean,
         paper=None if theirs is None else number(theirs, metric),
-        marked=bool(entry["outside"]) if differs else best is not None and mean == best,
+        marked=bool(entry["clear"]) if differs else best is not None and mean == best,
     )
 
 

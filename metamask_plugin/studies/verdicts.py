@@ -3,8 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metamask_plugin.studies.metric_names import column_name, is_of_the_run, metric_name, number
-from metamask_plugin.studies.statistics import LEVEL, Entry, columns_of, levels
+from metamask_plugin.studies.metric_names import (
+    column_name,
+    is_accuracy,
+    is_of_the_run,
+    metric_name,
+    number,
+)
+from metamask_plugin.studies.statistics import POWER, Entry, columns_of, levels
 
 MAX_NAMED = 4
 """Differences that a line names; the table has all."""
@@ -13,7 +19,7 @@ MAX_NAMED = 4
 def verdicts(
     pairs: Sequence[Entry], baseline: Mapping[str, Any], metrics: Sequence[str] = (), checkpoint: str = "last"
 ) -> list[str]:
-    """Which differences to the baseline are more than the seeds explain.
+    """Which differences to the baseline are more than the seeds explain, and what they could have found.
 
     Args:
         pairs: of :func:`~metamask_plugin.studies.statistics.paired`.
@@ -22,38 +28,63 @@ def verdicts(
         checkpoint: the epochs that are spoken of.
 
     Returns:
-        A line for each metric; with how many of as many intervals leave 0 out by chance alone.
+        A line for each metric on the differences that are clear after the correction for their number, and
+        one on the difference that so many seeds can resolve.
     """
     lines = []
-    other = ", ".join(f"{factor} = {level}" for factor, level in baseline.items())
     pairs = [entry for entry in pairs if entry["checkpoint"] == checkpoint]
     for metric in metrics or levels(pairs, "metric"):
         entries = [entry for entry in pairs if entry["metric"] == metric]
-        judged = [entry for entry in entries if entry["outside"] is not None]
-        epoch = "" if is_of_the_run(metric) else f", {column_name('checkpoint', checkpoint)}"
-        name = metric_name(metric) + epoch
-        if entries and not judged:
-            reason = "fewer than two seeds with both sides"
-            lines.append(f"{name}: no verdict on the differences to {other}: {reason}.")
-        if not judged:
+        if not entries:
             continue
-        varying = [c for c in columns_of(entries) if len(levels(entries, c)) > 1 or c in baseline]
-        clear = [entry for entry in judged if entry["outside"]]
-        line = f"{name}: {len(clear)} of {len(judged)} differences to {other} exclude 0"
-        if clear:
-            above = sum(entry["mean"] > 0 for entry in clear)
-            shown = sorted(clear, key=lambda entry: -abs(entry["mean"]))[:MAX_NAMED]
-            line += f", {above} above and {len(clear) - above} below"
-            line += ", the largest: " if len(shown) < len(clear) else ": "
-            line += "; ".join(_difference(entry, varying) for entry in shown)
-        if len(judged) > 1:
-            line += f". By chance alone {(1 - LEVEL) * len(judged):.2g} of {len(judged)} would"
-        lines.append(line + ".")
+        epoch = "" if is_of_the_run(metric) else f", {column_name('checkpoint', checkpoint)}"
+        lines += [f"{metric_name(metric)}{epoch}: {words}." for words in _found(entries, baseline)]
     return lines
 
 
+def _found(entries: Sequence[Entry], baseline: Mapping[str, Any]) -> list[str]:
+    """What is to be said of one metric."""
+    other = ", ".join(f"{factor} = {level}" for factor, level in baseline.items())
+    judged = [entry for entry in entries if entry["clear"] is not None]
+    if not judged:
+        return [f"no verdict on the differences to {other}: fewer than two seeds with both sides"]
+    varying = [c for c in columns_of(entries) if len(levels(entries, c)) > 1 or c in baseline]
+    clear = [entry for entry in judged if entry["clear"]]
+    line = f"{len(clear)} of {len(judged)} differences to {other} are clear"
+    if len(judged) > 1:
+        line += f" after the correction for {len(judged)} comparisons"
+    if clear:
+        above = sum(entry["mean"] > 0 for entry in clear)
+        shown = sorted(clear, key=lambda entry: -abs(entry["mean"]))[:MAX_NAMED]
+        line += f", {above} above and {len(clear) - above} below"
+        line += ", the largest: " if len(shown) < len(clear) else ": "
+        line += "; ".join(_difference(entry, varying) for entry in shown)
+    return [line, *_resolvable(judged, varying)]
+
+
 def _difference(entry: Entry, varying: Sequence[str]) -> str:
-    title = ", ".join(column_name(c, entry[c]) for c in varying if entry.get(c) is not None)
     mean, metric = entry["mean"], entry["metric"]
     low, high = (number(entry[key], metric, like=mean, sign=True) for key in ("low", "high"))
-    return f"{title} {number(mean, metric, sign=True)} [{low}, {high}], n = {entry['n']}"
+    return f"{_title(entry, varying)} {number(mean, metric, sign=True)} [{low}, {high}], n = {entry['n']}"
+
+
+def _resolvable(judged: Sequence[Entry], varying: Sequence[str]) -> list[str]:
+    """The smallest and the largest difference that the seeds can resolve; nothing where no seed matters."""
+    least, most = (pick(judged, key=lambda entry: entry["resolvable"]) for pick in (min, max))
+    if not most["resolvable"]:
+        return []
+    unit = " points" if is_accuracy(most["metric"]) else ""
+    sizes = [f"{number(entry['resolvable'], entry['metric'])}{unit}" for entry in (least, most)]
+    named = sizes[:1]
+    if sizes[0] != sizes[1]:
+        named = [f"{size} ({_title(entry, varying)})" for size, entry in zip(sizes, (least, most))]
+    seeds = sorted(entry["n"] for entry in judged)
+    seeds = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+    return [
+        f"{seeds} seeds find a difference of {' to '.join(named)} with a probability of "
+        f"{100 * POWER:g} %, before the correction"
+    ]
+
+
+def _title(entry: Entry, varying: Sequence[str]) -> str:
+    return ", ".join(column_name(c, entry[c]) for c in varying if entry.get(c) is not None)

@@ -98,6 +98,72 @@ def test_differences_are_paired_by_seed():
     assert a["high"] > b["low"], "unpaired, the intervals overlap"
 
 
+def differing(metric="knn20", checkpoint="last", **values):
+    """Rows of a baseline of 0 and of arms with these values."""
+    zero = {"base": [0.0] * max(map(len, values.values()))}
+    return [
+        row(value, seed=seed, metric=metric, checkpoint=checkpoint, arm=arm)
+        for arm, of_seeds in (zero | values).items()
+        for seed, value in enumerate(of_seeds)
+    ]
+
+
+def test_p_is_the_paired_t_tests_and_holms_by_hand():
+    values = {"a": [1.0, 1.4, 2.0], "b": [-1.0, 0.0, 1.7], "c": [3.0, 3.2, 3.6], "d": [0.5, 0.9, 1.6]}
+    entries = {entry["arm"]: entry for entry in paired(differing(**values), ["arm"], {"arm": "base"})}
+    p = {arm: stats.ttest_1samp(of_seeds, 0).pvalue for arm, of_seeds in values.items()}
+    assert {arm: entry["p"] for arm, entry in entries.items()} == pytest.approx(p)
+    assert p["c"] < p["a"] < 0.05 < p["d"] < p["b"]
+    # from the smallest: four comparisons, three, two, one
+    by_hand = {"c": 4 * p["c"], "a": 3 * p["a"], "d": max(3 * p["a"], 2 * p["d"]), "b": p["b"]}
+    assert {arm: entry["p_holm"] for arm, entry in entries.items()} == pytest.approx(by_hand)
+    assert {arm for arm, entry in entries.items() if entry["outside"]} == {"a", "c"}
+    assert {arm for arm, entry in entries.items() if entry["clear"]} == {"c"}
+
+
+def test_a_corrected_p_is_never_below_that_of_a_smaller_p():
+    alike = paired(differing(a=[1.0, 1.4, 2.0], b=[1.0, 1.4, 2.0]), ["arm"], {"arm": "base"})
+    assert alike[0]["p_holm"] == alike[1]["p_holm"] == pytest.approx(2 * alike[0]["p"])
+
+
+def test_comparisons_are_those_of_a_metric_and_checkpoint_at_all_levels():
+    one = differing(a=[1.0, 1.4, 2.0])
+    other = [{**row, "dataset": "B"} for row in one]
+    best, linear = (
+        differing(a=[1.0, 1.4, 2.0], checkpoint="best"),
+        differing(a=[1.0, 1.4, 2.0], metric="linear"),
+    )
+    rows = [*({**row, "dataset": "A"} for row in one), *other, *best, *linear]
+    entries = paired(rows, ["dataset", "arm"], {"arm": "base"})
+    factor = [entry["p_holm"] / entry["p"] for entry in entries]
+    assert factor == pytest.approx([2, 2, 1, 1])
+    assert [entry["clear"] for entry in entries] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(("n", "errors"), [(3, 5.653), (5, 3.761), (10, 3.150)])
+def test_what_is_resolvable_is_found_four_times_in_five(n, errors):
+    """By drawing: experiments of n seeds whose true difference is the one that is called resolvable."""
+    values = np.arange(n) * 1.0
+    (entry,) = paired(differing(a=list(values)), ["arm"], {"arm": "base"})
+    std = values.std(ddof=1)
+    assert entry["resolvable"] == pytest.approx(errors * std / math.sqrt(n), rel=1e-3)
+    drawn = np.random.default_rng(0).normal(entry["resolvable"], std, (20_000, n))
+    found = (stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05).mean()
+    assert found == pytest.approx(0.8, abs=4 * 0.4 / 20_000**0.5)
+
+
+def test_seeds_that_all_agree():
+    same, apart = paired(differing(a=[0.0, 0.0], b=[1.5, 1.5]), ["arm"], {"arm": "base"})
+    assert (same["p"], same["p_holm"], same["clear"], same["resolvable"]) == (1, 1, False, 0)
+    assert (apart["p"], apart["p_holm"], apart["clear"], apart["resolvable"]) == (0, 0, True, 0)
+
+
+def test_one_seed_tests_nothing():
+    (entry,) = paired(differing(a=[1.0]), ["arm"], {"arm": "base"})
+    keys = ("outside", "p", "p_holm", "clear", "resolvable")
+    assert [entry[key] for key in keys] == [None] * 5 and entry["left_out"] == 0
+
+
 def test_0_inside_and_below():
     rows = [
         *rows_of([1.0, 2.0, 3.0], arm="a"),

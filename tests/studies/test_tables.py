@@ -32,6 +32,16 @@ def rows(seeds=(5, 6, 7)):
     return found
 
 
+def doubtful():
+    """Baseline a; b has p = 0.040 on its own, c 0.74, d 0.0033."""
+    values = {"a": (0, 0, 0), "b": (1.0, 1.4, 2.0), "c": (-1.0, 0.0, 1.7), "d": (3.0, 3.2, 3.6)}
+    return [
+        {"arm": arm, "seed": seed, "checkpoint": "last", "metric": "knn200", "value": value}
+        for arm, of_seeds in values.items()
+        for seed, value in enumerate(of_seeds)
+    ]
+
+
 def texts(table):
     return {label: [cell.text for cell in cells] for label, cells in table.rows}
 
@@ -110,7 +120,7 @@ def test_numbers_are_in_order_and_gaps_are_dashes():
     assert texts(table) == {"0.1": ["1.00", "–"], "1": ["–", "–"], "10": ["–", "3.00"], "100": ["2.00", "–"]}
 
 
-def test_differences_have_signs_and_marks_where_0_is_outside():
+def test_differences_have_signs_and_marks_where_they_are_clear():
     pairs = paired(rows(), FACTORS, {"arm": "SimCLR"})
     layout = {"rows": "arm", "columns": ["dataset"], "metric": "knn200", "checkpoint": "last"}
     (table,) = tables(layout, pairs, PAPER, FACTORS)
@@ -120,6 +130,9 @@ def test_differences_have_signs_and_marks_where_0_is_outside():
     (alone,) = tables(layout, paired(rows([5]), FACTORS, {"arm": "SimCLR"}), (), FACTORS)
     assert texts(alone) == {"MetaMask": ["+2.50"] * 2}
     assert not any(cell.marked for _, cells in alone.rows for cell in cells)
+    # an interval that leaves 0 out is no mark: three comparisons are three chances
+    (many,) = tables({"rows": "arm", "metric": "knn200"}, paired(doubtful(), ["arm"], {"arm": "a"}))
+    assert [cells[0].marked for _, cells in many.rows] == [False, False, True]
 
 
 def test_without_numbers_there_are_no_tables():
@@ -211,15 +224,39 @@ def test_rows_are_written_with_the_union_of_their_columns(tmp_path):
     assert (tmp_path / "empty" / "results.csv").read_text() == "seed,checkpoint,metric,value\n"
 
 
-def test_a_verdict_counts_and_names_what_excludes_0():
+def test_a_verdict_counts_and_names_what_is_clear():
     pairs = paired(rows(), FACTORS, {"arm": "SimCLR"})
     assert verdicts(pairs, {"arm": "SimCLR"}, ["knn200"]) == [
-        "kNN, k = 200, last epoch: 2 of 2 differences to arm = SimCLR exclude 0, 2 above and 0 below: "
-        "A, MetaMask +2.60 [+2.35, +2.85], n = 3; B, MetaMask +2.60 [+2.35, +2.85], n = 3. "
-        "By chance alone 0.1 of 2 would."
+        "kNN, k = 200, last epoch: 2 of 2 differences to arm = SimCLR are clear after the correction for "
+        "2 comparisons, 2 above and 0 below: "
+        "A, MetaMask +2.60 [+2.35, +2.85], n = 3; B, MetaMask +2.60 [+2.35, +2.85], n = 3.",
+        # standard deviation 0.1: 5.6535 / sqrt(3) times as much
+        "kNN, k = 200, last epoch: 3 seeds find a difference of 0.33 points with a probability of 80 %, "
+        "before the correction.",
     ]
     alone = verdicts(paired(rows([5]), FACTORS, {"arm": "SimCLR"}), {"arm": "SimCLR"}, ["knn200", "knn5"])
     assert alone == [
         "kNN, k = 200, last epoch: no verdict on the differences to arm = SimCLR: "
         "fewer than two seeds with both sides."
+    ]
+
+
+def test_a_verdict_calls_clear_what_is_so_after_the_correction_alone():
+    first, second = verdicts(paired(doubtful(), ["arm"], {"arm": "a"}), {"arm": "a"})
+    assert "1 of 3 differences to arm = a are clear after the correction for 3 comparisons, 1 above" in first
+    assert "d +3.27 [" in first and "b +" not in first
+    assert "points (d) to" in second and "points (c) with a probability of 80 %" in second
+
+
+def test_a_verdict_on_one_difference_corrects_nothing():
+    two = [row for row in doubtful() if row["arm"] in "ab"]
+    first, second = verdicts(paired(two, ["arm"], {"arm": "a"}), {"arm": "a"})
+    assert "1 of 1 differences to arm = a are clear, 1 above and 0 below: b +1.47 [" in first
+    assert "3 seeds find a difference of 1.64 points with a probability" in second
+
+
+def test_what_no_seed_changes_has_nothing_to_resolve():
+    found = verdicts(paired(rows(), FACTORS, {"arm": "SimCLR"}), {"arm": "SimCLR"}, ["epochs"])
+    assert found == [
+        "epochs: 0 of 2 differences to arm = SimCLR are clear after the correction for 2 comparisons."
     ]
