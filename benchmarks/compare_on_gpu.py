@@ -46,7 +46,11 @@ SHORT += ["optimizer.weight_decay=1e-4", "scheduler.name=warmup_cosine", "schedu
 SHORT += ["method_kwargs.task_kwargs.temperature=0.2", "method_kwargs.task_kwargs.proj_output_dim=128"]
 SHORT += ["method_kwargs.task_kwargs.proj_hidden_dim=2048"]
 MASKED = [*SHORT, "~optimizer.kwargs"]
-META = ["method_kwargs.meta.precision=bf16", "method_kwargs.meta.inner_lr=0.01"]
+META = [
+    "method_kwargs.meta.precision=bf16",
+    "method_kwargs.meta.inner_lr=null",
+    "++method_kwargs.meta.trial=auto",
+]
 ARMS: dict[str, tuple[str, list[str]]] = {
     "release": (METAMASK, ["ablation=official", "method_kwargs.meta.precision=bf16"]),
     "SimCLR + MSR, k = 4": (ICL_MSR, [*SHORT, *META, "method_kwargs.meta.every_n_steps=4"]),

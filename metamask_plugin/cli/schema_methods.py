@@ -32,7 +32,7 @@ META: dict[str, Setting] = {
     "meta.trial": word("plain, scaled as the main optimiser's, or with its momentum", TRIALS),
     "meta.trial_on": word("heads: the encoder takes no trial step", TRIAL_ON),
     "meta.inner_lr": number(
-        "length of the trial step; null: the main learning rate; auto: as long as an adaptive one",
+        "length of the trial step; null: the main learning rate; auto: a share of the adaptive step's",
         0,
         1e6,
         null=True,
@@ -64,6 +64,7 @@ METAMASK: dict[str, Setting] = {
     "redundancy.proj_output_dim": whole("output of its head", 1, MOST_WIDE),
     "redundancy.final_norm": flag("BatchNorm behind its head"),
     "mask.parameterisation": word("M itself, or its logits", PARAMETERISATIONS),
+    "mask.start": Setting("a run or checkpoint whose learned mask it starts from", "mask", null=True),
     **META,
 }
 

@@ -212,6 +212,15 @@ def _path(name: str, value: Any, setting: Setting) -> None:
     check(longest <= 255, name, "a path whose parts have at most 255 bytes", value)
 
 
+def _mask(name: str, value: Any, setting: Setting) -> None:
+    if isinstance(value, str):
+        _path(name, value, setting)
+        return
+    check(isinstance(value, list), name, "a run, a checkpoint, or a list of weights", value)
+    for index, weight in enumerate(value):
+        check(isinstance(weight, int | float), f"{name}[{index}]", "a number", weight)
+
+
 def _folder_name(name: str, value: Any, setting: Setting) -> None:
     _text(name, value, setting)
     usable = value.strip() not in ("", ".", "..") and value.isprintable()
@@ -245,6 +254,7 @@ _CHECKS: dict[str, Callable[[str, Any, Setting], None]] = {
     "word": _word,
     "text": _text,
     "path": _path,
+    "mask": _mask,
     "folder name": _folder_name,
     "list": _list,
     "block": _block,

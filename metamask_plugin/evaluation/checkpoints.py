@@ -19,7 +19,7 @@ from metamask_plugin.modules.encoder_reach import check_reach
 from metamask_plugin.modules.encoders import build_encoder
 from metamask_plugin.modules.solo_encoders import RESNETS, Factories, build_solo_encoder
 
-__all__ = ["Pretrained", "find_checkpoint", "load_pretrained", "read_args", "recorded_host"]
+__all__ = ["Pretrained", "find_checkpoint", "load_mask", "load_pretrained", "read_args", "recorded_host"]
 
 SUFFIXES = (".ckpt", ".pth", ".pt")
 HOSTS = ("solo", "embedded")
@@ -171,6 +171,21 @@ def load_pretrained(
     loaded = Pretrained(backbone.eval(), mask, args, path)
     loaded.check_side(int(image_size))
     return loaded
+
+
+def load_mask(path: str | Path) -> torch.Tensor | None:
+    """The effective mask weights of a trained MetaMask, (D,); None where the checkpoint has no mask.
+
+    Args:
+        path: as of :func:`load_pretrained`.
+
+    Raises:
+        UserError: when the file cannot be read, or its mask is not finite.
+    """
+    path = find_checkpoint(path)
+    state = _read_state(path)
+    size = sum(tensor.numel() for key, tensor in state.items() if key in ("mask.logit", "mask.weight"))
+    return _effective_mask(state, size, path)
 
 
 def encoder_of(

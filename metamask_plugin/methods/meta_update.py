@@ -61,14 +61,14 @@ class MetaUpdate:
             step as in the papers; ``adaptive``, scaled as the main optimiser scales its own; ``momentum``, as
             in MetaMask's release; ``auto``: adaptive for Adam, AdamW and LARS, unless a length is given, and
             plain otherwise; ``inner_lr``, the trial step's length, ``null`` for the main optimiser's current
-            learning rate, ``auto`` for a plain step as long as the adaptive one; ``outer_batch``: ``same``,
-            or ``next``, the outer loss is then of the batch after the one of the trial step; ``accumulate``:
-            how many meta-gradients one meta step is the mean of; ``trial_on``: ``all``, or ``heads``, the
-            encoder then takes no trial step; ``schedule``: ``iteration``, a meta step after a regular step,
-            ``shared``, before it and with its forward pass through the encoder, or ``epoch``, all meta steps
-            after the epoch's last regular step; ``every_n_steps``: of these only every n-th;
-            ``batch_share``, of each batch, in (0, 1]; ``precision``, of the encoder's arithmetic: ``full``,
-            the parameters' own, or ``bf16`` (heads and losses always have the parameters' own);
+            learning rate, ``auto`` for a plain step whose length follows the adaptive one's;
+            ``outer_batch``: ``same``, or ``next``, the outer loss is then of the batch after the one of the
+            trial step; ``accumulate``: how many meta-gradients one meta step is the mean of; ``trial_on``:
+            ``all``, or ``heads``, the encoder then takes no trial step; ``schedule``: ``iteration``, a meta
+            step after a regular step, ``shared``, before it and with its forward pass through the encoder, or
+            ``epoch``, all meta steps after the epoch's last regular step; ``every_n_steps``: of these only
+            every n-th; ``batch_share``, of each batch, in (0, 1]; ``precision``, of the encoder's arithmetic:
+            ``full``, the parameters' own, or ``bf16`` (heads and losses always have the parameters' own);
             ``optimizer`` (name, lr, weight_decay, kwargs); ``follow_schedule``, whether the meta learning
             rate decays with the main one; ``update_statistics``, whether the meta step moves BatchNorm's
             running statistics, too, as in MetaMask's release: by a forward pass at the new weights.

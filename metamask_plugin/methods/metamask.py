@@ -33,7 +33,7 @@ PAPER: dict[str, Any] = {
         "proj_output_dim": 2048,
         "final_norm": False,
     },
-    "mask": {"parameterisation": "free"},
+    "mask": {"parameterisation": "free", "start": None},
     "meta": {
         **DEFAULTS,
         # the paper does not name the mask's optimiser: at this rate the weights of a mask that
@@ -60,7 +60,7 @@ OFFICIAL: dict[str, Any] = {
         "proj_output_dim": 2048,
         "final_norm": True,
     },
-    "mask": {"parameterisation": "sigmoid"},
+    "mask": {"parameterisation": "sigmoid", "start": None},
     "meta": {
         **DEFAULTS,
         "estimator": "finite_difference",
@@ -99,7 +99,8 @@ class MetaMask(BilevelMethod):
             - ``redundancy``: ``weight`` of L_drr (0 is "without drr", Fig. 10), ``lamb`` (Eq. 2),
               ``form`` (Eq. 3, see :func:`~metamask_plugin.losses.cross_correlation`),
               ``proj_hidden_dim``, ``proj_output_dim``, ``final_norm``;
-            - ``mask.parameterisation``: ``free`` or ``sigmoid``;
+            - ``mask``: ``parameterisation``, ``free`` or ``sigmoid``; ``start``, D weights to start from (on
+              the command line a run or checkpoint to take them from);
             - ``meta``: see :class:`~metamask_plugin.methods.meta_update.MetaUpdate`, and ``enabled``
               (``False`` is "without meta-learning", Fig. 10: M stays 1).
 
@@ -123,7 +124,9 @@ class MetaMask(BilevelMethod):
             )
         # without meta-learning there is nothing to parameterise: the mask is all ones
         self.mask = DimensionalMask(
-            self.features_dim, kwargs.mask.parameterisation if kwargs.meta.enabled else "free"
+            self.features_dim,
+            kwargs.mask.parameterisation if kwargs.meta.enabled else "free",
+            kwargs.mask.start,
         )
         self.meta = MetaUpdate(kwargs.meta) if kwargs.meta.enabled else None
 

@@ -19,7 +19,10 @@ from metamask_plugin.errors import UserError, check
 
 TRIALS = ("auto", "plain", "adaptive", "momentum")
 AUTO = "auto"
-"""Of ``meta.inner_lr``: a plain step as long as the main optimiser's own."""
+"""Of ``meta.inner_lr``: a plain step whose length follows the main optimiser's own."""
+SHARE = 0.02
+"""Of the length of an adaptive step that such a step has. The raw gradient is steep in few directions: at
+full length it overshoots in them (docs/results.md)."""
 
 
 def is_sgd(main: torch.optim.Optimizer) -> bool:
@@ -114,8 +117,8 @@ def trial_step(
 
     Args:
         trial: ``plain``, ``adaptive`` or ``momentum``.
-        inner_lr: its length; None: the main optimiser's learning rates; :data:`AUTO`, for a plain step: as
-            long as the adaptive one.
+        inner_lr: its length; None: the main optimiser's learning rates; :data:`AUTO`, for a plain step:
+            :data:`SHARE` of the adaptive one's length.
         main: the main optimiser.
         module: encoder or heads.
         weight: what the inner loss counts for in the loss that the optimiser descends; an adaptive step is
@@ -131,7 +134,7 @@ def trial_step(
         scale = {name: group["lr"] / lr for name, group in settings.items() if group["lr"] != lr}
     group = Group(main, names, settings, lr, scale, weight)
     if trial == "plain" and inner_lr == AUTO:
-        return MatchedStep(_adaptive(group), scale=scale)
+        return MatchedStep(_adaptive(group), SHARE, scale)
     return STEPS[trial](group)
 
 

@@ -1,9 +1,11 @@
 """The dimensional mask M: one learned weight per feature dimension."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-from metamask_plugin.errors import choose
+from metamask_plugin.errors import check, choose
 
 PARAMETERISATIONS = ("free", "sigmoid")
 
@@ -23,18 +25,25 @@ class DimensionalMask(nn.Module):
         parameterisation: ``free``: M itself, as in the paper, started at 1, this package's choice, as the
             paper gives no start; ``sigmoid``: M = sigmoid of a logit started at 0, so M = 1/2 (the
             release [1]).
+        start: D weights to start from instead, such as those of a learned mask.
 
     [0] Li et al., *MetaMask*, NeurIPS 2022.
     [1] https://github.com/lionellee9089/MetaMask
     """
 
-    def __init__(self, dim: int, parameterisation: str = "free"):
+    def __init__(self, dim: int, parameterisation: str = "free", start: Sequence[float] | None = None):
         super().__init__()
         choose("method_kwargs.mask.parameterisation", parameterisation, PARAMETERISATIONS)
-        if parameterisation == "free":
-            self.weight = nn.Parameter(torch.ones(dim), requires_grad=False)
+        free = parameterisation == "free"
+        name = "method_kwargs.mask.start"
+        weights = torch.full((dim,), 1.0 if free else 0.5) if start is None else torch.tensor(list(start))
+        check(len(weights) == dim, name, f"of the encoder's {dim} dimensions", f"{len(weights)} weights")
+        if free:
+            self.weight = nn.Parameter(weights, requires_grad=False)
         else:
-            self.logit = nn.Parameter(torch.zeros(dim), requires_grad=False)
+            inside = weights.min() > 0 and weights.max() < 1
+            check(inside, name, "of weights between 0 and 1 with parameterisation=sigmoid", "others")
+            self.logit = nn.Parameter(weights.logit(), requires_grad=False)
         self.parameterisation = parameterisation
 
     def values(self) -> torch.Tensor:

@@ -11,7 +11,7 @@ SHOWN = {
     "train_task_loss": "task",
     "train_redundancy_loss": "drr",
     "train_msr_loss": "msr",
-    "train_outer_loss": "outer",
+    "train_trial_gain": "trial step gains",
     "mask_std": "mask_std",
     "msr_overlap": "overlap",
     "knn20": "knn20",
