@@ -27,8 +27,10 @@ from metamask_plugin.evaluation.paired_statistics import (
     banzhaf_values,
     bootstrap_gain,
     paired_differences,
+    per_original,
     rank_correlation,
     reality_check,
+    repeated,
     stratified_halves,
 )
 
@@ -54,6 +56,7 @@ def audit(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    originals: torch.Tensor | None = None,
 ) -> AuditResult:
     """Finds the dimensions of frozen features that hurt, and what is left of the gain on other images.
 
@@ -83,6 +86,8 @@ def audit(
         seed: of splits, masks and bootstrap.
         device: where to classify; by default where the features are.
         progress: called with (masks done, masks in all).
+        originals: what each test image shows, (N,), as many images of each. Images of one original are
+            in the same half, and intervals are over originals.
 
     Raises:
         UserError: for features that do not fit, or a setting out of range.
@@ -102,8 +107,9 @@ def audit(
     steps = sum(dim - done for done in range(most)) if removal == "greedy" else len(_counts(most)) - 1
     total = 1 + dim + banzhaf_masks + draws * len(rates) + steps + (2 if weights is not None else 0)
     classify = partial(masked_correct, train, test, metric=metric, device=device)
-    judge = _Judge(classify, progress, total)
-    labels = test.labels.cpu()
+    originals = repeated(originals)
+    judge = _Judge(classify, originals, progress, total)
+    labels, sizes = _units(test.labels.cpu(), originals)
     first = stratified_halves(labels, generator)
     halves = {"all": torch.ones_like(first), "selection": first, "held-out": ~first}
     base = judge(torch.ones(1, dim, dtype=torch.bool))[0]
@@ -126,7 +132,7 @@ def audit(
     ]
     return AuditResult(
         metric=metric,
-        images={split: int(half.sum()) for split, half in halves.items()},
+        images={split: int(sizes[half].sum()) for split, half in halves.items()},
         dimensions=dim,
         accuracy={split: _percent(base[half]) for split, half in halves.items()},
         effects=effects,
@@ -209,18 +215,33 @@ def check_options(dim: int, draws: int, banzhaf_masks: int | None, removal: str)
 
 
 class _Judge:
-    """Masks, bool (R, D), to correctness, bool (R, N); counts them for a progress bar."""
+    """Masks, bool (R, D), to correctness (R, N), of originals where given; counts them for a progress bar."""
 
-    def __init__(self, classify: Callable[..., torch.Tensor], progress: Progress | None, total: int):
-        self.classify, self.progress, self.total, self.done = classify, progress, total, 0
+    def __init__(
+        self,
+        classify: Callable[..., torch.Tensor],
+        originals: torch.Tensor | None,
+        progress: Progress | None,
+        total: int,
+    ):
+        self.classify, self.originals = classify, originals
+        self.progress, self.total, self.done = progress, total, 0
 
     def __call__(self, masks: torch.Tensor) -> torch.Tensor:
         correct = self.classify(masks, progress=self._report if self.progress is not None else None)
         self.done += len(masks)
-        return correct
+        return per_original(correct, self.originals)
 
     def _report(self, done: int, _: int | None) -> None:
         self.progress(self.done + done, self.total)
+
+
+def _units(labels: torch.Tensor, originals: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Label and number of images of each unit: of each original, or of each image."""
+    if originals is None:
+        return labels, torch.ones_like(labels)
+    _, originals, sizes = originals.unique(return_inverse=True, return_counts=True)
+    return torch.zeros_like(sizes).index_copy(0, originals, labels), sizes
 
 
 def _percent(correct: torch.Tensor) -> float:

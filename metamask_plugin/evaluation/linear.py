@@ -115,6 +115,7 @@ class LinearResult:
         acc5: top-5 after the last epoch (100 with five classes or fewer).
         epochs: number of epochs trained.
         state_dict: of :func:`build_head` after the last epoch; takes the features as extracted.
+        correct: which test features are classified rightly after the last epoch, bool (N,).
     """
 
     acc1_last: float
@@ -123,6 +124,7 @@ class LinearResult:
     acc5: float
     epochs: int
     state_dict: dict[str, torch.Tensor]
+    correct: torch.Tensor
 
 
 class UnitLength(nn.Module):
@@ -202,12 +204,12 @@ def linear_probe(
         for split in (train, test)
     ]
     with _threads_for(train.feats.shape[1] * (MLP_HIDDEN_DIM if head == "mlp" else num_classes), protocol):
-        curve, acc5 = _train(network.classifier, *prepared, protocol, generator)
+        curve, acc5, correct = _train(network.classifier, *prepared, protocol, generator)
     with torch.no_grad():  # fold the mask into the first layer, so that the head takes plain features
         network.classifier[0].weight.mul_(mask.to(device))
     best = max(range(len(curve)), key=curve.__getitem__)
     state = {key: tensor.cpu() for key, tensor in network.state_dict().items()}
-    return LinearResult(curve[-1], curve[best], best + 1, acc5, protocol.epochs, state)
+    return LinearResult(curve[-1], curve[best], best + 1, acc5, protocol.epochs, state, correct)
 
 
 @contextmanager
@@ -268,8 +270,8 @@ def _train(
     test: Features,
     protocol: LinearProtocol,
     generator: torch.Generator,
-) -> tuple[list[float], float]:
-    """Returns top-1 after every epoch and top-5 after the last, in percent."""
+) -> tuple[list[float], float, torch.Tensor]:
+    """Returns top-1 after every epoch, top-5 after the last, in percent, and what is right after the last."""
     optimizer = _optimizer(protocol, classifier)
     curve = []
     for epoch in range(protocol.epochs):
@@ -294,7 +296,8 @@ def _train(
     with torch.no_grad():
         loss = F.cross_entropy(classifier(train.feats), train.labels).item()
     warn_of_divergence("the probe", loss, logits.shape[1], protocol.lr)
-    return curve, _accuracy(logits, test.labels, top=5)
+    correct = (logits.argmax(dim=1) == test.labels).cpu()
+    return curve, _accuracy(logits, test.labels, top=5), correct
 
 
 def warn_of_divergence(what: str, loss: float, num_classes: int, lr: float) -> None:

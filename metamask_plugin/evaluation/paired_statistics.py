@@ -3,8 +3,12 @@
 All differences are of correctness, 1 or 0 an image, so a difference is 1 where only the first is right, -1
 where only the second is, else 0. Intervals are over images drawn anew from where the test images come from;
 the training images and the encoder stay.
+
+Images that show the same original are not independent. The original is then the unit: correctness is that of
+:func:`per_original`, float in [0, 1], and N counts originals.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +48,44 @@ class Estimates(NamedTuple):
     q: np.ndarray
 
 
+def repeated(originals: torch.Tensor | None) -> torch.Tensor | None:
+    """The originals of images (N,), or None where no two images share one."""
+    return None if originals is None or len(originals.unique()) == len(originals) else originals
+
+
+def per_original(correct: torch.Tensor, originals: torch.Tensor | None) -> torch.Tensor:
+    """The share of the images of each original that are right; as given without originals.
+
+    Args:
+        correct: (..., N).
+        originals: of each image, (N,), as many images of each; or None.
+
+    Returns:
+        float64 (..., G), in the order of the originals' numbers.
+    """
+    if originals is None:
+        return correct
+    _, originals, count = originals.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(*correct.shape[:-1], len(count), dtype=torch.float64)
+    return sums.index_add_(-1, originals, correct.double()) / count
+
+
+def standard_error(correct: torch.Tensor, originals: torch.Tensor | None = None) -> float:
+    """Of an accuracy, over test images (or originals) drawn anew, in percentage points.
+
+    Args:
+        correct: (N,).
+        originals: see :func:`per_original`.
+
+    Returns:
+        It; NaN for fewer than two.
+    """
+    units = per_original(correct, originals).double()
+    if len(units) < 2:
+        return math.nan
+    return 100 * float(units.std()) / len(units) ** 0.5
+
+
 def stratified_halves(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Splits images at random into two halves with the same share of every class.
 
@@ -70,16 +112,18 @@ def paired_differences(with_: torch.Tensor, without: torch.Tensor, level: float 
     """Accuracy of one classifier minus that of each of D others, in percentage points.
 
     The interval is Wald's after adding a half to each cell of the 2 x 2 table, which keeps its coverage where
-    hardly any image differs [0]; the p-value is McNemar's exact one.
+    hardly any image differs [0]; the p-value is McNemar's exact one. Of originals both are Student's.
 
     Args:
-        with_: correctness of the one, bool (N,).
-        without: correctness of the others, bool (D, N).
+        with_: correctness of the one, bool or float (N,).
+        without: correctness of the others, (D, N).
         level: 1 minus the coverage.
 
     [0] Bonett and Price, *Adjusted Wald confidence interval for a difference of binomial proportions based on
         paired data*, Journal of Educational and Behavioral Statistics 37, 2012.
     """
+    if with_.is_floating_point():
+        return _mean_differences(100 * (with_ - without).numpy(), level)
     only_with = (with_ & ~without).sum(dim=1).double().numpy()
     only_without = (~with_ & without).sum(dim=1).double().numpy()
     count = len(with_)
@@ -90,6 +134,16 @@ def paired_differences(with_: torch.Tensor, without: torch.Tensor, level: float 
     centre = 100 * (a - b)
     value = 100 * (only_with - only_without) / count
     return Estimates(value, centre - 100 * reach, centre + 100 * reach, p, false_discovery_q(p))
+
+
+def _mean_differences(differences: np.ndarray, level: float) -> Estimates:
+    """Means of (D, N) by Student's t; where nothing differs the interval is a point and p is 1."""
+    value = differences.mean(axis=1)
+    freedom = differences.shape[1] - 1
+    error = differences.std(axis=1, ddof=1) / np.sqrt(freedom + 1)
+    reach = scipy.stats.t.isf(level / 2, freedom) * error
+    p = 2 * scipy.stats.t.sf(np.abs(value) / np.maximum(error, 1e-300), freedom)
+    return Estimates(value, value - reach, value + reach, p, false_discovery_q(p))
 
 
 def banzhaf_values(masks: torch.Tensor, correct: torch.Tensor, level: float = 0.05) -> Estimates:
@@ -104,7 +158,7 @@ def banzhaf_values(masks: torch.Tensor, correct: torch.Tensor, level: float = 0.
 
     Args:
         masks: bool (R, D), R > D + 1.
-        correct: bool (R, N).
+        correct: bool or float (R, N).
         level: 1 minus the coverage.
 
     Raises:
@@ -148,20 +202,21 @@ def bootstrap_gain(
     """Gain in accuracy by a paired bootstrap over images, percentile interval, in percentage points.
 
     Args:
-        before: correctness, bool (N,).
-        after: correctness of the same images, bool (N,).
+        before: correctness, bool or float (N,).
+        after: correctness of the same images, (N,).
         seed: of the bootstrap.
         draws: bootstrap samples.
         level: 1 minus the coverage.
     """
-    difference = after.long() - before.long()
+    difference = (after.double() - before.double()).numpy()
     count = len(difference)
-    # a sample of images is a sample of their differences, of which there are three kinds
-    cells = np.array([int((difference == sign).sum()) for sign in (1, -1, 0)]) / count
+    # a sample of images is a sample of their differences, of which there are three kinds; of originals more
+    kinds = np.unique(difference) if before.is_floating_point() else np.array([1, -1, 0])
+    cells = np.array([int((difference == kind).sum()) for kind in kinds]) / count
     drawn = np.random.default_rng(seed).multinomial(count, cells, size=draws)
-    gains = 100 * (drawn[:, 0] - drawn[:, 1]) / count
+    gains = 100 * (drawn @ kinds) / count
     low, high = np.quantile(gains, [level / 2, 1 - level / 2])
-    return Estimate(100 * float(cells[0] - cells[1]), float(low), float(high))
+    return Estimate(100 * float(cells @ kinds), float(low), float(high))
 
 
 def reality_check(before: torch.Tensor, after: torch.Tensor, seed: int, draws: int = 1000) -> float:
@@ -171,8 +226,8 @@ def reality_check(before: torch.Tensor, after: torch.Tensor, seed: int, draws: i
     mask is better on average. It accounts for the search, which the best mask's own p-value does not.
 
     Args:
-        before: correctness without a mask, bool (N,).
-        after: correctness under each mask, bool (R, N).
+        before: correctness without a mask, bool or float (N,).
+        after: correctness under each mask, (R, N).
         seed: of the bootstrap.
         draws: bootstrap samples.
 

@@ -12,10 +12,13 @@ from torch import nn
 from metamask_plugin.errors import printable
 from metamask_plugin.evaluation.features import Features, extract_features, raw_pixels
 from metamask_plugin.evaluation.files import write_whole
-from metamask_plugin.evaluation.knn import knn_table, masked_features, vote_temperature
+from metamask_plugin.evaluation.knn import knn_predict, knn_table, masked_features, vote_temperature
 from metamask_plugin.evaluation.linear import LinearProtocol, linear_probe
+from metamask_plugin.evaluation.paired_statistics import standard_error
 
 RAW_PIXELS = "raw pixels"
+ERROR = "_standard_error"
+"""Ends the key of what is one."""
 
 
 class EvaluationData(Protocol):
@@ -37,6 +40,7 @@ def evaluate_rows(
     seed: int = 0,
     device: torch.device | str | None = None,
     say: Callable[[str], None] | None = None,
+    originals: torch.Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluates raw pixels and encoders on the same data, by kNN and a probe.
 
@@ -53,10 +57,13 @@ def evaluate_rows(
         seed: of the probe.
         device: where to compute; by default where each backbone is.
         say: called with the name of each row before its evaluation.
+        originals: what each test image shows, where several show the same; standard errors are then over
+            originals, see :func:`~metamask_plugin.evaluation.paired_statistics.standard_error`.
 
     Returns:
         Rows with ``features`` (the name), ``dim`` (D), ``knn<k>`` for each k, and the head's name with
-        ``<head>_best`` beside it (last and best epoch). Accuracies in percent.
+        ``<head>_best`` beside it (last and best epoch). Accuracies in percent. Of the first k and the head
+        also ``<metric>_standard_error``, in percentage points.
 
     Raises:
         UserError: when features are not finite, or do not fit a mask.
@@ -70,10 +77,12 @@ def evaluate_rows(
         known, unknown = (train, test) if mask is None else (masked_features(f, mask) for f in (train, test))
         row = {"features": name, "dim": train.feats.shape[1]}
         row |= knn_table(known, unknown, ks=ks, temperature=temperature, device=device)
+        row |= _knn_error(row, known, unknown, ks[0], temperature, originals, device)
         if protocol is not None:
             num_classes = int(max(train.labels.max(), test.labels.max())) + 1
             result = linear_probe(train, test, num_classes, protocol, head, seed, device, mask)
             row |= {head: result.acc1_last, f"{head}_best": result.acc1_best}
+            row[head + ERROR] = standard_error(result.correct, originals)
         rows.append(row)
 
     if pixels:
@@ -87,6 +96,36 @@ def evaluate_rows(
         if masks.get(name) is not None:
             add(f"{name}, masked", train, test, masks[name])
     return rows
+
+
+def _knn_error(
+    row: Mapping[str, Any],
+    train: Features,
+    test: Features,
+    k: int,
+    temperature: float | None,
+    originals: torch.Tensor | None,
+    device: torch.device | str | None,
+) -> dict[str, float]:
+    """The standard error of a row's first kNN accuracy."""
+    metric = f"knn{min(k, len(train.labels))}"
+    if originals is None:  # then the accuracy says it, without another search
+        return {metric + ERROR: math.sqrt(row[metric] * (100 - row[metric]) / max(1, len(test.labels) - 1))}
+    bank, labels, feats = (tensor.to(device) for tensor in (train.feats, train.labels, test.feats))
+    scores = knn_predict(bank, labels, feats, int(labels.max()) + 1, k, temperature)
+    return {metric + ERROR: standard_error(scores.argmax(dim=1).cpu() == test.labels.cpu(), originals)}
+
+
+def without_errors(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of :func:`evaluate_rows` for a table, which has no room for standard errors."""
+    return [{key: value for key, value in row.items() if not key.endswith(ERROR)} for row in rows]
+
+
+def errors_in_words(rows: Sequence[Mapping[str, Any]], originals: torch.Tensor | None) -> str:
+    """The largest standard error of rows, in one line."""
+    errors = [value for row in rows for key, value in row.items() if key.endswith(ERROR)]
+    units = "test images" if originals is None else f"{len(originals.unique())} originals"
+    return f"One standard error of a single accuracy, over {units}: at most {max(errors):.1f} points."
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> str:

@@ -7,6 +7,7 @@ import torch
 from metamask_plugin.data import PretrainDataModule
 from metamask_plugin.data.fingerprint import fingerprint
 from metamask_plugin.data.views import EvaluationView
+from metamask_plugin.evaluation.paired_statistics import repeated
 
 
 class EvaluationData:
@@ -38,6 +39,11 @@ class EvaluationData:
     def bank(self) -> int:
         """Number of the training images that kNN compares with."""
         return len(self._splits["train"])
+
+    @property
+    def originals(self) -> torch.Tensor | None:
+        """What each test image shows, where several show the same."""
+        return repeated(self._splits["test"].originals)
 
     @property
     def has_boxes(self) -> bool:

@@ -18,7 +18,14 @@ from metamask_plugin.evaluation.features import extract_features, feature_std
 from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.linear import PROTOCOLS
 from metamask_plugin.evaluation.regions import region_accuracies
-from metamask_plugin.evaluation.report import evaluate_rows, evaluation_in_words, format_table, write_summary
+from metamask_plugin.evaluation.report import (
+    errors_in_words,
+    evaluate_rows,
+    evaluation_in_words,
+    format_table,
+    without_errors,
+    write_summary,
+)
 from metamask_plugin.modules.encoder_split import EncoderSplit
 from metamask_plugin.training.evaluation_data import EvaluationData
 from metamask_plugin.training.history import History
@@ -77,11 +84,13 @@ def final_report(
         protocol=cfg.evaluation.linear.protocol,
         seed=cfg.seed,
         device=device,
+        originals=data.originals,
     )
     regions = _regions(cfg, data, initial, model, device) if data.has_boxes else []
     protocol = PROTOCOLS[cfg.evaluation.linear.protocol]
     evaluated = evaluation_in_words(ks, cfg.evaluation.knn.temperature, protocol)
-    table = f"{format_table(rows)}\n{evaluated}"
+    errors = errors_in_words(rows, data.originals)
+    table = f"{format_table(without_errors(rows))}\n{evaluated}\n{errors}"
     if regions:
         table += f"\n\n{format_table(regions)}"
     write_whole(folder.table, table + "\n")

@@ -124,6 +124,25 @@ def test_learned_weights_that_know_the_confounders_agree_with_the_effects(confou
     assert "cannot agree" in result.verdict()[-1]
 
 
+def test_renderings_of_one_original_share_a_half_and_say_no_more_than_one():
+    train, test = features(300, 0, noisy=PLANTED), features(300, 3, noisy=PLANTED)
+    thrice = Features(test.feats.repeat(3, 1), test.labels.repeat(3))
+    alone = audit(train, test, **SMALL)
+    audited = audit(train, thrice, originals=torch.arange(300).repeat(3), **SMALL)
+    assert audited.images == {split: 3 * count for split, count in alone.images.items()}
+    assert audited.accuracy == pytest.approx(alone.accuracy)
+    assert audited.removal.order == alone.removal.order
+    assert audited.removal.held_out_gain == pytest.approx(alone.removal.held_out_gain, abs=0.7)
+    for name in ("banzhaf", "leave_one_out"):
+        one, other = (result.effects[name].all for result in (alone, audited))
+        assert np.allclose(one.value, other.value)
+        assert other.high - other.low == pytest.approx(one.high - one.low, rel=0.25)
+    distinct = audit(train, test, originals=torch.arange(300).flip(0), **SMALL)
+    assert distinct.to_dict() == alone.to_dict(), "where no two images share an original nothing changes"
+    as_images = audit(train, thrice, **SMALL).effects["leave_one_out"].all
+    assert np.mean(as_images.high - as_images.low) < 0.7 * np.mean(other.high - other.low)
+
+
 def test_the_result_is_json_and_rows(confounded):
     content = json.loads(json.dumps(confounded.to_dict(), allow_nan=False))
     assert content["harmful"] == confounded.harmful

@@ -10,8 +10,10 @@ from metamask_plugin.evaluation.paired_statistics import (
     bootstrap_gain,
     false_discovery_q,
     paired_differences,
+    per_original,
     rank_correlation,
     reality_check,
+    standard_error,
     stratified_halves,
 )
 
@@ -112,3 +114,58 @@ def test_rank_correlation_has_an_interval_and_may_be_undefined():
     assert 0 < found.low < found.value < found.high < 1
     assert rank_correlation(x, -x).value == pytest.approx(-1)
     assert np.isnan(rank_correlation(x, np.ones(30)).value)
+
+
+def renderings(copies=10, count=200, same=0.3):
+    """Correctness of two classifiers on ``copies`` images of each original, which mostly fare alike.
+
+    Neither classifier is better: what an original does differently is as often for the one as for the other.
+    """
+    hard = coins(count, same)
+    first, second = (coins(count, 0.5)[None] | coins((copies, count), 0.6) & ~hard for _ in range(2))
+    return first.flatten(), second.flatten(), torch.arange(count).repeat(copies)
+
+
+def test_the_share_of_each_original_is_in_the_order_of_their_numbers():
+    correct = torch.tensor([[True, False, True, True], [False, False, True, False]])
+    assert per_original(correct, None) is correct
+    assert per_original(correct, torch.tensor([7, 2, 2, 7])).tolist() == [[0.5, 1.0], [0.5, 0.0]]
+
+
+def test_the_standard_error_is_over_originals():
+    correct, _, originals = renderings()
+    shares = correct.view(10, 200).double().mean(0).numpy()
+    assert standard_error(correct, originals) == pytest.approx(100 * scipy.stats.sem(shares))
+    # images drawn alone would be three times as sure of it as there is reason to
+    assert standard_error(correct) == pytest.approx(100 * scipy.stats.sem(correct.double().numpy()))
+    assert standard_error(correct) < 0.6 * standard_error(correct, originals)
+    drawn = np.random.default_rng(0).integers(200, size=(4000, 200))
+    assert 100 * shares[drawn].mean(1).std() == pytest.approx(standard_error(correct, originals), rel=0.05)
+    assert np.isnan(standard_error(correct[:1]))
+
+
+def test_intervals_of_renderings_leave_0_out_as_rarely_as_they_say_over_originals_alone():
+    alarms = {"images": [], "originals": [], "bootstrap": []}
+    for seed in range(200):
+        first, second, originals = renderings()
+        pairs = {
+            "images": (first, second),
+            "originals": tuple(per_original(one, originals) for one in (first, second)),
+        }
+        for unit, (one, other) in pairs.items():
+            found = paired_differences(one, other[None])
+            alarms[unit].append(found.p[0] < 0.05)
+            assert found.low[0] < found.value[0] < found.high[0]
+        gain = bootstrap_gain(*reversed(pairs["originals"]), seed, draws=400)
+        assert gain.value == pytest.approx(found.value[0])
+        alarms["bootstrap"].append(not gain.low <= 0 <= gain.high)
+    rates = {unit: np.mean(found) for unit, found in alarms.items()}
+    assert rates["images"] > 0.2
+    assert rates["originals"] < 0.11 and rates["bootstrap"] < 0.12, rates
+
+
+def test_originals_that_do_not_differ_at_all():
+    _, _, originals = renderings()
+    shares = per_original(torch.ones(2000, dtype=torch.bool), originals)
+    found = paired_differences(shares, shares[None])
+    assert (found.value[0], found.low[0], found.high[0], found.p[0]) == (0, 0, 0, 1)

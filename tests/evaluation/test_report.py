@@ -9,12 +9,15 @@ import torch
 from torch import nn
 
 from metamask_plugin.evaluation.features import extract_features, raw_pixels
-from metamask_plugin.evaluation.knn import knn_accuracy, masked_features
+from metamask_plugin.evaluation.knn import knn_accuracy, knn_predict, masked_features
 from metamask_plugin.evaluation.linear import PROTOCOLS, LinearProtocol, linear_probe
+from metamask_plugin.evaluation.paired_statistics import standard_error
 from metamask_plugin.evaluation.report import (
+    errors_in_words,
     evaluate_rows,
     evaluation_in_words,
     format_table,
+    without_errors,
     write_summary,
 )
 
@@ -56,9 +59,29 @@ def test_rows_hold_what_the_functions_give(encoder):
     assert rows[0]["knn20"] > 40, "the patterns should be visible in the pixels"
 
 
+def test_standard_errors_are_in_the_rows_over_originals_and_not_in_the_table(encoder):
+    settings = {"pixels": False, "ks": (20, 5), "protocol": PROBE}
+    (row,) = evaluate_rows(Data(), {"a": encoder}, **settings)
+    assert row["knn20_standard_error"] == pytest.approx((row["knn20"] * (100 - row["knn20"]) / 29) ** 0.5)
+    assert row["linear_standard_error"] == pytest.approx((row["linear"] * (100 - row["linear"]) / 29) ** 0.5)
+    originals = torch.arange(30) % 15
+    (over,) = evaluate_rows(Data(), {"a": encoder}, **settings, originals=originals)
+    train, test = (extract_features(encoder, Data().evaluation_loader(split)) for split in ("train", "test"))
+    right = knn_predict(*train, test.feats, 3, 20).argmax(1) == test.labels
+    assert over["knn20_standard_error"] == standard_error(right, originals) != row["knn20_standard_error"]
+    assert over["linear_standard_error"] != row["linear_standard_error"]
+    assert without_errors([over]) == without_errors([row])
+    assert [key for key in over if "error" in key] == ["knn20_standard_error", "linear_standard_error"]
+    assert "standard" not in format_table(without_errors([over]))
+    largest = max(over["knn20_standard_error"], over["linear_standard_error"])
+    words = f"One standard error of a single accuracy, over 15 originals: at most {largest:.1f} points."
+    assert errors_in_words([over], originals) == words
+    assert "over test images:" in errors_in_words([row], None)
+
+
 def test_rows_without_pixels_probe_or_mask(encoder):
     rows = evaluate_rows(Data(), {"a": encoder}, {"a": None}, pixels=False, ks=(5,), protocol=None)
-    assert [list(row) for row in rows] == [["features", "dim", "knn5"]]
+    assert [list(row) for row in rows] == [["features", "dim", "knn5", "knn5_standard_error"]]
 
 
 def test_the_mlp_has_a_column_of_its_name(encoder):

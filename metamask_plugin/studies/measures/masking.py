@@ -115,6 +115,7 @@ def confounder_audit(
             seed=subject.seed,
             device=subject.device,
             progress=progress,
+            originals=subject.data.images("test").originals,
         )
     gain = result.removal.held_out_gain
     found = {
