@@ -19,9 +19,11 @@ class TrialStep(Protocol):
     Attributes:
         numbers: what changes from one iteration to the next and is no tensor that is read in place, the
             learning rate first.
+        scale: factors on the learning rate, by parameter.
     """
 
     numbers: tuple[Number, ...]
+    scale: Mapping[str, Number]
 
     def at(self, params: Params, grads: Params) -> "PlainStep":
         """Returns the step as one that is linear in the gradient, all else held fixed.
@@ -114,27 +116,31 @@ class MomentumStep(PlainStep):
 
 
 class AdamStep(PlainStep):
-    """The step that Adam or AdamW would make, momentum and weight decay aside.
+    """The step that Adam or AdamW would make with this gradient, momentum and weight decay aside.
 
-        theta' = theta - l * g / (sqrt(v / c) + eps),       c = 1 - beta2^t
+        theta' = theta - l * p * g,       p = 1 / (sqrt(v') / c + eps)
+        v' = beta2 * v + (1 - beta2) * g^2,       c = sqrt(1 - beta2^t)
 
-    Its second moments v are those of the optimiser's last step, and are held fixed: Eqs. (1) and (2) of
-    Algorithm 1 in [0] without the first moment.
+    v is the optimiser's second moment, and t the number of the step: Algorithm 1 of [0] without the first
+    moment. p is that of the inner gradient, and is held fixed where the step is differentiated.
 
     Args:
         lr: l >= 0.
-        second_moments: v, by name. A parameter without has had no gradient yet, and is not moved.
-        corrections: c, of each number of steps t that parameters have made.
-        eps: the optimiser's.
-        scale: factors on l.
-        which: the place of a parameter's c in ``corrections``, 0 where it is not named.
+        second_moments: v, by name; a missing one counts as the optimiser's first step.
+        corrections: c, of each number of steps that parameters have made; the last is that of a first step.
+        beta2: the optimiser's.
+        eps: likewise.
+        scale: factors on l of single parameters.
+        weight: what the inner loss counts for in the loss that the optimiser descends: g is the gradient of
+            the weighted loss.
+        which: the place of a parameter's c in ``corrections``, by name; the last where it is not named.
 
     [0] Kingma and Ba, *Adam*, ICLR 2015.
 
     Example:
-        >>> state = optimizer.state[weight]
-        >>> c = 1 - 0.999 ** float(state["step"])
-        >>> step = AdamStep(1e-3, {"weight": state["exp_avg_sq"]}, (c,))
+        >>> state, beta2 = optimizer.state[weight], 0.999
+        >>> c = (1 - beta2 ** (float(state["step"]) + 1)) ** 0.5
+        >>> step = AdamStep(1e-3, {"weight": state["exp_avg_sq"]}, (c,), beta2)
         >>> trial = Trial(step, PlainStep(0.1))
     """
 
@@ -143,13 +149,15 @@ class AdamStep(PlainStep):
         lr: Number,
         second_moments: Params,
         corrections: tuple[Number, ...],
+        beta2: float = 0.999,
         eps: float = 1e-8,
         scale: Mapping[str, Number] = MappingProxyType({}),
+        weight: float = 1.0,
         which: Mapping[str, int] = MappingProxyType({}),
     ):
         super().__init__(lr, scale)
-        self.second_moments, self.corrections, self.eps = second_moments, corrections, eps
-        self.which = which
+        self.second_moments, self.corrections, self.which = second_moments, corrections, which
+        self.beta2, self.eps, self.weight = beta2, eps, weight
 
     @property
     def numbers(self) -> tuple[Number, ...]:
@@ -161,13 +169,14 @@ class AdamStep(PlainStep):
         return step
 
     def at(self, params: Params, grads: Params) -> PlainStep:
-        return PlainStep(self.lr, {name: self._factor(name) for name in params})
+        return PlainStep(self.lr, {name: self._factor(name, grads[name]) for name in params})
 
-    def _factor(self, name: str) -> Number:
-        if name not in self.second_moments:
-            return 0.0
-        root = self.second_moments[name].sqrt() / self.corrections[self.which.get(name, 0)] ** 0.5
-        return self.scale.get(name, 1.0) / (root + self.eps)
+    def _factor(self, name: str, grad: torch.Tensor) -> torch.Tensor:
+        moment = (1 - self.beta2) * (self.weight * grad).pow(2)
+        if name in self.second_moments:
+            moment = self.beta2 * self.second_moments[name] + moment
+        root = moment.sqrt() / self.corrections[self.which.get(name, -1)] + self.eps
+        return self.scale.get(name, 1.0) * self.weight / root
 
 
 class TrustRatioStep(PlainStep):

@@ -101,6 +101,12 @@ class BilevelMethod(TaskMethod):
         trainer, every = self.trainer, self.meta.cfg.every_n_steps
         batches, steps = trainer.num_training_batches, trainer.estimated_stepping_batches
         of_an_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+        if self.meta.cfg.outer_batch == "next" and (batches if self.meta.per_epoch else of_an_epoch) < 2:
+            print(
+                "warning: method_kwargs.meta.outer_batch=next makes no meta step in epochs of one batch: "
+                "what is meta-learned stays as it is at the start; set method_kwargs.meta.outer_batch=same",
+                flush=True,
+            )
         cut = self.meta.per_epoch and steps % of_an_epoch != 0
         if every > (batches if self.meta.per_epoch else steps) or (cut and steps < of_an_epoch):
             where = f"an epoch's {batches} batches" if self.meta.per_epoch else f"the run's {steps} steps"
@@ -210,13 +216,15 @@ class BilevelMethod(TaskMethod):
         With ``performance.cuda_graph`` it is a replayed CUDA graph, unless a pass is shared with the regular
         step, which goes on with it.
         """
-        if encoded is not None or not self._captures:
+        scales = [step.scale for step in trial]
+        if self._graph is None and self._captures:
+            self._graph, self._scales = CudaGraph(self._meta_gradient), scales
+        # rates that change against each other, as of a predictor that keeps its own, are none of the numbers
+        if encoded is not None or self._graph is None or scales != self._scales:
             problem = self.meta_problem(views, *more, target_feats=target_feats, encoded=encoded, outer=outer)
             return self.meta.gradient(problem, trial)
-        device = views[0].device
+        device, self._trial = views[0].device, trial
         numbers = [[torch.full((), number, device=device) for number in step.numbers] for step in trial]
-        if self._graph is None:
-            self._graph = CudaGraph(partial(self._meta_gradient, trial))
         try:
             return self._graph(numbers, views, more, target_feats, outer)
         except CaptureError as error:
@@ -224,9 +232,9 @@ class BilevelMethod(TaskMethod):
                 f"performance.cuda_graph must be False where the meta step cannot be captured: {error}"
             ) from error
 
-    def _meta_gradient(self, trial: Trial, numbers, views, more, target_feats, outer) -> MetaGradient:
+    def _meta_gradient(self, numbers, views, more, target_feats, outer) -> MetaGradient:
         """The same as a function of all tensors that change their place from step to step."""
-        trial = Trial(*(step.with_numbers(*own) for step, own in zip(trial, numbers)))
+        trial = Trial(*(step.with_numbers(*own) for step, own in zip(self._trial, numbers)))
         with self.uncompiled():  # compiled code may replay graphs of its own
             problem = self.meta_problem(views, *more, target_feats=target_feats, outer=outer)
             return self.meta.gradient(problem, trial)
@@ -436,9 +444,9 @@ class BilevelMethod(TaskMethod):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         if self.meta is not None:
-            checkpoint["meta_optimizer"] = self.meta.state_dict()
+            checkpoint |= self.meta.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         if self.meta is not None:
-            self.meta.load_state_dict(checkpoint.get("meta_optimizer"))
+            self.meta.load_state_dict(checkpoint)

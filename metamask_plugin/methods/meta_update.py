@@ -187,12 +187,12 @@ class MetaUpdate:
             return
         (group,) = self.optimizer.param_groups
         wanted = {key: value for key, value in group.items() if key != "params"}
-        self.optimizer.load_state_dict(self._state["optimizer"])
+        self.optimizer.load_state_dict(self._state["meta_optimizer"])
         if not cfg.follow_schedule:  # the checkpoint has settings of its own; the config's apply
             self.optimizer.param_groups[0] |= wanted
-        device = group["params"][0].device
-        self._previous = _moved(self._state["previous"], device)
-        self._gathered = _moved(self._state["gathered"], device)
+        if "meta_gradients" in self._state:  # of this version on
+            gradients = _moved(self._state["meta_gradients"], group["params"][0].device)
+            self._previous, self._gathered = gradients["previous"], gradients["gathered"]
 
     def due(self, step: int) -> bool:
         """Whether the ``step``-th meta step, counted from 1, is to be made."""
@@ -260,20 +260,18 @@ class MetaUpdate:
         self._gathered = []
         return True
 
-    def state_dict(self) -> dict[str, Any] | None:
+    def state_dict(self) -> dict[str, Any]:
+        """The meta optimiser's state and the meta-gradients still wanted, by their keys in a checkpoint."""
         if self.optimizer is None:
-            return self._state
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "previous": self._previous,
-            "gathered": self._gathered,
-        }
+            return self._state or {}
+        gradients = {"previous": self._previous, "gathered": self._gathered}
+        return {"meta_optimizer": self.optimizer.state_dict(), "meta_gradients": gradients}
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Takes a checkpoint's; one of a version before this one is the optimiser's alone."""
-        if state is not None and "optimizer" not in state:
-            state = {"optimizer": state, "previous": None, "gathered": []}
-        self._state = state
+    def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        """Takes what :meth:`state_dict` has put into a checkpoint, once :meth:`start` is called."""
+        if checkpoint.get("meta_optimizer") is not None:
+            keys = ("meta_optimizer", "meta_gradients")
+            self._state = {key: checkpoint[key] for key in keys if key in checkpoint}
 
 
 def _moved(gradients: Any, device: torch.device) -> Any:

@@ -61,8 +61,10 @@ def check_trial(trial: str, inner_lr: float | str | None, main: torch.optim.Opti
             f"method_kwargs.meta.inner_lr must be set for trial=plain when the main optimiser is {kind}: "
             f"its learning rate is not the length of a gradient step; {remedy}"
         )
-    follows = "SGD, LARS, Adam or AdamW, whose scaling is known"
-    check(known or trial == "plain" and inner_lr != AUTO, "optimizer.name", follows, kind)
+    if trial == "adaptive" or inner_lr == AUTO:
+        check(known, "optimizer.name", "sgd, lars, adam or adamw, whose scaling is known", kind)
+        amsgrad = group.get("amsgrad", False)
+        check(not amsgrad, "optimizer.kwargs.amsgrad", "False with an adaptive trial step", amsgrad)
     if trial != "momentum":
         return
     if "momentum" not in group:
@@ -98,11 +100,6 @@ class Group:
     lr: float
     scale: dict[str, float]
     weight: float
-
-    @property
-    def weighted(self) -> dict[str, float]:
-        """:attr:`scale` times :attr:`weight`, for every parameter."""
-        return {name: self.weight * self.scale.get(name, 1.0) for name in self.settings}
 
     def state(self, key: str) -> dict[str, Any]:
         """An entry of the optimiser's state, of the parameters that have it."""
@@ -150,20 +147,24 @@ def _momentum(group: Group) -> TrialStep:
 
 def _adaptive(group: Group) -> TrialStep:
     if is_sgd(group.main):
-        return PlainStep(group.lr, group.weighted)
+        scale = {name: group.weight * group.scale.get(name, 1.0) for name in group.settings}
+        return PlainStep(group.lr, scale)
     return _trust_ratio(group) if is_lars(group.main) else _adam(group)
 
 
 def _adam(group: Group) -> TrialStep:
     settings = next(iter(group.settings.values()))
+    beta2 = settings["betas"][1]
     steps = {name: float(step) for name, step in group.state("step").items()}
-    counts = sorted(set(steps.values()))
+    counts = [*sorted(set(steps.values())), 0.0]
     return AdamStep(
         group.lr,
-        group.state("max_exp_avg_sq" if settings.get("amsgrad") else "exp_avg_sq"),
-        tuple(1 - settings["betas"][1] ** count for count in counts),
+        group.state("exp_avg_sq"),
+        tuple((1 - beta2 ** (count + 1)) ** 0.5 for count in counts),
+        beta2,
         settings["eps"],
-        group.weighted,
+        group.scale,
+        group.weight,
         {name: counts.index(step) for name, step in steps.items()},
     )
 
