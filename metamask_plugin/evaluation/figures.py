@@ -25,12 +25,13 @@ from metamask_plugin.evaluation.files import replacing
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#9B5B9B", "#6F6F6F"
 
 LOSSES = {
-    "train_task_loss": ("task (inner)", BLUE),
+    "train_task_loss": ("task", BLUE),
     "train_redundancy_loss": ("redundancy reduction", ORANGE),
-    "train_outer_loss": ("task after the trial step (outer)", GREEN),
+    "train_outer_loss": ("task after the trial step", GREEN),
     "train_msr_loss": ("backdoor-adjusted (MSR)", PURPLE),
     "train_uniformity_loss": ("uniformity of A", GREY),
 }
+BEFORE = "task before the trial step"
 ACCURACIES = {
     "knn5": ("k = 5", PURPLE, "-"),
     "knn20": ("k = 20", BLUE, "-"),
@@ -60,6 +61,7 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     figure, (losses, accuracies) = _two_panels()
     for key, (label, colour) in LOSSES.items():
         _curve(losses, history, key, label=label, color=colour)
+    _curve(losses, [_before(row) for row in history], "before", label=BEFORE, color=GREEN, linestyle=":")
     values = [value for line in losses.lines for value in line.get_ydata()]
     # the redundancy loss starts orders of magnitude above the others; the uniformity loss is a logarithm and
     # may be 0 or below, where there is no log scale
@@ -78,6 +80,12 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
         else:
             axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=GREY)
     return figure
+
+
+def _before(row: Mapping[str, Any]) -> dict[str, Any]:
+    """An epoch with its outer loss as it was before the trial steps, where that is known."""
+    known = row.get("train_outer_loss"), row.get("train_trial_gain")
+    return {**row, "before": None if None in known else sum(known)}
 
 
 def mask_weights(final: torch.Tensor, history: torch.Tensor) -> Figure:

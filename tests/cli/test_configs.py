@@ -1,14 +1,17 @@
 """Every shipped pretraining config: composed both ways, and trained for a step or two."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
 from metamask_plugin.cli.pretrain import run
+from metamask_plugin.evaluation.checkpoints import load_mask
 
 ROOT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain"
 CONFIGS = sorted(
@@ -17,7 +20,7 @@ CONFIGS = sorted(
     if path.parent.name != "setting"
 )
 ABLATIONS = {
-    "metamask": ("barlow", "fixed_lr", "no_drr", "official", "per_epoch", "simclr"),
+    "metamask": ("barlow", "fixed_lr", "no_drr", "official", "per_epoch", "random_mask", "simclr"),
     "icl_msr": ("no_msr", "no_uniformity", "semi_supervised"),
     "either": ("finite_difference", "first_order", "no_meta"),
 }
@@ -58,7 +61,8 @@ def test_there_is_one_for_every_data_set():
 
 def test_every_ablation_is_tried_here():
     shipped = {path.stem for path in (ROOT / "ablation").glob("*.yaml")}
-    elsewhere = {"none", "feature_dropout", "shared_feature_dropout"}  # the latter in test_rows.py
+    # in test_rows.py, and below
+    elsewhere = {"none", "feature_dropout", "shared_feature_dropout", "frozen_mask"}
     assert {name for names in ABLATIONS.values() for name in names} | elsewhere == shipped
 
 
@@ -148,6 +152,27 @@ def test_ablations_train(method, ablation, tmp_path):
         method == "metamask" and ablation not in ("no_drr", "simclr")
     )
     assert ("train_msr_loss" in metrics) == (method == "icl_msr" and ablation != "no_msr")
+
+
+def test_a_learned_mask_is_held(tmp_path):
+    short = ["accelerator=cpu", "max_epochs=1", "optimizer.batch_size=16", "++limit_train_batches=2"]
+    short += [f"checkpoint.dir={tmp_path}", "++evaluation.enabled=False"]
+    learned = run(composed("metamask_barlow", "method_kwargs.meta.every_n_steps=1", *short))
+    held = run(
+        composed(
+            "metamask_barlow", "ablation=frozen_mask", f"method_kwargs.mask.start={learned.path}", *short
+        )
+    )
+    masks = [load_mask(folder.path) for folder in (learned, held)]
+    assert torch.equal(*masks) and masks[0].std() > 0
+    assert (
+        json.loads((held.path / "args.json").read_text())["method_kwargs"]["mask"]["start"]
+        == masks[0].tolist()
+    )
+    with pytest.raises(SystemExit):
+        run(composed("metamask_barlow", "ablation=frozen_mask", *short))
+    with pytest.raises(SystemExit):
+        run(composed("metamask_barlow", f"++method_kwargs.mask.start={tmp_path}/none", *short))
 
 
 def test_the_papers_lambda_gamma_and_schedule_are_shipped():

@@ -21,7 +21,7 @@ def labels_of(axes):
 
 def test_curves_show_the_keys_that_are_there_and_their_values():
     losses, accuracies = figures.training_curves(HISTORY).axes
-    assert labels_of(losses) == ["task (inner)", "redundancy reduction"]
+    assert labels_of(losses) == ["task", "redundancy reduction"]
     assert list(losses.lines[0].get_ydata()) == [5, 4, 3, 2]
     assert losses.get_yscale() == "log"
     assert labels_of(accuracies) == ["k = 20"]
