@@ -32,6 +32,7 @@ LAYOUT = {
     "metamask_plugin/methods": "solo/methods",
     "metamask_plugin/methods/meta_update.py": "solo/bilevel/meta_update.py",
     "metamask_plugin/methods/presets.py": "solo/bilevel/presets.py",
+    "metamask_plugin/methods/trial_steps.py": "solo/bilevel/trial_steps.py",
     "metamask_plugin/host/solo_settings.py": "solo/methods/solo_settings.py",
     "metamask_plugin/host/solo_task.py": "solo/methods/solo_task.py",
     "tests/bilevel": "tests/bilevel",
@@ -70,6 +71,7 @@ LEFT_BEHIND = {
 WITHOUT = {
     "tests/host/test_solo_task.py": ["importable"],  # solo-learn is there
     "tests/methods/test_icl_msr.py": ["test_a_level_that_a_timm_encoder_does_not_have"],  # no such backbones
+    "tests/methods/test_trial_following.py": ["test_and_of_solo_learns_lars"],  # starts solo-learn beside us
     "tests/tasks/test_ressl_task.py": ["test_the_views_that_it_is_given"],  # reads them with our loader
 }
 """Definitions that stay behind, with the imports that nothing else needs."""
@@ -111,6 +113,7 @@ SUBSTITUTIONS = {
     # timm's models are no backbones
     "tests/methods/test_icl_msr_gradient.py": [(r'^ *\("test_\w+",.*\),\n', "")],
     "tests/methods/test_metamask_gradient.py": [(r'^ *\("test_\w+",.*\),\n', "")],
+    "tests/methods/test_trial_following.py": [(r'(?s)^SOLO_LARS = """.*?^"""\n', "")],
     "tests/methods/test_ddp.py": [(r"(PYTHONPATH.*parents)\[1\]", r"\1[2]")],
 }
 """Regular expressions for one file each, before its imports are rewritten; each must match."""
@@ -197,8 +200,8 @@ INSERTIONS = {
 }
 
 REPLACEMENTS = {
-    # torch.func, forward-mode AD
-    "requirements.txt": [("torch>=1.10.0", "torch>=2.4"), ("torchvision>=0.11.1", "torchvision>=0.19")],
+    # torch.func, forward-mode AD; get_total_norm; an AdamW that is an Adam
+    "requirements.txt": [("torch>=1.10.0", "torch>=2.7"), ("torchvision>=0.11.1", "torchvision>=0.22")],
 }
 
 
