@@ -254,15 +254,11 @@ class MatchedStep:
         return MatchedStep(self.other.with_numbers(*numbers), self.share, self.scale)
 
     def at(self, params: Params, grads: Params) -> PlainStep:
-        other = self.other.at(params, grads).step(params, grads)
-        own = PlainStep(1.0, self.scale).step(params, grads)
-        wanted, unit = distance(other, params), distance(own, params)
+        # from the origin: from the weights a short step is lost in their digits
+        origin = {name: torch.zeros_like(grad) for name, grad in grads.items()}
+        linear = self.other.at(params, grads), PlainStep(1.0, self.scale)
+        wanted, unit = (get_total_norm(list(step.step(origin, grads).values())) for step in linear)
         return PlainStep(torch.where(unit > 0, self.share * wanted / unit, 0.0), self.scale)
-
-
-def distance(params: Params, others: Params) -> torch.Tensor:
-    """Euclidean distance of two points, over all parameters; a scalar."""
-    return get_total_norm([params[name] - others[name] for name in params])
 
 
 class Trial(NamedTuple):

@@ -159,3 +159,11 @@ def test_a_permuted_meta_gradient_is_as_long_and_belongs_to_other_dimensions(dou
     assert not torch.equal(permuted.weights[0], other.weights[0])
     assert (permuted.weights[0] == exact.weights[0]).float().mean() < 0.1
     assert permuted[1:] == exact[1:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matched_length_is_not_lost_in_the_weights_digits(dtype):
+    torch.manual_seed(0)
+    params, grads = ({"w": (size * torch.randn(64, 64)).to(dtype)} for size in (1.0, 1e-6))
+    length = MatchedStep(PlainStep(1e-2), 0.02).at(params, grads).lr
+    torch.testing.assert_close(length.float(), torch.tensor(2e-4), rtol=1e-2, atol=0)
