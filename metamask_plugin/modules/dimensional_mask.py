@@ -36,8 +36,11 @@ class DimensionalMask(nn.Module):
         choose("method_kwargs.mask.parameterisation", parameterisation, PARAMETERISATIONS)
         free = parameterisation == "free"
         name = "method_kwargs.mask.start"
-        weights = torch.full((dim,), 1.0 if free else 0.5) if start is None else torch.tensor(list(start))
+        start = [1.0 if free else 0.5] * dim if start is None else start
+        check(not isinstance(start, str), name, "a list of weights", start)
+        weights = torch.tensor([float(w) for w in start], dtype=torch.get_default_dtype())
         check(len(weights) == dim, name, f"of the encoder's {dim} dimensions", f"{len(weights)} weights")
+        check(bool(weights.isfinite().all()), name, "of finite weights", "NaN or infinity")
         if free:
             self.weight = nn.Parameter(weights, requires_grad=False)
         else:

@@ -32,3 +32,13 @@ def test_statistics():
 def test_wrong_parameterisation():
     with pytest.raises(UserError, match="must be one of free, sigmoid"):
         DimensionalMask(4, "softmax")
+
+
+def test_starts_at_whole_numbers_and_at_nothing_else_than_finite_ones():
+    assert DimensionalMask(3, start=[1, 0, 2]).statistics()["mask_mean"] == 1
+    for start, message in (
+        ([1.0, float("nan"), 1.0], "must be of finite weights"),
+        ("runs/one", "must be a list of weights"),
+    ):
+        with pytest.raises(UserError, match=message):
+            DimensionalMask(3, start=start)
