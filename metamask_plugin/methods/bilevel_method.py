@@ -24,6 +24,7 @@ from metamask_plugin.bilevel import (
     Trial,
     Unrolled,
 )
+from metamask_plugin.bilevel.trial import Number
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.methods.meta_update import MetaUpdate
 from metamask_plugin.methods.recorded import recorded
@@ -108,11 +109,19 @@ class BilevelMethod(TaskMethod):
                 flush=True,
             )
         cut = self.meta.per_epoch and steps % of_an_epoch != 0
+        made = steps // of_an_epoch * (batches // every) if self.meta.per_epoch else steps // every
         if every > (batches if self.meta.per_epoch else steps) or (cut and steps < of_an_epoch):
             where = f"an epoch's {batches} batches" if self.meta.per_epoch else f"the run's {steps} steps"
             print(
                 f"warning: method_kwargs.meta.every_n_steps={every} makes no meta step in {where}: what is "
                 "meta-learned stays as it is at the start; lower it, or train longer",
+                flush=True,
+            )
+        elif made < self.meta.cfg.accumulate:
+            print(
+                f"warning: method_kwargs.meta.accumulate={self.meta.cfg.accumulate} makes no meta step in a run "
+                f"of {made} meta-gradients: what is meta-learned stays as it is at the start; lower it, or "
+                "train longer",
                 flush=True,
             )
         elif cut:
@@ -174,10 +183,12 @@ class BilevelMethod(TaskMethod):
         """The remedy against a trial step that is too long."""
         cfg, name = self.meta.cfg, "method_kwargs.meta"
         if cfg.inner_lr is None:  # as long as the main optimiser's own
-            return f"lower optimizer.lr, or give it a length of its own: {name}.inner_lr=1e-3"
+            return f"lower optimizer.lr, or give it a length of its own: ++{name}.inner_lr=1e-3"
         if cfg.inner_lr == AUTO:
-            return f"set {name}.inner_lr=1e-3"
-        return f"set {name}.inner_lr=auto, or null with ++{name}.trial=adaptive"
+            return f"set ++{name}.inner_lr=1e-3"
+        if cfg.trial in ("auto", "plain"):
+            return f"set ++{name}.inner_lr=auto, or ++{name}.inner_lr=null ++{name}.trial=adaptive"
+        return f"lower ++{name}.inner_lr, or set ++{name}.inner_lr=auto ++{name}.trial=plain"
 
     def on_fit_end(self) -> None:
         super().on_fit_end()
@@ -224,7 +235,7 @@ class BilevelMethod(TaskMethod):
             problem = self.meta_problem(views, *more, target_feats=target_feats, encoded=encoded, outer=outer)
             return self.meta.gradient(problem, trial)
         device, self._trial = views[0].device, trial
-        numbers = [[torch.full((), number, device=device) for number in step.numbers] for step in trial]
+        numbers = [[_on(device, number) for number in step.numbers] for step in trial]
         try:
             return self._graph(numbers, views, more, target_feats, outer)
         except CaptureError as error:
@@ -450,3 +461,8 @@ class BilevelMethod(TaskMethod):
         super().on_load_checkpoint(checkpoint)
         if self.meta is not None:
             self.meta.load_state_dict(checkpoint)
+
+
+def _on(device: torch.device, number: Number) -> torch.Tensor:
+    """A number as a tensor on a device, without waiting for it."""
+    return number if isinstance(number, torch.Tensor) else torch.full((), number, device=device)

@@ -15,6 +15,7 @@ from metamask_plugin.bilevel import (
     TrialStep,
     TrustRatioStep,
 )
+from metamask_plugin.bilevel.trial import Number
 from metamask_plugin.errors import UserError, check
 
 TRIALS = ("auto", "plain", "adaptive", "momentum")
@@ -22,7 +23,7 @@ AUTO = "auto"
 """Of ``meta.inner_lr``: a plain step whose length follows the main optimiser's own."""
 SHARE = 0.02
 """Of the length of an adaptive step that such a step has. The raw gradient is steep in few directions: at
-full length it overshoots in them (docs/results.md)."""
+full length it overshoots in them."""
 
 
 def is_sgd(main: torch.optim.Optimizer) -> bool:
@@ -56,7 +57,8 @@ def check_trial(trial: str, inner_lr: float | str | None, main: torch.optim.Opti
     kind, group = type(main).__name__, main.param_groups[0]
     known = is_sgd(main) or is_lars(main) or is_adam(main)
     if trial == "plain" and inner_lr is None and not is_sgd(main):
-        remedy = "leave out method_kwargs.meta.trial, or set inner_lr=auto" if known else "try 1e-3"
+        name = "method_kwargs.meta"
+        remedy = f"set ++{name}.trial=auto, or ++{name}.inner_lr=auto" if known else "try 1e-3"
         raise UserError(
             f"method_kwargs.meta.inner_lr must be set for trial=plain when the main optimiser is {kind}: "
             f"its learning rate is not the length of a gradient step; {remedy}"
@@ -155,18 +157,22 @@ def _adaptive(group: Group) -> TrialStep:
 def _adam(group: Group) -> TrialStep:
     settings = next(iter(group.settings.values()))
     beta2 = settings["betas"][1]
-    steps = {name: float(step) for name, step in group.state("step").items()}
-    counts = [*sorted(set(steps.values())), 0.0]
-    return AdamStep(
-        group.lr,
-        group.state("exp_avg_sq"),
-        tuple((1 - beta2 ** (count + 1)) ** 0.5 for count in counts),
-        beta2,
-        settings["eps"],
-        group.scale,
-        group.weight,
-        {name: counts.index(step) for name, step in steps.items()},
-    )
+    corrections, which = _corrections(group.state("step"), beta2)
+    moments, eps = group.state("exp_avg_sq"), settings["eps"]
+    return AdamStep(group.lr, moments, corrections, beta2, eps, group.scale, group.weight, which)
+
+
+def _corrections(steps: dict[str, Any], beta2: float) -> tuple[tuple[Number, ...], dict[str, int]]:
+    """Of :class:`AdamStep`: ``corrections`` and ``which``, from the optimiser's counts of steps, by name."""
+    if any(isinstance(step, torch.Tensor) and step.device.type != "cpu" for step in steps.values()):
+        # a fused optimiser counts on its device, whose numbers no step waits for
+        counted = 1 - beta2 ** (torch.stack(list(steps.values())) + 1)
+        which = {name: place for place, name in enumerate(steps)}
+        return (*counted.sqrt().unbind(), (1 - beta2) ** 0.5), which
+    made = {name: float(step) for name, step in steps.items()}
+    counts = [*sorted(set(made.values())), 0.0]
+    corrections = tuple((1 - beta2 ** (count + 1)) ** 0.5 for count in counts)
+    return corrections, {name: counts.index(step) for name, step in made.items()}
 
 
 def _trust_ratio(group: Group) -> TrialStep:

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import types
 
 import lightning.pytorch as pl
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 from metamask_plugin.bilevel import AdamStep, Exact, MatchedStep, PlainStep, Trial, TrustRatioStep, Unrolled
 from metamask_plugin.errors import UserError
 from metamask_plugin.host.optimizers import build_optimizer
-from metamask_plugin.methods import ICLMSR, MetaMask
+from metamask_plugin.methods import ICLMSR, MetaMask, trial_steps
 from metamask_plugin.methods.bilevel_method import BilevelMethod
 from metamask_plugin.methods.trial_steps import SHARE, trial_step
 
@@ -213,10 +214,19 @@ def test_the_cosine_is_with_the_meta_gradient_before():
         (
             -0.5,
             {"inner_lr": 0.1},
-            r"set method_kwargs.meta.inner_lr=auto, or null with \+\+method_kwargs.meta.trial",
+            r"set \+\+method_kwargs.meta.inner_lr=auto, or \+\+method_kwargs.meta.inner_lr=null \+\+",
         ),
-        (-0.5, {"inner_lr": "auto"}, r"set method_kwargs.meta.inner_lr=1e-3$"),
-        (-0.5, {}, r"lower optimizer.lr, or give it a length of its own: method_kwargs.meta.inner_lr=1e-3"),
+        (
+            -0.5,
+            {"inner_lr": 0.1, "trial": "adaptive"},
+            r"or set \+\+method_kwargs.meta.inner_lr=auto \+\+method_kwargs.meta.trial=plain$",
+        ),
+        (-0.5, {"inner_lr": "auto"}, r"set \+\+method_kwargs.meta.inner_lr=1e-3$"),
+        (
+            -0.5,
+            {},
+            r"lower optimizer.lr, or give it a length of its own: \+\+method_kwargs.meta.inner_lr=1e-3",
+        ),
         (0.5, {}, None),
     ],
 )
@@ -370,3 +380,31 @@ def test_a_single_batch_has_no_next(capsys):
     train(model, steps=1)
     assert torch.equal(model.mask.values(), torch.ones(256))
     assert "outer_batch=next makes no meta step" in capsys.readouterr().out
+
+
+def test_a_fused_adam_is_not_asked_for_its_counts():
+    """They are on its device: a device without numbers has none to tell."""
+    module = nn.Linear(3, 2, device="meta")
+    main = torch.optim.AdamW(module.parameters())
+    for p in module.parameters():
+        main.state[p] = {"step": torch.zeros((), device="meta"), "exp_avg_sq": torch.zeros_like(p)}
+    step = trial_step("adaptive", None, main, module, 1.0)
+    assert [torch.is_tensor(number) for number in step.numbers] == [False, True, True, False]
+
+
+def test_counts_on_a_device_give_the_same_corrections(monkeypatch, double):
+    steps = {"a": torch.tensor(4.0), "b": torch.tensor(0.0)}
+    (host, ours), device = trial_steps._corrections(steps, 0.9), types.SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch.Tensor, "device", device)
+    there, theirs = trial_steps._corrections(steps, 0.9)
+    monkeypatch.undo()
+    for name in steps:
+        assert float(there[theirs[name]]) == pytest.approx(host[ours[name]])
+    assert there[-1] == host[-1]
+
+
+def test_fewer_meta_gradients_than_one_step_is_the_mean_of(capsys):
+    model = build(meta={"accumulate": 4})
+    train(model, steps=3)
+    assert torch.equal(model.mask.values(), torch.ones(256))
+    assert "accumulate=4 makes no meta step in a run of 3 meta-gradients" in capsys.readouterr().out
