@@ -119,9 +119,9 @@ class BilevelMethod(TaskMethod):
             )
         elif made < self.meta.cfg.accumulate:
             print(
-                f"warning: method_kwargs.meta.accumulate={self.meta.cfg.accumulate} makes no meta step in a run "
-                f"of {made} meta-gradients: what is meta-learned stays as it is at the start; lower it, or "
-                "train longer",
+                f"warning: method_kwargs.meta.accumulate={self.meta.cfg.accumulate} makes no meta step in a "
+                f"run of {made} meta-gradients: what is meta-learned stays as it is at the start; lower it, "
+                "or train longer",
                 flush=True,
             )
         elif cut:
