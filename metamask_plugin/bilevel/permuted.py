@@ -22,6 +22,8 @@ class Permuted(Estimator):
     """
 
     def __init__(self, seed: int = 0):
+        if not isinstance(seed, int):
+            raise ValueError(f"Permuted: seed must be a whole number, got {seed!r}")
         self.seed, self.exact = seed, Exact()
         self._orders: dict[int, torch.Tensor] = {}
 

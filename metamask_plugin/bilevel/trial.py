@@ -1,7 +1,7 @@
 """The trial step: from weights and the inner gradient to trial weights."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
@@ -11,6 +11,9 @@ from torch.nn.utils import get_total_norm
 from metamask_plugin.bilevel.params import Params
 
 Number = float | torch.Tensor
+
+CLIP_EPS = 1e-6
+"""That of ``torch.nn.utils.clip_grad_norm_``."""
 
 
 class TrialStep(Protocol):
@@ -63,6 +66,15 @@ class PlainStep:
 
     def at(self, params: Params, grads: Params) -> "PlainStep":
         return self
+
+    def times(self, factor: Number, names: Iterable[str]) -> "PlainStep":
+        """The same step of ``factor`` times the gradient.
+
+        Args:
+            factor: a number, or a scalar tensor.
+            names: of the parameters.
+        """
+        return PlainStep(self.lr, {name: factor * self.scale.get(name, 1.0) for name in names})
 
     def length(self, name: str) -> Number:
         """l of one parameter."""
@@ -131,8 +143,6 @@ class AdamStep(PlainStep):
         beta2: the optimiser's.
         eps: likewise.
         scale: factors on l of single parameters.
-        weight: what the inner loss counts for in the loss that the optimiser descends: g is the gradient of
-            the weighted loss.
         which: the place of a parameter's c in ``corrections``, by name; the last where it is not named.
 
     [0] Kingma and Ba, *Adam*, ICLR 2015.
@@ -152,12 +162,11 @@ class AdamStep(PlainStep):
         beta2: float = 0.999,
         eps: float = 1e-8,
         scale: Mapping[str, Number] = MappingProxyType({}),
-        weight: float = 1.0,
         which: Mapping[str, int] = MappingProxyType({}),
     ):
         super().__init__(lr, scale)
         self.second_moments, self.corrections, self.which = second_moments, corrections, which
-        self.beta2, self.eps, self.weight = beta2, eps, weight
+        self.beta2, self.eps = beta2, eps
 
     @property
     def numbers(self) -> tuple[Number, ...]:
@@ -172,11 +181,11 @@ class AdamStep(PlainStep):
         return PlainStep(self.lr, {name: self._factor(name, grads[name]) for name in params})
 
     def _factor(self, name: str, grad: torch.Tensor) -> torch.Tensor:
-        moment = (1 - self.beta2) * (self.weight * grad).pow(2)
+        moment = (1 - self.beta2) * grad.pow(2)
         if name in self.second_moments:
             moment = self.beta2 * self.second_moments[name] + moment
         root = moment.sqrt() / self.corrections[self.which.get(name, -1)] + self.eps
-        return self.scale.get(name, 1.0) * self.weight / root
+        return self.scale.get(name, 1.0) / root
 
 
 class TrustRatioStep(PlainStep):
@@ -193,8 +202,6 @@ class TrustRatioStep(PlainStep):
         eps: the optimiser's.
         clip: whether l * q is at most l (LARC).
         scale: factors on l of single parameters.
-        weight: what the inner loss counts for in the loss that the optimiser descends: q is that of its
-            gradient.
 
     [0] You, Gitman and Ginsburg, *Large Batch Training of Convolutional Networks*, arXiv 1708.03888.
     """
@@ -207,10 +214,9 @@ class TrustRatioStep(PlainStep):
         eps: float = 1e-8,
         clip: bool = False,
         scale: Mapping[str, Number] = MappingProxyType({}),
-        weight: float = 1.0,
     ):
         super().__init__(lr, scale)
-        self.eta, self.weight_decay, self.eps, self.clip, self.weight = eta, weight_decay, eps, clip, weight
+        self.eta, self.weight_decay, self.eps, self.clip = eta, weight_decay, eps, clip
 
     def at(self, params: Params, grads: Params) -> PlainStep:
         return PlainStep(self.lr, {name: self._factor(name, params[name], grads[name]) for name in params})
@@ -218,12 +224,12 @@ class TrustRatioStep(PlainStep):
     def _factor(self, name: str, param: torch.Tensor, grad: torch.Tensor) -> Number:
         scale = self.scale.get(name, 1.0)
         if name not in self.eta:
-            return scale * self.weight
-        size, slope = param.norm(), self.weight * grad.norm()
+            return scale
+        size, slope = param.norm(), grad.norm()
         q = self.eta[name] * size / (slope + self.weight_decay[name] * size + self.eps)
         if self.clip:
             q = (q / (self.lr * scale)).clamp(max=1.0)
-        return scale * self.weight * torch.where((size > 0) & (slope > 0), q, 1.0)
+        return scale * torch.where((size > 0) & (slope > 0), q, 1.0)
 
 
 class MatchedStep:
@@ -262,11 +268,41 @@ class MatchedStep:
 
 
 class Trial(NamedTuple):
-    """The trial steps of both groups; the papers let their learning rates differ."""
+    """The trial steps of both groups; the papers let their learning rates differ.
+
+    Attributes:
+        encoder: theta's.
+        head: phi's.
+        weight: what the inner loss counts for in the loss that the steps are made for.
+        clip: largest norm of the weighted gradient over both groups, to which it is shortened; None for none.
+    """
 
     encoder: TrialStep
     head: TrialStep
+    weight: float = 1.0
+    clip: float | None = None
+
+    @property
+    def steps(self) -> tuple[TrialStep, TrialStep]:
+        return self.encoder, self.head
 
     def at(self, params: tuple[Params, Params], grads: tuple[Params, Params]) -> "Trial":
-        """Both steps as linear ones, see :meth:`TrialStep.at`."""
-        return Trial(*(step.at(*point) for step, point in zip(self, zip(params, grads))))
+        """Both steps as linear ones at one point, see :meth:`TrialStep.at`.
+
+        Args:
+            params: theta and phi, in no graph.
+            grads: the gradients of the unweighted inner loss, in no graph.
+        """
+        if self.weight == 1 and self.clip is None:
+            return Trial(*(step.at(*point) for step, *point in zip(self.steps, params, grads)))
+        factor = self._factor(grads)
+        scaled = [{name: factor * grad for name, grad in group.items()} for group in grads]
+        linear = [step.at(*point) for step, *point in zip(self.steps, params, scaled)]
+        return Trial(*(step.times(factor, group) for step, group in zip(linear, params)))
+
+    def _factor(self, grads: tuple[Params, Params]) -> Number:
+        """Of the gradient: its weight, and what clipping leaves of it."""
+        if self.clip is None:
+            return self.weight
+        norm = self.weight * get_total_norm([grad for group in grads for grad in group.values()])
+        return self.weight * (self.clip / (norm + CLIP_EPS)).clamp(max=1.0)

@@ -26,10 +26,11 @@ from metamask_plugin.bilevel import (
 )
 from metamask_plugin.bilevel.trial import Number
 from metamask_plugin.errors import UserError, check
+from metamask_plugin.methods.meta_remarks import missing_meta_steps, overshoot
 from metamask_plugin.methods.meta_update import MetaUpdate
 from metamask_plugin.methods.recorded import recorded
 from metamask_plugin.methods.task_method import TaskMethod
-from metamask_plugin.methods.trial_steps import AUTO
+from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.tasks import Task
 
 OuterBatch = tuple[list[torch.Tensor], list[torch.Tensor] | None]
@@ -89,47 +90,23 @@ class BilevelMethod(TaskMethod):
             return
         self.check_processes(self.trainer.world_size)
         self.meta.check(str(self.trainer.precision))
-        self.meta.start(self.meta_parameters(), self.optimizers(use_pl_optimizer=False))
+        main = self.optimizers(use_pl_optimizer=False)
+        self.meta.start(self.meta_parameters(), main)
+        by_value = self.trainer.gradient_clip_val and self.trainer.gradient_clip_algorithm == "value"
+        check(
+            not (by_value and self.meta.follows(main)),
+            "gradient_clip_algorithm",
+            "norm with a trial step that follows the optimiser",
+            "value",
+            "set gradient_clip_algorithm=norm, or ++method_kwargs.meta.inner_lr=1e-3",
+        )
         self._rates: list[float] | None = None
         self._warned = False
         self._graph: CudaGraph | None = None
         self._captures = self._can_capture()
-        if self.trainer.is_global_zero:
-            self._warn_of_missing_meta_steps()
-
-    def _warn_of_missing_meta_steps(self) -> None:
-        """Says it where a run, or its last epoch, will have no meta step."""
-        trainer, every = self.trainer, self.meta.cfg.every_n_steps
-        batches, steps = trainer.num_training_batches, trainer.estimated_stepping_batches
-        of_an_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-        if self.meta.cfg.outer_batch == "next" and (batches if self.meta.per_epoch else of_an_epoch) < 2:
-            print(
-                "warning: method_kwargs.meta.outer_batch=next makes no meta step in epochs of one batch: "
-                "what is meta-learned stays as it is at the start; set method_kwargs.meta.outer_batch=same",
-                flush=True,
-            )
-        cut = self.meta.per_epoch and steps % of_an_epoch != 0
-        made = steps // of_an_epoch * (batches // every) if self.meta.per_epoch else steps // every
-        if every > (batches if self.meta.per_epoch else steps) or (cut and steps < of_an_epoch):
-            where = f"an epoch's {batches} batches" if self.meta.per_epoch else f"the run's {steps} steps"
-            print(
-                f"warning: method_kwargs.meta.every_n_steps={every} makes no meta step in {where}: what is "
-                "meta-learned stays as it is at the start; lower it, or train longer",
-                flush=True,
-            )
-        elif made < self.meta.cfg.accumulate:
-            print(
-                f"warning: method_kwargs.meta.accumulate={self.meta.cfg.accumulate} makes no meta step in a "
-                f"run of {made} meta-gradients: what is meta-learned stays as it is at the start; lower it, "
-                "or train longer",
-                flush=True,
-            )
-        elif cut:
-            print(
-                f"warning: max_steps={trainer.max_steps} ends within an epoch of {of_an_epoch} steps, whose "
-                "meta steps (method_kwargs.meta.schedule=epoch) are not made; take a multiple",
-                flush=True,
-            )
+        warning = missing_meta_steps(self.meta.cfg, self.trainer)
+        if warning is not None and self.trainer.is_global_zero:
+            print(warning, flush=True)
 
     def check_processes(self, processes: int) -> None:
         """Raises a UserError for what cannot be together: processes, the task, a second batch."""
@@ -138,6 +115,13 @@ class BilevelMethod(TaskMethod):
             self.meta.cfg.outer_batch == "same" or type(self.task).observe is Task.observe,
             "method_kwargs.meta.outer_batch",
             f"same with the task {self.cfg.method_kwargs.task}, which is told of one batch at a time",
+            self.meta.cfg.outer_batch,
+        )
+        remembers = any(isinstance(part, FeatureQueue) and len(part) > 0 for part in self.task.modules())
+        check(
+            self.meta.cfg.outer_batch == "same" or not remembers,
+            "method_kwargs.meta.outer_batch",
+            "same with a task that has a queue or bank: the batch of the trial step is in it by then",
             self.meta.cfg.outer_batch,
         )
         check(
@@ -168,27 +152,12 @@ class BilevelMethod(TaskMethod):
     def on_train_epoch_end(self) -> None:
         """Warns, once, of a trial step that does the opposite of what it is for."""
         super().on_train_epoch_end()
+        self._held = None
         gain = self.trainer.callback_metrics.get("train_trial_gain")
         if gain is None or gain >= 0 or self._warned or not self.trainer.is_global_zero:
             return
         self._warned = True
-        print(
-            f"warning: in epoch {self.trainer.current_epoch + 1} the trial step raised the loss that it is "
-            f"to lower, by {-float(gain):.2g} on average (train_trial_gain): what is meta-learned follows a "
-            f"step that overshoots; {self._shorter()}",
-            flush=True,
-        )
-
-    def _shorter(self) -> str:
-        """The remedy against a trial step that is too long."""
-        cfg, name = self.meta.cfg, "method_kwargs.meta"
-        if cfg.inner_lr is None:  # as long as the main optimiser's own
-            return f"lower optimizer.lr, or give it a length of its own: ++{name}.inner_lr=1e-3"
-        if cfg.inner_lr == AUTO:
-            return f"set ++{name}.inner_lr=1e-3"
-        if cfg.trial in ("auto", "plain"):
-            return f"set ++{name}.inner_lr=auto, or ++{name}.inner_lr=null ++{name}.trial=adaptive"
-        return f"lower ++{name}.inner_lr, or set ++{name}.inner_lr=auto ++{name}.trial=plain"
+        print(overshoot(self.meta.cfg, float(gain), self.trainer.current_epoch), flush=True)
 
     def on_fit_end(self) -> None:
         super().on_fit_end()
@@ -227,7 +196,7 @@ class BilevelMethod(TaskMethod):
         With ``performance.cuda_graph`` it is a replayed CUDA graph, unless a pass is shared with the regular
         step, which goes on with it.
         """
-        scales = [step.scale for step in trial]
+        scales = [step.scale for step in trial.steps]
         if self._graph is None and self._captures:
             self._graph, self._scales = CudaGraph(self._meta_gradient), scales
         # rates that change against each other, as of a predictor that keeps its own, are none of the numbers
@@ -235,7 +204,7 @@ class BilevelMethod(TaskMethod):
             problem = self.meta_problem(views, *more, target_feats=target_feats, encoded=encoded, outer=outer)
             return self.meta.gradient(problem, trial)
         device, self._trial = views[0].device, trial
-        numbers = [[_on(device, number) for number in step.numbers] for step in trial]
+        numbers = [[_on(device, number) for number in step.numbers] for step in trial.steps]
         try:
             return self._graph(numbers, views, more, target_feats, outer)
         except CaptureError as error:
@@ -245,10 +214,22 @@ class BilevelMethod(TaskMethod):
 
     def _meta_gradient(self, numbers, views, more, target_feats, outer) -> MetaGradient:
         """The same as a function of all tensors that change their place from step to step."""
-        trial = Trial(*(step.with_numbers(*own) for step, own in zip(self._trial, numbers)))
+        steps = (step.with_numbers(*own) for step, own in zip(self._trial.steps, numbers))
+        trial = Trial(*steps, self._trial.weight, self._trial.clip)
         with self.uncompiled():  # compiled code may replay graphs of its own
             problem = self.meta_problem(views, *more, target_feats=target_feats, outer=outer)
             return self.meta.gradient(problem, trial)
+
+    def trial(self, encoder: nn.Module, head: nn.Module, weight: float = 1.0) -> Trial:
+        """The trial steps of this iteration.
+
+        Args:
+            encoder: theta's module.
+            head: phi's.
+            weight: what the inner loss counts for in the regular loss.
+        """
+        main = self.optimizers(use_pl_optimizer=False)
+        return self.meta.trial(main, encoder, head, weight, self.trainer.gradient_clip_val or None)
 
     def _can_capture(self) -> bool:
         """Whether meta steps are to be replayed as a CUDA graph, and can be."""

@@ -204,7 +204,7 @@ class ICLMSR(BilevelMethod):
         leaves = {name: p.detach().requires_grad_() for name, p in self.regularizer.named_parameters()}
         own = torch.func.functional_call(self.regularizer, leaves, (original,))
         weights = self._strata_of_all(own)
-        trial = self.meta.trial(main, self._encoder(), self._interventional_task())
+        trial = self.trial(self._encoder(), self._interventional_task())
         found = self.meta_gradient(
             trial, views, weights, target_feats=target_feats, encoded=encoded, outer=outer
         )

@@ -199,7 +199,12 @@ class MetaUpdate:
         return step % self.cfg.every_n_steps == 0
 
     def trial(
-        self, main: torch.optim.Optimizer, encoder: nn.Module, head: nn.Module, weight: float = 1.0
+        self,
+        main: torch.optim.Optimizer,
+        encoder: nn.Module,
+        head: nn.Module,
+        weight: float = 1.0,
+        clip: float | None = None,
     ) -> Trial:
         """The trial steps of this iteration, from the main optimiser's current state.
 
@@ -208,9 +213,17 @@ class MetaUpdate:
             encoder: theta's module.
             head: phi's.
             weight: what the inner loss counts for in the regular loss.
+            clip: to which norm the trainer clips gradients; None for none. Weight and clipping are the
+                optimiser's business: a plain step of a given length is the papers', without them.
         """
         kind, length = resolved(self.cfg.trial, self.cfg.inner_lr, main), self.cfg.inner_lr
-        return Trial(*(trial_step(kind, length, main, module, weight) for module in (encoder, head)))
+        steps = (trial_step(kind, length, main, module) for module in (encoder, head))
+        return Trial(*steps, *((weight, clip) if self.follows(main) else ()))
+
+    def follows(self, main: torch.optim.Optimizer) -> bool:
+        """Whether the trial step, or its length, is the main optimiser's own."""
+        kind = resolved(self.cfg.trial, self.cfg.inner_lr, main)
+        return kind == "adaptive" or self.cfg.inner_lr == AUTO
 
     def gradient(self, problem: BilevelProblem, trial: Trial) -> MetaGradient:
         """The estimator's meta-gradient."""

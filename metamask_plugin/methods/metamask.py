@@ -208,7 +208,7 @@ class MetaMask(BilevelMethod):
         """Eqs. (6) and (7): the mask goes down the gradient of the trial weights' loss."""
         views, _ = self.separate(batch[1])
         main, kwargs = self.optimizers(use_pl_optimizer=False), self.cfg.method_kwargs
-        trial = self.meta.trial(main, self.backbone, self.task, kwargs.scale_loss * kwargs.alpha)
+        trial = self.trial(self.backbone, self.task, kwargs.scale_loss * kwargs.alpha)
         found = self.meta_gradient(trial, views, target_feats=target_feats, encoded=encoded, outer=outer)
         # processes agree on the joint batch's gradient up to rounding; averaged, their masks stay equal
         self.mask.accumulate(self.trainer.strategy.reduce(found.weights[0], reduce_op="mean"))

@@ -66,7 +66,8 @@ def check_trial(trial: str, inner_lr: float | str | None, main: torch.optim.Opti
     if trial == "adaptive" or inner_lr == AUTO:
         check(known, "optimizer.name", "sgd, lars, adam or adamw, whose scaling is known", kind)
         amsgrad = group.get("amsgrad", False)
-        check(not amsgrad, "optimizer.kwargs.amsgrad", "False with an adaptive trial step", amsgrad)
+        remedy = "set ++method_kwargs.meta.inner_lr=1e-3"
+        check(not amsgrad, "optimizer.kwargs.amsgrad", "False with an adaptive trial step", amsgrad, remedy)
     if trial != "momentum":
         return
     if "momentum" not in group:
@@ -93,7 +94,6 @@ class Group:
             rate of its own.
         lr: the length of the step, or the largest learning rate.
         scale: factors on it, where parameters have other rates.
-        weight: what the inner loss counts for in the loss that the optimiser descends.
     """
 
     main: torch.optim.Optimizer
@@ -101,7 +101,6 @@ class Group:
     settings: dict[str, dict[str, Any]]
     lr: float
     scale: dict[str, float]
-    weight: float
 
     def state(self, key: str) -> dict[str, Any]:
         """An entry of the optimiser's state, of the parameters that have it."""
@@ -110,7 +109,7 @@ class Group:
 
 
 def trial_step(
-    trial: str, inner_lr: float | str | None, main: torch.optim.Optimizer, module: nn.Module, weight: float
+    trial: str, inner_lr: float | str | None, main: torch.optim.Optimizer, module: nn.Module
 ) -> TrialStep:
     """The trial step of one module, from the main optimiser's current state.
 
@@ -120,8 +119,6 @@ def trial_step(
             :data:`SHARE` of the adaptive one's length.
         main: the main optimiser.
         module: encoder or heads.
-        weight: what the inner loss counts for in the loss that the optimiser descends; an adaptive step is
-            that of the weighted loss, a plain one is the papers', without it.
     """
     names = {param: name for name, param in module.named_parameters() if param.requires_grad}
     settings = {names[p]: group for group in main.param_groups for p in group["params"] if p in names}
@@ -131,7 +128,7 @@ def trial_step(
     if lr is None or lr == AUTO:
         lr = max(group["lr"] for group in settings.values())
         scale = {name: group["lr"] / lr for name, group in settings.items() if group["lr"] != lr}
-    group = Group(main, names, settings, lr, scale, weight)
+    group = Group(main, names, settings, lr, scale)
     if trial == "plain" and inner_lr == AUTO:
         return MatchedStep(_adaptive(group), SHARE, scale)
     return STEPS[trial](group)
@@ -149,8 +146,7 @@ def _momentum(group: Group) -> TrialStep:
 
 def _adaptive(group: Group) -> TrialStep:
     if is_sgd(group.main):
-        scale = {name: group.weight * group.scale.get(name, 1.0) for name in group.settings}
-        return PlainStep(group.lr, scale)
+        return _plain(group)
     return _trust_ratio(group) if is_lars(group.main) else _adam(group)
 
 
@@ -159,7 +155,7 @@ def _adam(group: Group) -> TrialStep:
     beta2 = settings["betas"][1]
     corrections, which = _corrections(group.state("step"), beta2)
     moments, eps = group.state("exp_avg_sq"), settings["eps"]
-    return AdamStep(group.lr, moments, corrections, beta2, eps, group.scale, group.weight, which)
+    return AdamStep(group.lr, moments, corrections, beta2, eps, group.scale, which)
 
 
 def _corrections(steps: dict[str, Any], beta2: float) -> tuple[tuple[Number, ...], dict[str, int]]:
@@ -190,7 +186,6 @@ def _trust_ratio(group: Group) -> TrialStep:
         settings.get("eps", 1e-8),
         bool(settings.get("trust_clip", settings.get("clip_lr", False))),
         group.scale,
-        group.weight,
     )
 
 

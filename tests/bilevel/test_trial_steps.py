@@ -24,12 +24,12 @@ def adam(params):
     if len(moments) > 1:
         moments.pop(next(iter(moments)))
     which = {name: place % 2 for place, name in enumerate(moments)}
-    return AdamStep(1e-3, moments, (0.3, 0.1, 0.05), 0.99, 1e-8, {}, 3.0, which)
+    return AdamStep(1e-3, moments, (0.3, 0.1, 0.05), 0.99, 1e-8, {}, which)
 
 
 def trust_ratio(params):
     adapted = {name: 1e-3 for name, p in params.items() if p.ndim > 1}
-    return TrustRatioStep(0.3, adapted, dict.fromkeys(params, 1e-2), clip=False, weight=10.0)
+    return TrustRatioStep(0.3, adapted, dict.fromkeys(params, 1e-2), clip=False)
 
 
 def clipped(params):
@@ -57,10 +57,14 @@ def problem(method):
 
 
 @pytest.mark.parametrize("method", ["metamask", "icl_msr"])
-@pytest.mark.parametrize("make", STEPS)
-def test_exact_equals_unrolled(double, make, method):
+@pytest.mark.parametrize(
+    ("make", "weight", "clip"),
+    [(adam, 3.0, None), (adam, 3.0, 0.1), (trust_ratio, 10.0, None), (clipped, 1.0, None)]
+    + [(matched, 3.0, 0.1), (momentum, 1.0, None)],
+)
+def test_exact_equals_unrolled(double, make, weight, clip, method):
     bilevel = problem(method)
-    trial = Trial(make(bilevel.encoder_params), make(bilevel.head_params))
+    trial = Trial(make(bilevel.encoder_params), make(bilevel.head_params), weight, clip)
     exact, oracle = Exact().gradient(bilevel, trial), Unrolled().gradient(bilevel, trial)
     error = (exact.weights[0] - oracle.weights[0]).norm() / oracle.weights[0].norm()
     assert error < 1e-10
@@ -146,6 +150,8 @@ def test_numbers_are_what_changes_between_two_replays():
 def test_a_negative_length_is_refused(step):
     with pytest.raises(ValueError, match=r"Step: lr must be >= 0, got -1.0"):
         step()
+    with pytest.raises(ValueError, match=r"Permuted: seed must be a whole number, got \[1\]"):
+        Permuted([1])
     with pytest.raises(ValueError, match=r"MatchedStep: share must be >= 0, got -0.1"):
         MatchedStep(PlainStep(0.1), -0.1)
 

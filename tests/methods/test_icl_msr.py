@@ -216,7 +216,10 @@ def test_a_missing_unaugmented_view_is_named(augmentations):
 def test_per_epoch_all_meta_steps_follow_the_last_regular_step():
     model, watch = build(method_kwargs__meta={"schedule": "epoch"}), Watch()
     counted = []
-    model.meta_step = lambda batch, _, step=model.meta_step: (counted.append(batch[0].tolist()), step(batch))
+    model.meta_step = lambda batch, *_, step=model.meta_step, **__: (
+        counted.append(batch[0].tolist()),
+        step(batch),
+    )
     start = copy.deepcopy(model.state_dict())
     trainer = fit(model, callbacks=[watch], max_epochs=2)
     assert same(watch.regularizers[0], start) and same(watch.regularizers[2], start)
@@ -227,7 +230,10 @@ def test_per_epoch_all_meta_steps_follow_the_last_regular_step():
 
 def test_per_epoch_every_nth_batch_and_limited_epochs():
     model, counted = build(method_kwargs__meta={"schedule": "epoch", "every_n_steps": 2}), []
-    model.meta_step = lambda batch, _, step=model.meta_step: (counted.append(len(batch[0])), step(batch))
+    model.meta_step = lambda batch, *_, step=model.meta_step, **__: (
+        counted.append(len(batch[0])),
+        step(batch),
+    )
     fit(model, steps=2)
     assert counted == [8]
 

@@ -139,15 +139,6 @@ def test_z_is_there_in_evaluation_only():
     assert model.eval()(x)["z"].shape == (2, 16)
 
 
-def test_an_adaptive_optimiser_needs_its_own_trial_step_length():
-    kwargs = {"optimizer__name": "adam", "optimizer__kwargs": {}}
-    with pytest.raises(UserError, match="inner_lr must be set when the main optimiser is Adam"):
-        train(build(**kwargs), steps=1)
-    train(build(**kwargs, method_kwargs__meta={"inner_lr": 0.1}), steps=1)
-    with pytest.raises(UserError, match="trial must be 'plain'"):
-        train(build(**kwargs, method_kwargs__meta={"inner_lr": 0.1, "trial": "momentum"}), steps=1)
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -4,6 +4,7 @@ import copy
 import math
 import re
 import types
+from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import pytest
@@ -40,35 +41,44 @@ def build(msr=False, meta=None, **overrides):
     return constructor(config(**overrides, method_kwargs__meta={**schedule, **(meta or {})}))
 
 
-def assert_follows(module, main, weight):
+def assert_follows(module, main, weight, clip=None):
     """The trial step is the one that the optimiser then makes with this gradient."""
     params = {name: p.detach().clone() for name, p in module.named_parameters()}
     grads = {name: torch.randn_like(p) for name, p in params.items()}
-    trial = trial_step("adaptive", None, main, module, weight).at(params, grads).step(params, grads)
+    step = trial_step("adaptive", None, main, module)
+    first = next(iter(params))  # stands for the encoder
+    groups = [
+        {n: t for n, t in tensors.items() if (n == first) == e} for e in (1, 0) for tensors in (params, grads)
+    ]
+    trial = Trial(step, step, weight, clip).at(groups[::2], groups[1::2])
+    trial = {**trial.encoder.step(*groups[:2]), **trial.head.step(*groups[2:])}
     for name, p in module.named_parameters():
         p.grad = weight * grads[name]
+    if clip is not None:
+        nn.utils.clip_grad_norm_(module.parameters(), clip)
     main.step()
     for name, p in module.named_parameters():
         torch.testing.assert_close(trial[name], p.detach(), rtol=1e-12, atol=1e-14, msg=name)
 
 
-@pytest.mark.parametrize("weight", [1.0, 100.0])
+@pytest.mark.parametrize("clip", [None, 1.0, 1e6])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_adaptive_step_is_the_optimisers_momentum_aside(double, optimizer, weight):
+def test_the_adaptive_step_is_the_optimisers_momentum_aside(double, optimizer, clip):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3))
     first, *others = module.parameters()
     name, kwargs = OPTIMIZERS[optimizer]
     groups = [{"params": [first], "lr": 0.03}, {"params": others}]
     main = build_optimizer(name, groups, 0.01, 0.0, kwargs)
-    for _ in range(3):
-        assert_follows(module, main, weight)
+    for weight in (1.0, 100.0, 100.0):
+        assert_follows(module, main, weight, clip)
 
 
 SOLO_LARS = """
 import torch
 from torch import nn
 from solo.utils.lars import LARS
+from metamask_plugin.bilevel import Trial
 from metamask_plugin.methods.trial_steps import trial_step
 
 torch.set_default_dtype(torch.float64)
@@ -80,8 +90,8 @@ for kwargs in ({}, {"exclude_bias_n_norm": True}, {"clip_lr": True}):
     grads = {name: torch.randn_like(p) for name, p in params.items()}
     for name, p in module.named_parameters():
         p.grad = 10 * grads[name]
-    step = trial_step("adaptive", None, main, module, 10.0)
-    trial = step.at(params, grads).step(params, grads)
+    step = trial_step("adaptive", None, main, module)
+    trial = Trial(step, step, 10.0).at((params, params), (grads, grads)).encoder.step(params, grads)
     main.step()
     for name, p in module.named_parameters():
         torch.testing.assert_close(trial[name], p.detach(), rtol=1e-12, atol=1e-14)
@@ -102,7 +112,7 @@ def test_weight_decay_is_in_the_trust_ratio_and_no_part_of_the_step(double):
     params = {"weight": module.weight.detach().clone()}
     grads = {"weight": torch.randn_like(module.weight)}
     module.weight.grad = grads["weight"].clone()
-    trial = trial_step("adaptive", None, main, module, 1.0).at(params, grads).step(params, grads)
+    trial = trial_step("adaptive", None, main, module).at(params, grads).step(params, grads)
     main.step()
     w, g = params["weight"], grads["weight"]
     q = 0.02 * w.norm() / (g.norm() + decay * w.norm())
@@ -129,7 +139,10 @@ def test_weight_decay_is_in_the_trust_ratio_and_no_part_of_the_step(double):
 def test_which_trial_step_is_made(overrides, meta, kind):
     model = build(meta=meta, **overrides)
     trainer = train(model, steps=1)
-    for step in model.meta.trial(trainer.optimizers[0], model.backbone, model.task, 100.0):
+    trial = model.meta.trial(trainer.optimizers[0], model.backbone, model.task, 100.0, 2.0)
+    follows = kind in (MatchedStep, AdamStep, TrustRatioStep) or meta.get("trial") == "adaptive"
+    assert (trial.weight, trial.clip) == ((100.0, 2.0) if follows else (1.0, None))
+    for step in trial.steps:
         assert type(step) is kind
         wanted = meta.get("inner_lr")
         rate = trainer.optimizers[0].param_groups[0]["lr"] if wanted in (None, "auto") else wanted
@@ -184,6 +197,27 @@ def test_an_adaptive_trial_step_is_that_of_the_weighted_loss():
 def test_what_cannot_be_is_said_in_a_line(overrides, meta, message):
     with pytest.raises(UserError, match=message):
         train(build(meta=meta, **overrides), steps=1)
+
+
+def test_a_queue_that_holds_the_batch_before_cannot_be_judged_by_the_next():
+    for task, refused in (("nnclr", True), ("byol", False)):
+        model = build(meta={"outer_batch": "next"}, **task_settings(task))
+        with (
+            pytest.raises(UserError, match="same with a task that has a queue") if refused else nullcontext()
+        ):
+            train(model, steps=2)
+
+
+def test_clipping_by_value_is_no_shorter_step():
+    clip = {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}
+    with pytest.raises(
+        UserError, match="gradient_clip_algorithm must be norm with a trial step that follows"
+    ):
+        train(build(**ADAMW), steps=1, **clip)
+    train(build(**ADAMW, meta={"inner_lr": 1e-3}), steps=1, **clip)
+    model = build(**ADAMW)
+    train(model, steps=1, gradient_clip_val=0.1)
+    assert model.trial(model.backbone, model.task, 7.0)[2:] == (7.0, 0.1)
 
 
 @pytest.mark.parametrize("msr", [False, True])
@@ -388,7 +422,7 @@ def test_a_fused_adam_is_not_asked_for_its_counts():
     main = torch.optim.AdamW(module.parameters())
     for p in module.parameters():
         main.state[p] = {"step": torch.zeros((), device="meta"), "exp_avg_sq": torch.zeros_like(p)}
-    step = trial_step("adaptive", None, main, module, 1.0)
+    step = trial_step("adaptive", None, main, module)
     assert [torch.is_tensor(number) for number in step.numbers] == [False, True, True, False]
 
 

@@ -285,7 +285,9 @@ def test_the_momentum_trial_step_is_the_optimisers_of_every_parameter():
 
     model.task.parameter_groups = with_own_rate
     main = train(model, steps=1).optimizers[0]
-    for module, step in zip((model.backbone, model.task), model.meta.trial(main, model.backbone, model.task)):
+    for module, step in zip(
+        (model.backbone, model.task), model.meta.trial(main, model.backbone, model.task).steps
+    ):
         params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
         grads = {name: torch.randn_like(p) for name, p in params.items()}
         trial = step.step(params, grads)
