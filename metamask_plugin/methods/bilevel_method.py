@@ -37,6 +37,10 @@ OuterBatch = tuple[list[torch.Tensor], list[torch.Tensor] | None]
 """Views, (N, 3, H, W) each, and the target network's features of them, (N, D) each, where they are known."""
 
 
+OVERSHOOT = 0.05
+"""Share of the inner loss by which a trial step may raise the outer one, for an epoch, without a warning."""
+
+
 class BilevelMethod(TaskMethod):
     """A method whose regular step Lightning optimises, and a meta step on other parameters.
 
@@ -101,7 +105,7 @@ class BilevelMethod(TaskMethod):
             "set gradient_clip_algorithm=norm, or ++method_kwargs.meta.inner_lr=1e-3",
         )
         self._rates: list[float] | None = None
-        self._warned = False
+        self._warned = self._fell = False
         self._graph: CudaGraph | None = None
         self._captures = self._can_capture()
         warning = missing_meta_steps(self.meta.cfg, self.trainer)
@@ -153,11 +157,15 @@ class BilevelMethod(TaskMethod):
         """Warns, once, of a trial step that does the opposite of what it is for."""
         super().on_train_epoch_end()
         self._held = None
-        gain = self.trainer.callback_metrics.get("train_trial_gain")
-        if gain is None or gain >= 0 or self._warned or not self.trainer.is_global_zero:
+        metrics = self.trainer.callback_metrics
+        if "train_trial_gain" not in metrics or self._warned:
             return
-        self._warned = True
-        print(overshoot(self.meta.cfg, float(gain), self.trainer.current_epoch), flush=True)
+        gain, loss = float(metrics["train_trial_gain"]), float(metrics["train_inner_loss"])
+        # a little below 0 in a single epoch, as at the end of a warm-up, is nothing to act on
+        self._warned = gain < -OVERSHOOT * abs(loss) or (gain < 0 and self._fell)
+        self._fell = gain < 0
+        if self._warned and self.trainer.is_global_zero:
+            print(overshoot(self.meta.cfg, gain, self.trainer.current_epoch), flush=True)
 
     def on_fit_end(self) -> None:
         super().on_fit_end()

@@ -243,28 +243,32 @@ def test_the_cosine_is_with_the_meta_gradient_before():
 
 
 @pytest.mark.parametrize(
-    ("gain", "meta", "remedy"),
+    ("gain", "epoch", "meta", "remedy"),
     [
         (
             -0.5,
+            1,
             {"inner_lr": 0.1},
             r"set \+\+method_kwargs.meta.inner_lr=auto, or \+\+method_kwargs.meta.inner_lr=null \+\+",
         ),
         (
             -0.5,
+            1,
             {"inner_lr": 0.1, "trial": "adaptive"},
             r"or set \+\+method_kwargs.meta.inner_lr=auto \+\+method_kwargs.meta.trial=plain$",
         ),
-        (-0.5, {"inner_lr": "auto"}, r"set \+\+method_kwargs.meta.inner_lr=1e-3$"),
+        (-0.5, 1, {"inner_lr": "auto"}, r"set \+\+method_kwargs.meta.inner_lr=1e-3$"),
         (
             -0.5,
+            1,
             {},
             r"lower optimizer.lr, or give it a length of its own: \+\+method_kwargs.meta.inner_lr=1e-3",
         ),
-        (0.5, {}, None),
+        (-0.001, 2, {}, "lower optimizer.lr"),
+        (0.5, None, {}, None),
     ],
 )
-def test_a_trial_step_that_overshoots_is_told_once(capsys, gain, meta, remedy):
+def test_a_trial_step_that_overshoots_is_told_once(capsys, gain, epoch, meta, remedy):
     model = build(meta=meta)
     inner = model.meta.gradient
     model.meta.gradient = lambda *args: inner(*args)._replace(gain=torch.tensor(gain))
@@ -273,7 +277,7 @@ def test_a_trial_step_that_overshoots_is_told_once(capsys, gain, meta, remedy):
     assert len(lines) == (remedy is not None)
     for line in lines:
         assert line.startswith(
-            "warning: in epoch 1 the trial step raised the loss that it is to lower, by 0.5 "
+            f"warning: in epoch {epoch} the trial step raised the loss that it is to lower, by "
         )
         assert re.search(remedy, line)
 
