@@ -49,7 +49,7 @@ MASKED = [*SHORT, "~optimizer.kwargs"]
 META = [
     "method_kwargs.meta.precision=bf16",
     "method_kwargs.meta.inner_lr=null",
-    "++method_kwargs.meta.trial=auto",
+    "method_kwargs.meta.trial=auto",
 ]
 ARMS: dict[str, tuple[str, list[str]]] = {
     "release": (METAMASK, ["ablation=official", "method_kwargs.meta.precision=bf16"]),

@@ -36,6 +36,7 @@ class _Trainer:
     accumulate_grad_batches = 1
     current_epoch = global_rank = 0
     precision_plugin = None
+    gradient_clip_val = gradient_clip_algorithm = None
 
     def __init__(self, precision: str, device: torch.device):
         self.global_step = 0

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from metamask_plugin.bilevel import BilevelProblem, Estimator, Functional, MetaGradient, Trial
+from metamask_plugin.bilevel.estimator import relative_length
 
 UNIT = "SimCLR + Barlow"
 
@@ -65,8 +66,9 @@ class Release(Estimator):
         inner = self._loss(problem, problem.inner_loss, first, mask)
         inner.backward()
         grads = copy.deepcopy([[param.grad for param in group.values()] for group in first])
+        stepped = []
         with torch.no_grad():
-            for step, ours, theirs, found in zip(trial, live, second, grads):
+            for step, ours, theirs, found in zip(trial.steps, live, second, grads):
                 present = {
                     name: torch.zeros_like(param) if grad is None else grad
                     for (name, param), grad in zip(ours.items(), found)
@@ -74,14 +76,17 @@ class Release(Estimator):
                 own = copy.copy(step)
                 if getattr(step, "buffers", None):
                     own.buffers = copy.deepcopy(step.buffers)
-                for name, moved in own.step(ours, present).items():
+                stepped.append(own.step(ours, present))
+                for name, moved in stepped[-1].items():
                     theirs[name].copy_(moved)
+            length = relative_length(problem, *stepped)
 
         # outer: a full backward pass on the second network
         mask = self._mask(problem)
         outer = self._loss(problem, problem.outer_loss, second, mask)
         outer.backward()
         total = [w.grad for w in mask]
+        losses = inner.detach(), outer.detach(), (inner - outer).detach()
         vector = [[p.grad for p in group.values()] for group in second]
 
         # the second network gets the weights back, and is displaced along the outer gradient
@@ -93,13 +98,13 @@ class Release(Estimator):
         known = [grad for group in vector for grad in group if grad is not None]
         norm = torch.cat([grad.reshape(-1) for grad in known]).norm()
         if norm == 0:  # nowhere to go: the release would divide by zero
-            return MetaGradient(tuple(total), inner.detach(), outer.detach())
+            return MetaGradient(tuple(total), *losses, length)
         e = self.r / norm
         plus = self._displaced(problem, second, vector, e)
         minus = self._displaced(problem, second, vector, -2 * e)
         for g, p, m in zip(total, plus, minus):
             g.sub_((p - m) / (2 * e) * trial.head.lr)
-        return MetaGradient(tuple(total), inner.detach(), outer.detach())
+        return MetaGradient(tuple(total), *losses, length)
 
     @staticmethod
     def _mask(problem: BilevelProblem) -> tuple[torch.Tensor, ...]:

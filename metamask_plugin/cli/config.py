@@ -16,6 +16,7 @@ from metamask_plugin.cli.validate import blocks_of, plain, validate, without_emp
 from metamask_plugin.data.augmentations import parse_augmentations
 from metamask_plugin.data.registry import DATASETS
 from metamask_plugin.errors import check, choose
+from metamask_plugin.evaluation.checkpoints import load_mask
 from metamask_plugin.host.solo_settings import is_solo_task
 from metamask_plugin.methods import METHODS
 from metamask_plugin.tasks import TASKS
@@ -98,6 +99,7 @@ def complete(cfg: DictConfig) -> DictConfig:
     cfg.name = _of_its_data(cfg.name, cfg.data.dataset)
     written_by_a_run = OmegaConf.select(cfg, "data.num_large_crops") is not None
     _count_views(cfg)
+    _read_mask(cfg)
     rehearse(cfg)
     if written_by_a_run:
         return cfg  # an args.json, whose learning rates are scaled
@@ -106,6 +108,15 @@ def complete(cfg: DictConfig) -> DictConfig:
     cfg.optimizer.lr *= scale
     cfg.optimizer.classifier_lr *= scale
     return cfg
+
+
+def _read_mask(cfg: DictConfig) -> None:
+    """Puts the weights of a learned mask in the place of its path: a run knows what it started from."""
+    path = OmegaConf.select(cfg, "method_kwargs.mask.start")
+    if isinstance(path, str):
+        mask = load_mask(path)
+        check(mask is not None, "method_kwargs.mask.start", "a run or checkpoint with a mask", path)
+        cfg.method_kwargs.mask.start = mask.tolist()
 
 
 def validate_pretraining(cfg: DictConfig) -> None:

@@ -26,7 +26,6 @@ from metamask_plugin.data import PretrainDataModule, load_dataset
 from metamask_plugin.data.batches import EpochPosition
 from metamask_plugin.data.worker_failure import worker_failures
 from metamask_plugin.errors import UserError, check, choose
-from metamask_plugin.evaluation.checkpoints import load_mask
 from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.knn import within_bank
 from metamask_plugin.methods import METHODS
@@ -123,7 +122,6 @@ def prepared(cfg: DictConfig) -> tuple[PretrainDataModule, pl.LightningModule, d
         cfg: a complete config; what images and method add to it is added in place.
     """
     choose("method", cfg.method, METHODS)
-    _read_mask(cfg)
     dataset = load_dataset(cfg.data)
     cfg.data.num_classes = dataset.num_classes
     pl.seed_everything(cfg.seed, workers=True)
@@ -140,15 +138,6 @@ def prepared(cfg: DictConfig) -> tuple[PretrainDataModule, pl.LightningModule, d
         images_fingerprint=datamodule.full.fingerprint(),
     )
     return datamodule, model, experiment
-
-
-def _read_mask(cfg: DictConfig) -> None:
-    """Puts the weights of a learned mask in the place of its path: a run knows what it started from."""
-    path = OmegaConf.select(cfg, "method_kwargs.mask.start")
-    if isinstance(path, str):
-        mask = load_mask(path)
-        check(mask is not None, "method_kwargs.mask.start", "a run or checkpoint with a mask", path)
-        cfg.method_kwargs.mask.start = mask.tolist()
 
 
 def _completed(

@@ -1,5 +1,6 @@
 """The dimensional mask M: one learned weight per feature dimension."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -38,13 +39,14 @@ class DimensionalMask(nn.Module):
         name = "method_kwargs.mask.start"
         start = [1.0 if free else 0.5] * dim if start is None else start
         check(not isinstance(start, str), name, "a list of weights", start)
-        weights = torch.tensor([float(w) for w in start], dtype=torch.get_default_dtype())
-        check(len(weights) == dim, name, f"of the encoder's {dim} dimensions", f"{len(weights)} weights")
-        check(bool(weights.isfinite().all()), name, "of finite weights", "NaN or infinity")
+        start = [float(weight) for weight in start]
+        check(len(start) == dim, name, f"of the encoder's {dim} dimensions", f"{len(start)} weights")
+        check(all(map(math.isfinite, start)), name, "of finite weights", "NaN or infinity")
+        weights = torch.tensor(start, dtype=torch.get_default_dtype())
         if free:
             self.weight = nn.Parameter(weights, requires_grad=False)
         else:
-            inside = weights.min() > 0 and weights.max() < 1
+            inside = min(start) > 0 and max(start) < 1
             check(inside, name, "of weights between 0 and 1 with parameterisation=sigmoid", "others")
             self.logit = nn.Parameter(weights.logit(), requires_grad=False)
         self.parameterisation = parameterisation

@@ -202,17 +202,13 @@ def test_what_cannot_be_is_said_in_a_line(overrides, meta, message):
 def test_a_queue_that_holds_the_batch_before_cannot_be_judged_by_the_next():
     for task, refused in (("nnclr", True), ("byol", False)):
         model = build(meta={"outer_batch": "next"}, **task_settings(task))
-        with (
-            pytest.raises(UserError, match="same with a task that has a queue") if refused else nullcontext()
-        ):
+        with pytest.raises(UserError, match="same with a task that has") if refused else nullcontext():
             train(model, steps=2)
 
 
 def test_clipping_by_value_is_no_shorter_step():
     clip = {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}
-    with pytest.raises(
-        UserError, match="gradient_clip_algorithm must be norm with a trial step that follows"
-    ):
+    with pytest.raises(UserError, match="algorithm must be norm with a trial step"):
         train(build(**ADAMW), steps=1, **clip)
     train(build(**ADAMW, meta={"inner_lr": 1e-3}), steps=1, **clip)
     model = build(**ADAMW)

@@ -131,7 +131,7 @@ TOGETHER = {
     "++deterministic=True ++benchmark=True": "benchmark must be False with deterministic",
     "++gradient_clip_algorithm=norm": "gradient_clip_algorithm must be left out without gradient_clip_val",
     "++limit_train_batches=1.5": "limit_train_batches must be an integer >= 1",
-    "method_kwargs.meta.inner_lr=null": "meta.inner_lr must be set when optimizer.name is adamw",
+    "++method_kwargs.meta.trial=plain": "meta.inner_lr must be set for trial=plain when optimizer.name",
     "++method_kwargs.meta.trial=momentum": "meta.trial must be plain when optimizer.name is adamw",
     "accelerator=cpu devices=2 ++sync_batchnorm=True": "sync_batchnorm must be False with a meta step",
     "accelerator=cpu devices=2 method_kwargs.meta.estimator=unrolled": "another than unrolled",

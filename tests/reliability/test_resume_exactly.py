@@ -68,10 +68,10 @@ def assert_as_uninterrupted(folder, whole):
 def in_meta_step():
     plain = BilevelMethod.apply_meta_gradient
 
-    def apply_meta_gradient(self, main, outer_loss):
+    def apply_meta_gradient(self, *arguments):
         if self.trainer.global_step == 6:
             kill_myself()
-        return plain(self, main, outer_loss)
+        return plain(self, *arguments)
 
     BilevelMethod.apply_meta_gradient = apply_meta_gradient
 
