@@ -33,7 +33,7 @@ CONFIGS = {
     "views in the main process": ("++data.pipeline=torchvision", "data.num_workers=0"),
 }
 
-QUICK = ("a queue, a target network", "ICL-MSR", "views by workers")
+QUICK = ("a queue, a target network", "ICL-MSR")
 """Those that the test command runs besides the first."""
 
 

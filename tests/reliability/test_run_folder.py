@@ -216,6 +216,7 @@ def test_another_evaluation_leaves_the_best_checkpoint_of_a_complete_run(tmp_pat
     assert best.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.fault("resume")
 def test_another_evaluation_of_a_complete_run_is_made(tmp_path, capsys):
     folder = pretrain.run(config(tmp_path, *REPORTED, "max_epochs=1")).path
