@@ -26,7 +26,7 @@ from metamask_plugin.bilevel import (
 )
 from metamask_plugin.bilevel.trial import Number
 from metamask_plugin.errors import UserError, check
-from metamask_plugin.methods.meta_remarks import missing_meta_steps, overshoot
+from metamask_plugin.methods.meta_remarks import OVERSHOOT, missing_meta_steps, overshoot
 from metamask_plugin.methods.meta_update import MetaUpdate
 from metamask_plugin.methods.recorded import recorded
 from metamask_plugin.methods.task_method import TaskMethod
@@ -35,10 +35,6 @@ from metamask_plugin.tasks import Task
 
 OuterBatch = tuple[list[torch.Tensor], list[torch.Tensor] | None]
 """Views, (N, 3, H, W) each, and the target network's features of them, (N, D) each, where they are known."""
-
-
-OVERSHOOT = 0.05
-"""Share of the inner loss by which a trial step may raise the outer one, for an epoch, without a warning."""
 
 
 class BilevelMethod(TaskMethod):

@@ -8,6 +8,8 @@ from omegaconf import DictConfig
 from metamask_plugin.methods.trial_steps import AUTO
 
 KEY = "method_kwargs.meta"
+OVERSHOOT = 0.05
+"""Share of the inner loss by which a trial step may raise the outer one, for an epoch, without a warning."""
 STAYS = "what is meta-learned stays as it is at the start"
 
 
