@@ -39,6 +39,7 @@ from metamask_plugin.studies.equal_time import (
     is_measured,
     write_calibration,
 )
+from metamask_plugin.studies.levels import own_files
 from metamask_plugin.studies.measures import MEASURES
 from metamask_plugin.studies.pretraining import check_different
 from metamask_plugin.studies.results import write_results
@@ -192,11 +193,14 @@ def _study(cfg: DictConfig) -> Study:
 def _validated(cfg: DictConfig) -> Study:
     """The study of a config, whose every key is known and whose values fit.
 
-    A key of the study's own, which others refer to (``${small_arms}``), is no mistake.
+    A key of the study's own, which others refer to (``${small_arms}``), is no mistake; what refers to it may
+    have been replaced on the command line.
     """
     _expand_own_paths(cfg)
     own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-    text = OmegaConf.to_yaml(own, resolve=False)
+    text = "".join(
+        [OmegaConf.to_yaml(own, resolve=False), *(path.read_text() for path in own_files(cfg.name))]
+    )
     node = {key: value for key, value in plain(own).items() if key in STUDY or f"${{{key}}}" not in text}
     validate(node, STUDY)
     study = study_of(cfg)

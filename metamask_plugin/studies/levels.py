@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -163,6 +164,19 @@ def _key(override: Any) -> str:
     return str(override).lstrip("+~").partition("=")[0].partition("@")[0]
 
 
+def own_files(name: str) -> list[Path]:
+    """The files of a shipped study: what it shares with others, then its own; none for another's study."""
+    path = SCRIPTS / "study" / f"{name}.yaml"
+    if not path.exists():
+        return []
+    shared = [
+        str(entry).split("@")[0]
+        for entry in OmegaConf.load(path).get("defaults", ())
+        if "@_global_" in str(entry)
+    ]
+    return [*(path.parent / f"{name}.yaml" for name in shared), path]
+
+
 def shipped(node: Node, key: str) -> Node:
     """A block as the study's own file has it, or what it shares with others: before the user's changes.
 
@@ -170,13 +184,9 @@ def shipped(node: Node, key: str) -> Node:
         node: the resolved study config.
         key: the block, e.g. ``factors``.
     """
-    path = SCRIPTS / "study" / f"{node['name']}.yaml"
-    if not path.exists():
+    blocks = [file[key] for file in map(OmegaConf.load, own_files(node["name"])) if key in file]
+    if not blocks:
         return {}
-    own = OmegaConf.load(path)
-    shared = [str(entry).split("@")[0] for entry in own.get("defaults", ()) if "@_global_" in str(entry)]
-    files = [*(OmegaConf.load(path.parent / f"{name}.yaml") for name in shared), own]
-    blocks = [file[key] for file in files if key in file]
     # their interpolations are of the study's other keys
     return OmegaConf.to_container(OmegaConf.create({**node, key: OmegaConf.merge(*blocks)}), resolve=True)[
         key

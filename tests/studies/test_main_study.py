@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from report_page import check_page
 
-from metamask_plugin.cli.study import catalogue, shipped_studies, sweep
+from metamask_plugin.cli.study import _validated, catalogue, shipped_studies, sweep
+from metamask_plugin.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,6 +90,14 @@ def test_data_that_are_missing_are_said_once_before_the_first_trial(fresh_studie
     assert "missing: cifar100 in ./datasets, stl10 in ./datasets, " in error
     assert "give roots.cifar100=<folder> roots.stl10=<folder>" in error
     assert error.endswith("or take datasets=[cifar10]")
+
+
+def test_what_a_replaced_block_referred_to_stays_a_key_of_the_study(fresh_studies):
+    words = ("comparison_cpu", "size=paper", "factors.arm=[SimCLR]", "baseline=null")
+    study = _validated(fresh_studies.compose(*words))
+    assert {trial.factors["arm"] for trial in study.trials} == {"SimCLR"}
+    with pytest.raises(UserError, match=r"got 'taw'"):
+        _validated(fresh_studies.compose(*words, "+taw=0.2"))
 
 
 def test_a_trial_that_fails_does_not_stop_the_others_and_is_run_again(fresh_studies, capsys):
