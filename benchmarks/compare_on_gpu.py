@@ -1,6 +1,6 @@
 """All methods side by side in a short training on one GPU: CIFAR-10, ResNet-18, batch 512, equal epochs.
 
-    python benchmarks/compare_on_gpu.py DATA --out FOLDER [--epochs 10] [--seeds 5 6] [--minutes 9]
+    python benchmarks/compare_on_gpu.py DATA --out FOLDER [--epochs 10] [--seeds 5 6] [--arms SimCLR ...]
 
 DATA has ``train/`` and ``test/``, one folder a class. Runs share the GPU, ``--parallel`` at a time: their
 seconds mean nothing, their accuracies are those of runs alone. After ``--minutes`` no new run begins, and
@@ -55,6 +55,10 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "release": (METAMASK, ["ablation=official", "method_kwargs.meta.precision=bf16"]),
     "SimCLR + MSR, k = 4": (ICL_MSR, [*SHORT, *META, "method_kwargs.meta.every_n_steps=4"]),
     "MetaMask, k = 4": (METAMASK, [*MASKED, *META, "method_kwargs.meta.every_n_steps=4"]),
+    "random mask, k = 4": (
+        METAMASK,
+        [*MASKED, "ablation=random_mask", *META, "method_kwargs.meta.every_n_steps=4"],
+    ),
     "SimCLR + Barlow Twins": (METAMASK, [*MASKED, "ablation=no_meta"]),
     "SimCLR": (METAMASK, [*MASKED, "method=bare"]),
     "SimCLR, MSR's views": (ICL_MSR, [*SHORT, "method=bare"]),
@@ -128,7 +132,9 @@ def run_all(args: argparse.Namespace) -> int:
     decode(args)
     while args.after is not None and not args.after.exists() and time.monotonic() < until:
         time.sleep(0.2)
-    todo = [(arm, seed) for seed in args.seeds for arm in ARMS if not record_path(arm, seed, args).exists()]
+    todo = [
+        (arm, seed) for seed in args.seeds for arm in args.arms if not record_path(arm, seed, args).exists()
+    ]
     running: list[subprocess.Popen] = []
     failed = 0
     own = [sys.executable, "-W", "ignore", __file__, str(args.data), "--out", str(args.out)]
@@ -180,6 +186,7 @@ def main() -> int:
     add("--out", type=Path, required=True, help="folder for runs, records and comparison.json")
     add("--epochs", type=int, default=10, help="of every run")
     add("--seeds", type=int, nargs="+", default=[5], help="one after the other")
+    add("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="all by default")
     add("--parallel", type=int, default=5, help="runs at a time")
     add("--minutes", type=float, default=9, help="after which what is unfinished is stopped")
     add("--after", type=Path, help="begin once this file is there; images are decoded before")

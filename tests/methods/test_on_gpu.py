@@ -7,7 +7,7 @@ import torch
 from method_config import TASK_KWARGS, bare_config, icl_msr_config, method_config, task_settings
 from method_training import spoil_the_classifier, train
 
-from metamask_plugin.bilevel import Exact, PlainStep, Trial, Unrolled
+from metamask_plugin.bilevel import CudaGraph, Exact, PlainStep, Trial, Unrolled
 from metamask_plugin.errors import NonFiniteError
 from metamask_plugin.methods import METHODS
 from metamask_plugin.tasks import TASKS
@@ -125,3 +125,32 @@ def test_a_replayed_meta_gradient_is_the_meta_gradient(config, task):
         assert model._graph.graph is not None
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+SCHEDULED = {"scheduler__name": "warmup_cosine", "max_epochs": 3}
+OPTIMIZERS = {
+    "SGD": {},
+    "momentum": {"method_kwargs__meta": {"trial": "momentum"}},
+    "AdamW": {"optimizer__name": "adamw", "optimizer__lr": 1e-3, "optimizer__kwargs": {}},
+    "fused AdamW": {"optimizer__name": "adamw", "optimizer__lr": 1e-3, "optimizer__kwargs": {"fused": True}},
+    "LARS": {"optimizer__name": "lars", "optimizer__lr": 0.3, "optimizer__kwargs": {"momentum": 0.9}},
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_captured_training_is_the_plain_one(monkeypatch, optimizer):
+    """Rates, moments and counts of steps change between the replays; in float64, where little else does."""
+    captures, capture = [], CudaGraph._capture
+    monkeypatch.setattr(CudaGraph, "_capture", lambda self, args: captures.append(1) or capture(self, args))
+
+    def trained(captured):
+        torch.manual_seed(0)
+        model = METHODS["metamask"](method_config(**SCHEDULED, **OPTIMIZERS[optimizer]))
+        model._can_capture = lambda: captured
+        train(model, 3, accelerator="gpu", precision="64-true", max_epochs=3)
+        return {name: value.cpu() for name, value in model.state_dict().items()}
+
+    plain = trained(False)
+    for name, value in trained(True).items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-6, atol=1e-9, msg=name)
+    assert len(captures) == 1
