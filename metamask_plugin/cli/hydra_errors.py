@@ -166,9 +166,9 @@ def keys(kind: str) -> list[str]:
         options = [f"measures.{name}.{key}" for name, keys in MEASURE_OPTIONS.items() for key in keys]
         return [*STUDY, *options]
     if kind == "linear":
-        from metamask_plugin.cli.schema_linear import LINEAR
+        from metamask_plugin.cli.schema_linear import linear_schema
 
-        return list(LINEAR)
+        return list(linear_schema())
     from metamask_plugin.cli.schema import pretraining_schema
     from metamask_plugin.cli.schema_methods import BARE, TASK_KWARGS
 

@@ -17,7 +17,7 @@ from metamask_plugin.cli.devices import device_type
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.free_form import check_data_kwargs
 from metamask_plugin.cli.paths import expand_paths
-from metamask_plugin.cli.schema_linear import LINEAR
+from metamask_plugin.cli.schema_linear import linear_schema
 from metamask_plugin.cli.validate import blocks_of, plain, validate, without_empty_blocks
 from metamask_plugin.data.augmentations import parse_augmentations
 from metamask_plugin.data.registry import FRACTION_SEED
@@ -182,11 +182,12 @@ def _complete(cfg: DictConfig) -> None:
     """Checks keys and values, fills in defaults, in place, and refuses what is not there."""
     OmegaConf.set_struct(cfg, False)
     expand_paths(cfg)
-    without_empty_blocks(cfg, blocks_of(LINEAR))
+    schema = linear_schema()
+    without_empty_blocks(cfg, blocks_of(schema))
     node = plain(cfg)
     if node.get("pretrained_feature_extractor") == "":
         node["pretrained_feature_extractor"] = None
-    validate(node, LINEAR)
+    validate(node, schema)
     view = node.get("data", {}).get("augmentations")
     if view is not None:
         parse_augmentations([{**view, "crop_size": 32}])

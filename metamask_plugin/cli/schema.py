@@ -8,9 +8,6 @@
 import inspect
 from collections.abc import Mapping
 
-from lightning.pytorch import Trainer
-
-from metamask_plugin.cli.devices import ACCELERATORS
 from metamask_plugin.cli.settings import (
     MOST_WHOLE,
     Setting,
@@ -18,29 +15,25 @@ from metamask_plugin.cli.settings import (
     flag,
     number,
     path,
+    registry,
     sequence,
     text,
     whole,
     word,
 )
-from metamask_plugin.data.datamodule import FORMATS, PIPELINES
-from metamask_plugin.data.regions import FORMS, REGIONS
-from metamask_plugin.data.registry import DATASETS
-from metamask_plugin.evaluation.linear import PROTOCOLS
-from metamask_plugin.host.contract import OPTIMIZERS, SCHEDULERS
-from metamask_plugin.methods import METHODS
-from metamask_plugin.methods.task_method import MATMUL_PRECISIONS
-from metamask_plugin.modules.compiled import MODES
 
 LARGEST_SEED = 2**32 - 1
-COMPILE = tuple(mode for mode in MODES if mode not in ("True", "False"))
-
+ACCELERATORS = registry("cli.devices:ACCELERATORS")
+DATASETS = registry("data.registry:DATASETS")
+REGIONS = registry("data.regions:REGIONS")
+FORMS = registry("data.regions:FORMS")
+COMPILE = registry("modules.compiled:NAMED_MODES")
 FOLDER_NAME = Setting("name of the run's folder, without its digest", "folder name", null=True)
 SEED = whole("of weights, order of the images, views; 5 by default", 0, LARGEST_SEED, null=True)
 
 RUN: dict[str, Setting] = {
     "name": FOLDER_NAME,
-    "method": word("what is trained: metamask, icl_msr, bare, supervised", lambda: METHODS),
+    "method": word("what is trained: metamask, icl_msr, bare, supervised", registry("methods:METHODS")),
     "seed": SEED,
     "max_epochs": whole("passes over the training images", 1, null=True),
     "max_steps": whole("optimiser steps after which training ends", 1, also=(-1,), null=True),
@@ -70,11 +63,13 @@ RUN: dict[str, Setting] = {
 BLOCKS: dict[str, Setting] = {
     "backbone.name": text("conv4, conv, fc, resnet18, resnet50, or any model of timm's"),
     "backbone.kwargs": block("of the encoder's constructor", null=True),
-    "data.dataset": word("see main_pretrain.py --list", lambda: DATASETS),
+    "data.dataset": word("see main_pretrain.py --list", DATASETS),
     "data.train_path": path("folder of the training images", null=True),
     "data.val_path": path("folder of the test images", null=True),
-    "data.format": word("image_folder, or dali: NVIDIA DALI reads the files", FORMATS, null=True),
-    "data.pipeline": word("where the views are made", PIPELINES, null=True),
+    "data.format": word(
+        "image_folder, or dali: NVIDIA DALI reads the files", registry("data.datamodule:FORMATS"), null=True
+    ),
+    "data.pipeline": word("where the views are made", registry("data.datamodule:PIPELINES"), null=True),
     "data.on_device": flag("images on the GPU; null: where they fit", null=True),
     "data.num_workers": whole("processes that read images", 0, 1024, null=True),
     "data.fraction": number(
@@ -110,7 +105,7 @@ BLOCKS: dict[str, Setting] = {
     "data.num_small_crops": whole("written by a run", 0, null=True),
     "dali.device": word("where DALI works", ("cpu", "gpu"), null=True),
     "dali.encode_indexes_into_labels": flag("solo-learn's", null=True, unused=True),
-    "optimizer.name": word("of encoder and heads", OPTIMIZERS),
+    "optimizer.name": word("of encoder and heads", registry("host.contract:OPTIMIZERS")),
     "optimizer.batch_size": whole("images a step and process; BatchNorm needs two", 2, 10**7),
     "optimizer.lr": number("learning rate of a batch of 256", 0, 1e6),
     "optimizer.classifier_lr": number("of the online classifier, likewise", 0, 1e6, null=True),
@@ -118,7 +113,9 @@ BLOCKS: dict[str, Setting] = {
     "optimizer.exclude_bias_n_norm_wd": flag("no weight decay on biases and norms", null=True),
     "optimizer.kwargs": block("of the optimiser's constructor", null=True),
     "optimizer.layer_decay": number("solo-learn's, of MAE", 0, null=True, unused=True),
-    "scheduler.name": word("how the learning rate changes", (*SCHEDULERS, "warmup_step")),
+    "scheduler.name": word(
+        "how the learning rate changes", registry("host.contract:SCHEDULERS", "warmup_step")
+    ),
     "scheduler.warmup_epochs": number("of warmup_cosine; 10 by default", 0, null=True),
     "scheduler.warmup_start_lr": number("learning rate at step 0", 0, 1e6, null=True),
     "scheduler.min_lr": number("learning rate at the end of the cosine", 0, 1e6, null=True),
@@ -148,13 +145,17 @@ BLOCKS: dict[str, Setting] = {
     ),
     "evaluation.knn.temperature": number("of the votes; null: 1 for k = 5, else 0.07", above=0, null=True),
     "evaluation.knn.every_n_epochs": whole("epochs between evaluations", 1, null=True),
-    "evaluation.linear.protocol": word("of the linear probe", lambda: PROTOCOLS, null=True),
+    "evaluation.linear.protocol": word(
+        "of the linear probe", registry("evaluation.linear:PROTOCOLS"), null=True
+    ),
     "knn_eval.enabled": flag("solo-learn's kNN while training", null=True),
     "knn_eval.k": whole("number of its neighbours", 1, null=True),
     "knn_eval.distance_func": word("between features", ("euclidean", "cosine"), null=True),
     "performance.compile": flag("torch.compile of the encoder", also=COMPILE, null=True),
     "performance.cuda_graph": flag("replay the meta step as one CUDA graph", null=True),
-    "performance.matmul_precision": word("high allows TF32", MATMUL_PRECISIONS, null=True),
+    "performance.matmul_precision": word(
+        "high allows TF32", registry("methods.task_method:MATMUL_PRECISIONS"), null=True
+    ),
     "performance.disable_channel_last": flag("the memory layout of images", null=True),
     "wandb.enabled": flag("log to Weights & Biases", null=True),
     "wandb.project": text("where the run is listed", null=True),
@@ -183,6 +184,8 @@ REQUIRED = (
 
 def trainer_settings() -> dict[str, Setting]:
     """Lightning's other keys: solo-learn hands them all to its Trainer, we those of :data:`RUN`."""
+    from lightning.pytorch import Trainer  # brings torch with it
+
     keys = [key for key in inspect.signature(Trainer.__init__).parameters if key != "self"]
     return {key: Setting("Lightning's, through solo-learn", unused=True) for key in keys if key not in RUN}
 
@@ -205,5 +208,5 @@ def _values(setting: Setting) -> str:
     kinds = {"word": ", ".join(f"`{option}`" for option in setting.options), "any": "", "flag": "True, False"}
     limits = setting.range()
     parts = [kinds.get(setting.kind, f"{setting.kind} {limits}".strip())]
-    parts += [f"`{other}`" for other in setting.also] + (["null"] if setting.null else [])
+    parts += [f"`{other}`" for other in setting.others] + (["null"] if setting.null else [])
     return ", ".join(part for part in parts if part)

@@ -1,6 +1,16 @@
 """Every key of a config of ``main_linear.py``. One entry a key."""
 
-from metamask_plugin.cli.schema import ACCELERATORS, FOLDER_NAME, SEED, trainer_settings
+from collections.abc import Mapping
+
+from metamask_plugin.cli.schema import (
+    ACCELERATORS,
+    DATASETS,
+    FOLDER_NAME,
+    FORMS,
+    REGIONS,
+    SEED,
+    trainer_settings,
+)
 from metamask_plugin.cli.settings import (
     MOST_WHOLE,
     Setting,
@@ -8,17 +18,17 @@ from metamask_plugin.cli.settings import (
     flag,
     number,
     path,
+    registry,
     sequence,
     text,
     whole,
     word,
 )
-from metamask_plugin.data.regions import FORMS, REGIONS
-from metamask_plugin.data.registry import DATASETS
-from metamask_plugin.evaluation.linear import HEADS, OPTIMIZERS, PROTOCOLS, SCHEDULERS
+
+HEADS = registry("evaluation.linear:HEADS")
+OPTIMIZERS = registry("evaluation.linear:OPTIMIZERS")
 
 LINEAR: dict[str, Setting] = {
-    **trainer_settings(),
     "name": FOLDER_NAME,
     "seed": SEED,
     "pretrained_feature_extractor": path("a run's folder, or a checkpoint", null=True),
@@ -26,7 +36,9 @@ LINEAR: dict[str, Setting] = {
     "backbone.name": text("its encoder, where no args.json says it", null=True),
     "backbone.kwargs": block("of its constructor", null=True),
     "host": word("who built it, where no args.json says it", ("solo", "embedded"), null=True),
-    "protocol": word("how the probe is trained", (*PROTOCOLS, "custom"), null=True),
+    "protocol": word(
+        "how the probe is trained", registry("evaluation.linear:PROTOCOLS", "custom"), null=True
+    ),
     "head": word("linear, or one hidden layer", HEADS, null=True),
     "masked": flag("MetaMask's mask on the features", null=True),
     "finetune": flag("train the encoder, too", null=True),
@@ -41,7 +53,7 @@ LINEAR: dict[str, Setting] = {
     "optimizer.layer_decay": number("solo-learn's", 0, null=True, unused=True),
     "scheduler.name": word(
         "cosine, step ...; solo-learn's warmup_cosine with protocol=paper alone",
-        (*SCHEDULERS, "warmup_cosine"),
+        registry("evaluation.linear:SCHEDULERS", "warmup_cosine"),
         null=True,
     ),  # fmt: skip
     "scheduler.min_lr": number("at the end", 0, 1e6, null=True),
@@ -49,7 +61,7 @@ LINEAR: dict[str, Setting] = {
     "scheduler.warmup_epochs": number("solo-learn's", 0, null=True, unused=True),
     "scheduler.warmup_start_lr": number("solo-learn's", 0, null=True, unused=True),
     "scheduler.interval": word("solo-learn's", ("step", "epoch"), null=True, unused=True),
-    "data.dataset": word("what is tested on; null: what it was trained on", lambda: DATASETS, null=True),
+    "data.dataset": word("what is tested on; null: what it was trained on", DATASETS, null=True),
     "data.train_path": path("folder of the training images", null=True),
     "data.val_path": path("folder of the test images", null=True),
     "data.format": text("image_folder or dali, which are read alike", null=True),
@@ -106,3 +118,8 @@ LINEAR: dict[str, Setting] = {
     "label_smoothing": Setting("solo-learn's main_linear.py alone"),
     "auto_augment": Setting("solo-learn's main_linear.py alone"),
 }
+
+
+def linear_schema() -> Mapping[str, Setting]:
+    """With Lightning's other keys, which solo-learn's script hands to its Trainer."""
+    return {**trainer_settings(), **LINEAR}

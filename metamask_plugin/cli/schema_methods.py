@@ -2,23 +2,15 @@
 
 from collections.abc import Mapping
 
-from metamask_plugin.bilevel import ESTIMATORS
-from metamask_plugin.cli.settings import Setting, block, flag, number, text, whole, word
-from metamask_plugin.host.contract import OPTIMIZERS
-from metamask_plugin.methods import icl_msr, metamask
-from metamask_plugin.methods.icl_msr import SCOPES
-from metamask_plugin.methods.meta_update import OUTER_BATCHES, PRECISIONS, SCHEDULES, TRIAL_ON
-from metamask_plugin.methods.metamask import FORMS
-from metamask_plugin.methods.trial_steps import AUTO, TRIALS
-from metamask_plugin.modules.dimensional_mask import PARAMETERISATIONS
-from metamask_plugin.modules.semantic_regularizer import ACTIVATIONS
-from metamask_plugin.tasks.interventional import LEVELS
-from metamask_plugin.tasks.ssl_hsic import KERNELS
+from metamask_plugin.cli.settings import Setting, block, flag, number, registry, text, whole, word
 
 MOST_WIDE = 2**17
 """Units of a layer: two layers of that width would take 64 GB."""
 MOST_ENTRIES = 2**24
 """Entries of a queue or bank."""
+METAMASK_PRESETS = registry("methods.metamask:PRESETS")
+ICL_MSR_PRESETS = registry("methods.icl_msr:PRESETS")
+FORMS = registry("methods.metamask:FORMS")
 
 TASK: dict[str, Setting] = {
     "task": text("what fills the task's loss: see main_pretrain.py --list, or solo:<method of solo-learn>"),
@@ -27,33 +19,37 @@ TASK: dict[str, Setting] = {
 
 META: dict[str, Setting] = {
     "meta.enabled": flag("whether there is a meta step"),
-    "meta.estimator": word("of the meta-gradient", lambda: ESTIMATORS),
+    "meta.estimator": word("of the meta-gradient", registry("bilevel:ESTIMATORS")),
     "meta.estimator_kwargs": block("the estimator's settings"),
-    "meta.trial": word("plain, scaled as the main optimiser's, or with its momentum", TRIALS),
-    "meta.trial_on": word("heads: the encoder takes no trial step", TRIAL_ON),
+    "meta.trial": word(
+        "plain, scaled as the main optimiser's, or with its momentum", registry("methods.trial_steps:TRIALS")
+    ),
+    "meta.trial_on": word("heads: the encoder takes no trial step", registry("methods.meta_update:TRIAL_ON")),
     "meta.inner_lr": number(
         "length of the trial step; null: the main learning rate; auto: a share of the adaptive step's",
         0,
         1e6,
         null=True,
-        also=(AUTO,),
+        also=("auto",),
     ),
-    "meta.outer_batch": word("which batch the outer loss is of", OUTER_BATCHES),
+    "meta.outer_batch": word(
+        "which batch the outer loss is of", registry("methods.meta_update:OUTER_BATCHES")
+    ),
     "meta.accumulate": whole("meta-gradients that a meta step is the mean of", 1),
     "meta.every_n_steps": whole("a meta step every n-th iteration", 1),
-    "meta.schedule": word("when a meta step is made", SCHEDULES),
+    "meta.schedule": word("when a meta step is made", registry("methods.meta_update:SCHEDULES")),
     "meta.batch_share": number("of each batch that the meta step sees", above=0, most=1),
-    "meta.precision": word("of the encoder in the meta step", PRECISIONS),
+    "meta.precision": word("of the encoder in the meta step", registry("methods.meta_update:PRECISIONS")),
     "meta.follow_schedule": flag("the meta learning rate decays with the main one"),
     "meta.update_statistics": flag("the meta step moves BatchNorm's running statistics, too"),
-    "meta.optimizer.name": word("the meta parameters' optimiser", OPTIMIZERS),
+    "meta.optimizer.name": word("the meta parameters' optimiser", registry("host.contract:OPTIMIZERS")),
     "meta.optimizer.lr": number("its learning rate", above=0, most=1e6),
     "meta.optimizer.weight_decay": number("its weight decay", 0, 1e6),
     "meta.optimizer.kwargs": block("of its constructor"),
 }
 
 METAMASK: dict[str, Setting] = {
-    "preset": word("what the rest defaults to", lambda: metamask.PRESETS, null=True),
+    "preset": word("what the rest defaults to", METAMASK_PRESETS, null=True),
     **TASK,
     "alpha": number("weight of the task's loss, Eq. (5)", 0),
     "scale_loss": number("factor on the whole regular loss", above=0),
@@ -63,30 +59,34 @@ METAMASK: dict[str, Setting] = {
     "redundancy.proj_hidden_dim": whole("width of its head", 1, MOST_WIDE),
     "redundancy.proj_output_dim": whole("output of its head", 1, MOST_WIDE),
     "redundancy.final_norm": flag("BatchNorm behind its head"),
-    "mask.parameterisation": word("M itself, or its logits", PARAMETERISATIONS),
+    "mask.parameterisation": word(
+        "M itself, or its logits", registry("modules.dimensional_mask:PARAMETERISATIONS")
+    ),
     "mask.start": Setting("a run or checkpoint whose learned mask it starts from", "mask", null=True),
     **META,
 }
 
 ICL_MSR: dict[str, Setting] = {
-    "preset": word("what the rest defaults to", lambda: icl_msr.PRESETS, null=True),
+    "preset": word("what the rest defaults to", ICL_MSR_PRESETS, null=True),
     **TASK,
     "lamb": number("weight of L_msr, Eq. (5)", 0),
     "gamma": number("weight of L_uni, Eq. (8)", 0),
-    "level": word("where A enters", LEVELS),
+    "level": word("where A enters", registry("tasks.interventional:LEVELS")),
     "uniformity.t": number("of Eq. (9)", above=0),
-    "uniformity.scope": word("pairs of an image's vectors, or of the batch's", SCOPES),
+    "uniformity.scope": word(
+        "pairs of an image's vectors, or of the batch's", registry("methods.icl_msr:SCOPES")
+    ),
     "regularizer.n": whole("number of weight vectors", 1, 10_000),
     "regularizer.name": text("f_msr's network: conv4, conv, fc, resnet18, resnet50, or timm's"),
     "regularizer.kwargs": block("of its constructor"),
-    "regularizer.activation": word("of the weights", lambda: ACTIVATIONS),
+    "regularizer.activation": word("of the weights", registry("modules.semantic_regularizer:ACTIVATIONS")),
     **META,
 }
 
 BARE: dict[str, Setting] = {
     **METAMASK,
     **ICL_MSR,
-    "preset": word("left aside", lambda: [*metamask.PRESETS, *icl_msr.PRESETS], null=True),
+    "preset": word("left aside", lambda: [*METAMASK_PRESETS(), *ICL_MSR_PRESETS()], null=True),
     "alpha": number("factor on the loss", above=0),
     "feature_dropout.rate": number("dropout on the encoder's output", 0, below=1),
     "feature_dropout.shared": flag("the same features in both views"),
@@ -118,7 +118,7 @@ TASK_KWARGS: dict[str, Setting] = {
     "beta": number("HCL's: concentration on hard negatives", 0),
     "alpha": number("RELIC's: weight of the invariance penalty", 0),
     "gamma": number("SSL-HSIC's: weight of HSIC(z, z)", 0),
-    "kernel": word("SSL-HSIC's", KERNELS),
+    "kernel": word("SSL-HSIC's", registry("tasks.ssl_hsic:KERNELS")),
     "scale": number("SSL-HSIC's: of the kernel at the start", above=0),
     "lamb": number("weight of the second term", 0),
     "scale_loss": number("factor on the loss", above=0),

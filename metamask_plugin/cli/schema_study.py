@@ -1,10 +1,18 @@
 """Every key of a study's config. One entry a key; factors, tables and figures have a grammar of their own."""
 
-from metamask_plugin.cli.settings import Setting, block, flag, number, path, sequence, text, whole, word
-from metamask_plugin.data.regions import FORMS
-from metamask_plugin.evaluation.audit import REMOVALS
-from metamask_plugin.evaluation.linear import HEADS, PROTOCOLS
-from metamask_plugin.evaluation.regions import FIT_ON
+from metamask_plugin.cli.schema import FORMS
+from metamask_plugin.cli.settings import (
+    Setting,
+    block,
+    flag,
+    number,
+    path,
+    registry,
+    sequence,
+    text,
+    whole,
+    word,
+)
 
 STUDY: dict[str, Setting] = {
     "name": Setting("of its folder", "folder name"),
@@ -44,21 +52,21 @@ KNN_OR_LINEAR = text("of the features", matches=r"knn[1-9]\d*|linear", expected=
 ANY_CLASSIFIER = text("of the features", matches=r"knn[1-9]\d*|linear|mlp", expected="knn<k>, linear or mlp")
 RATES = sequence("shares of the dimensions to drop", number("a share", 0, 1))
 DRAWS = whole("masks of each rate", 1)
-PROTOCOL = word("of the probe", PROTOCOLS)
+PROTOCOL = word("of the probe", registry("evaluation.linear:PROTOCOLS"))
 
 MEASURE_OPTIONS: dict[str, dict[str, Setting]] = {
     "accuracy": {
         "ks": sequence("numbers of neighbours", whole("a number of neighbours", 1), expected="a list of k"),
         "temperature": number("of the votes", above=0),
         "protocol": PROTOCOL,
-        "head": word("of the probe", HEADS),
+        "head": word("of the probe", registry("evaluation.linear:HEADS")),
     },
     "confounder_audit": {
         "classifier": KNN_OR_LINEAR,
         "rates": RATES,
         "draws": DRAWS,
         "banzhaf_masks": whole("random sets of dimensions", 3),
-        "removal": word("the order of the removal", REMOVALS),
+        "removal": word("the order of the removal", registry("evaluation.audit:REMOVALS")),
     },
     "cost": {},
     "few_labels": {
@@ -81,7 +89,7 @@ MEASURE_OPTIONS: dict[str, dict[str, Setting]] = {
         "protocol": PROTOCOL,
     },
     "regions": {
-        "fit_on": word("what the classifier learns from", FIT_ON),
+        "fit_on": word("what the classifier learns from", registry("evaluation.regions:FIT_ON")),
         "k": whole("neighbours", 1),
         "protocol": PROTOCOL,
         "form": word("how a foreground is shown", FORMS),

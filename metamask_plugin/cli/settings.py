@@ -1,5 +1,6 @@
 """What the value of a config key may be: the vocabulary of the tables in ``schema*.py``."""
 
+import importlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +30,7 @@ class Setting:
         most: largest value.
         below: the value must be smaller than this.
         choices: of a ``word``; a function where they are to be looked up only when they are needed.
-        also: values that are accepted besides.
+        also: values that are accepted besides; a function, as ``choices``.
         null: whether null is accepted.
         of: what the entries of a ``list`` are.
         matches: a regular expression for all of a ``text``; ``expected`` says it in words.
@@ -44,7 +45,7 @@ class Setting:
     most: float | None = None
     below: float | None = None
     choices: Sequence[str] | Callable[[], Iterable[str]] = ()
-    also: tuple = ()
+    also: Sequence | Callable[[], Iterable] = ()
     null: bool = False
     of: "Setting | None" = None
     matches: str = ""
@@ -56,6 +57,11 @@ class Setting:
         """The words that it may be."""
         return list(self.choices() if callable(self.choices) else self.choices)
 
+    @property
+    def others(self) -> list:
+        """The values that are accepted besides."""
+        return list(self.also() if callable(self.also) else self.also)
+
     def range(self, value: float | None = None) -> str:
         """The range in symbols; limits that nobody meets are named where ``value`` exceeds them."""
         limits = [(">=", self.least), (">", self.above), ("<", self.below)]
@@ -63,6 +69,17 @@ class Setting:
             limits.append(("<=", self.most))
         return " and ".join(f"{sign} {limit:g}" if isinstance(limit, float) else f"{sign} {limit}"
                             for sign, limit in limits if limit is not None)  # fmt: skip
+
+
+def registry(where: str, *others: str) -> Callable[[], list[str]]:
+    """The names in a registry, for ``choices``: looked up when needed, since most registries bring torch.
+
+    Args:
+        where: ``module:NAME``, the module within this package.
+        others: words that are accepted besides.
+    """
+    module, _, name = where.partition(":")
+    return lambda: [*getattr(importlib.import_module(f"metamask_plugin.{module}"), name), *others]
 
 
 def whole(meaning: str, least: int | None = 0, most: int = MOST_WHOLE, **rest: Any) -> Setting:
@@ -115,7 +132,7 @@ def check_value(name: str, value: Any, setting: Setting) -> None:
     """
     if value is None and setting.null:
         return
-    if any(value == other and type(value) is type(other) for other in setting.also):
+    if any(value == other and type(value) is type(other) for other in setting.others):
         return
     _CHECKS[setting.kind](name, value, setting)
 
@@ -244,7 +261,7 @@ def _block(name: str, value: Any, setting: Setting) -> None:
 def _with_others(expected: str, setting: Setting) -> str:
     if setting.expected:
         return expected
-    return " or ".join([expected, *(f"{other}" for other in setting.also)])
+    return " or ".join([expected, *(f"{other}" for other in setting.others)])
 
 
 _CHECKS: dict[str, Callable[[str, Any, Setting], None]] = {

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
-MODES = ("False", "True", "reduce-overhead", "max-autotune")
+NAMED_MODES = ("reduce-overhead", "max-autotune")
+"""torch.compile's own."""
+MODES = ("False", "True", *NAMED_MODES)
 """Values of ``performance.compile``, as text."""
 
 

@@ -16,7 +16,7 @@ from metamask_plugin.cli import knn, linear, pretrain, study
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.hydra_errors import check_flags, told
 from metamask_plugin.cli.schema import as_markdown, pretraining_schema
-from metamask_plugin.cli.schema_linear import LINEAR
+from metamask_plugin.cli.schema_linear import linear_schema
 from metamask_plugin.cli.schema_methods import METHOD_KWARGS, TASK_KWARGS
 from metamask_plugin.cli.schema_study import STUDY
 from metamask_plugin.errors import UserError
@@ -324,7 +324,7 @@ def test_every_key_of_every_shipped_config_and_task_is_in_the_schema():
 
         own = set(inspect.signature(task).parameters) - {"features_dim"}
         assert own <= set(TASK_KWARGS), task
-    tables = [pretraining_schema(), LINEAR, STUDY, TASK_KWARGS, *METHOD_KWARGS.values()]
+    tables = [pretraining_schema(), linear_schema(), STUDY, TASK_KWARGS, *METHOD_KWARGS.values()]
     for table in tables:
         assert all(setting.meaning for setting in table.values())
         assert as_markdown(table).startswith("| key |")
