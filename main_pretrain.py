@@ -4,26 +4,8 @@
 """
 
 import sys
-from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig
-
-
-@hydra.main(version_base="1.2", config_path="scripts/pretrain")
-def main(cfg: DictConfig) -> None:
-    from metamask_plugin.cli.pretrain import run
-
-    run(cfg)
-
+from metamask_plugin.cli.main import main
 
 if __name__ == "__main__":
-    if "--list" in sys.argv:
-        from metamask_plugin.cli.catalogue import catalogue
-
-        print(catalogue(Path(__file__).resolve().parent / "scripts" / "pretrain"))
-    else:
-        from metamask_plugin.cli.hydra_errors import hydra_errors
-
-        with hydra_errors("pretrain", sys.argv):
-            main()
+    main(["pretrain", *sys.argv[1:]])

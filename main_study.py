@@ -9,26 +9,7 @@ What stands behind ``--`` goes to the pretraining of every trial, as on ``main_p
 
 import sys
 
-import hydra
-from omegaconf import DictConfig
-
-
-@hydra.main(version_base="1.2", config_path="scripts/study")
-def main(cfg: DictConfig) -> None:
-    from metamask_plugin.cli.study import run_trial
-
-    run_trial(cfg)
-
+from metamask_plugin.cli.main import main
 
 if __name__ == "__main__":
-    if "--list" in sys.argv:
-        from metamask_plugin.cli.study import catalogue
-
-        print(catalogue())
-    else:
-        from metamask_plugin.cli.hydra_errors import hydra_errors
-        from metamask_plugin.cli.study import with_pretraining_overrides
-
-        sys.argv = with_pretraining_overrides(sys.argv)
-        with hydra_errors("study", sys.argv):
-            main()
+    main(["study", *sys.argv[1:]])

@@ -46,8 +46,11 @@ def choose(name: str, value: Any, options: Iterable[str]) -> str:
 
 
 def nearest(value: Any, options: Iterable[str]) -> str | None:
-    """The option that is most like ``value``; None where none is."""
-    near = get_close_matches(str(value)[:LONGEST], list(options), n=1)
+    """The option that is most like ``value``: but for its case, begun by it, or of like letters; or None."""
+    options, text = list(options), str(value)[:LONGEST]
+    alike = [option for option in options if option.lower() == text.lower()]
+    begun = [option for option in options if len(text) > 2 and option.lower().startswith(text.lower())]
+    near = alike or sorted(begun, key=len) or get_close_matches(text, options, n=1)
     return near[0] if near else None
 
 

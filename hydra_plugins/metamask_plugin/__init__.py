@@ -4,6 +4,7 @@ Hydra imports everything in the namespace ``hydra_plugins`` before it composes a
 installed, solo-learn's untouched ``main_pretrain.py --config-name metamask_barlow`` finds config and method.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -32,7 +33,11 @@ class MetaMaskSearchPath(SearchPathPlugin):
             return
         from metamask_plugin import SCRIPTS
 
-        configs = SCRIPTS / ("linear" if script == "main_linear" else "pretrain")
-        brings_its_own = any(element.provider == "main" for element in search_path.get_path())
+        command = os.environ.get("METAMASK_SSL_COMMAND") or script.removeprefix("main_")
+        configs = SCRIPTS / ("linear" if command == "linear" else "pretrain")
+        main = [element.path or "" for element in search_path.get_path() if element.provider == "main"]
+        if any(Path(path.removeprefix("file://")).is_relative_to(SCRIPTS) for path in main):
+            return  # our own command, whose configs are there already
+        brings_its_own = bool(main)
         for folder in (configs,) if brings_its_own else (configs / "cifar", configs):
             search_path.append("metamask_plugin", f"file://{folder}")

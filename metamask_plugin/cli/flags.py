@@ -3,12 +3,13 @@
 import argparse
 import math
 import re
+from pathlib import Path
 from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
 
 from metamask_plugin.cli.errors import fail
-from metamask_plugin.cli.paths import expanded
+from metamask_plugin.cli.paths import expanded, near_path
 from metamask_plugin.errors import nearest
 
 
@@ -44,6 +45,14 @@ class FlagParser(argparse.ArgumentParser):
             hint = None if word is None else nearest(word.partition("=")[0], flags)
             message = f"{message}; did you mean {hint!r}?" if hint else f"{message}; --help shows the flags"
         fail(message)
+
+
+def there(text: str) -> Path:
+    """A path that is there."""
+    path = Path(expanded(text, "a path"))
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"must be a path that is there, got {text!r}; {near_path(path)}")
+    return path
 
 
 def finite(text: str) -> float:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from metamask_plugin.cli.errors import one_line_errors
-from metamask_plugin.cli.flags import FlagParser
+from metamask_plugin.cli.parsers import foreground as parse_args
 from metamask_plugin.data.regions import FORMS, REGIONS
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.checkpoints import find_checkpoint, load_pretrained, read_args
@@ -72,36 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(args)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags named as those of ``main_knn.py``; what is left out is taken from each run's args.json."""
-    parser = FlagParser(__doc__)
-    add = parser.add_argument
-    add(
-        "--pretrained_checkpoint_dir",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="runs, or checkpoints",
-    )
-    add("--names", nargs="+", help="one a run; by default as in args.json. Seeds of one name are averaged")
-    add("--fit_on", default="trained", help="training images of the region trained on, or of the one tested")
-    add("--form", help="fill or zoom for foregrounds; by default as the runs were trained, else fill")
-    add("--k", type=int, default=5, help="number of neighbours")
-    add("--protocol", default="paper", help="of the linear probe: paper, solo, fast, none")
-    add("--dataset", help="by default the one they were trained on, as for the paths")
-    add("--train_data_path", help="images that the classifiers learn from")
-    add("--val_data_path", help="images to classify")
-    add("--num_workers", type=int, help="processes that decode image files")
-    add("--batch_size", type=int, default=256, help="images run through the encoder at once")
-    add("--output", type=Path, help="folder of the results; by default the run's, for several ./foreground")
-    return parser.parse_args(argv)
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Tests every run on every region.
 
     Args:
-        args: see :func:`parse_args`.
+        args: see :func:`metamask_plugin.cli.parsers.foreground`.
 
     Returns:
         What is written to ``foreground.json``: the settings, ``runs`` (a row for each run and region) and

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 
 from metamask_plugin.cli.checkpoint_inputs import (
-    add_input_flags,
     features_of,
     labelled_data,
     pretrained_encoder,
 )
 from metamask_plugin.cli.errors import one_line_errors
-from metamask_plugin.cli.flags import FlagParser, finite
+from metamask_plugin.cli.parsers import knn as parse_args
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.checkpoints import Pretrained
 from metamask_plugin.evaluation.features import Features
@@ -40,28 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(format_table(run(args)))
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """solo-learn's flags of ``main_knn.py``; what is left out is taken from the checkpoint's args.json."""
-    parser = FlagParser(__doc__)
-    add_input_flags(parser, "images of the memory bank", "images to classify")
-    add = parser.add_argument
-    add("--k", type=int, nargs="+", default=[5, 20, 200], help="numbers of neighbours")
-    add(
-        "--temperature",
-        type=finite,
-        nargs="+",
-        help="of the votes, cosine only; by default 1 for k = 5 and 0.07 for any other",
-    )
-    add("--distance_function", nargs="+", default=["cosine"], help="cosine, euclidean")
-    add("--feature_type", nargs="+", help="backbone, masked; by default all that there are")
-    return parser.parse_args(argv)
-
-
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Evaluates every combination of feature type, distance, temperature and k.
 
     Args:
-        args: see :func:`parse_args`.
+        args: see :func:`metamask_plugin.cli.parsers.knn`.
 
     Returns:
         One row a combination, accuracies in percent.

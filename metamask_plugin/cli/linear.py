@@ -12,7 +12,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.devices import device_type
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.free_form import check_data_kwargs
@@ -79,14 +78,7 @@ def run(cfg: DictConfig) -> LinearResult | FineTuneResult:
         cfg: the composed config.
     """
     with one_line_errors():
-        check(len(cfg) > 0, "--config-name", f"one of {', '.join(shipped_configs())}", None)
         return _run(cfg)
-
-
-def shipped_configs() -> list[str]:
-    """Names of the linear configs."""
-    root = SCRIPTS / "linear"
-    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
 
 
 def _run(cfg: DictConfig) -> LinearResult | FineTuneResult:

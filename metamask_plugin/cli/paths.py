@@ -1,11 +1,12 @@
 """Expands ``~`` and ``$HOME`` in settings, as a shell does on its command line."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from metamask_plugin.errors import check
+from metamask_plugin.errors import check, nearest
 
 
 def expand_paths(cfg: DictConfig | ListConfig, where: str = "") -> None:
@@ -40,3 +41,11 @@ def expanded(value: Any, name: str) -> Any:
         not found.startswith("~"), name, "a path in a user's folder", value, "write ./~ for a folder's name"
     )
     return found
+
+
+def near_path(path: Path) -> str:
+    """What is there of a path that is not."""
+    there = next(parent for parent in (*path.parents, Path()) if parent.exists())
+    missing = path.relative_to(there).parts[0] if path.is_absolute() == there.is_absolute() else path.name
+    hint = nearest(missing, [entry.name for entry in there.iterdir()]) if there.is_dir() else None
+    return f"did you mean {str(there / hint)!r}?" if hint else f"{str(there)!r} has no {missing!r}"

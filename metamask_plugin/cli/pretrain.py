@@ -18,14 +18,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from metamask_plugin import SCRIPTS
+from metamask_plugin.cli.ablations import check_ablation
 from metamask_plugin.cli.config import complete, device_count, with_own_task_settings
 from metamask_plugin.cli.devices import device_title, device_type
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.data import PretrainDataModule, load_dataset
 from metamask_plugin.data.batches import EpochPosition
 from metamask_plugin.data.worker_failure import worker_failures
-from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.errors import UserError, choose
 from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.knn import within_bank
 from metamask_plugin.methods import METHODS
@@ -80,19 +80,11 @@ def run(cfg: DictConfig) -> RunFolder:
         The run's folder.
     """
     with one_line_errors(), worker_failures(), torch_flags_kept():
-        check(len(cfg) > 0, "--config-name", f"one of {', '.join(shipped_configs())}", None)
+        check_ablation(cfg)
         cfg = complete(with_own_task_settings(cfg))
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             cfg.auto_resume.extend = False  # a sweep over max_epochs compares runs of their own
         return pretrain(cfg)
-
-
-def shipped_configs() -> list[str]:
-    """Names of the pretraining configs."""
-    root = SCRIPTS / "pretrain"
-    found = [*root.glob("*.yaml"), *root.glob("*/metamask_*.yaml"), *root.glob("*/icl_msr_*.yaml")]
-    names = (path.relative_to(root).with_suffix("").as_posix() for path in found)
-    return sorted(name for name in names if not name.startswith("setting/"))
 
 
 def pretrain(cfg: DictConfig, wait: bool = False) -> RunFolder:
@@ -234,13 +226,14 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: dict[str, pl.Callbac
         kwargs["devices"] = list(cfg.devices)
     if kwargs["accelerator"] != "cuda":  # configs written for one GPU name it; others only have a count
         kwargs["devices"] = device_count(cfg)
+    loggers = _loggers(cfg, folder)
     try:
         return pl.Trainer(
             **kwargs,
             callbacks=list(callbacks.values()),
             plugins=[WholeCheckpointIO()],
             profiler=callbacks["data_wait"].clock,
-            logger=_loggers(cfg, folder),
+            logger=loggers,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -22,6 +22,7 @@ from metamask_plugin.cli.config import complete
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.free_form import check_keywords
 from metamask_plugin.cli.hydra_errors import told
+from metamask_plugin.cli.known import shipped
 from metamask_plugin.cli.paths import expand_paths, expanded
 from metamask_plugin.cli.pretrain import pretrain
 from metamask_plugin.cli.rehearse_study import rehearse_trials
@@ -52,17 +53,6 @@ ALIKE = 3
 
 Launch = Callable[[list[list[str]], int], Sequence[Any]]
 """Runs a job for each list of overrides of the study's config, numbered from the second argument on."""
-
-
-def with_pretraining_overrides(argv: Sequence[str]) -> list[str]:
-    """Turns what stands behind ``--`` into the study config's ``overrides``, quoted as Hydra wants it."""
-    if "--" not in argv:
-        return list(argv)
-    place = list(argv).index("--")
-    quoted = ",".join(
-        "'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in argv[place + 1 :]
-    )
-    return [*argv[:place], f"overrides=[{quoted}]"]
 
 
 def run_trial(cfg: DictConfig) -> None:
@@ -113,7 +103,6 @@ def sweep(cfg: DictConfig, launch: Launch) -> Path | None:
         The report's path.
     """
     with one_line_errors():
-        check(len(cfg) > 1, "--config-name", f"one of {', '.join(shipped_studies())}", None)
         study = _validated(cfg)
         runs = _runs(calibrated(study))
         check_different((run.trial, run.cfg) for run in runs)
@@ -288,17 +277,12 @@ def _build(cfg: DictConfig) -> nn.Module:
         return METHODS[cfg.method](cfg)
 
 
-def shipped_studies() -> list[str]:
-    """Names of the study configs."""
-    return sorted(path.stem for path in (SCRIPTS / "study").glob("*.yaml") if path.stem != "base")
-
-
 def catalogue() -> str:
     """All studies with their settings, as text."""
     width = max(80, shutil.get_terminal_size().columns)
     lines = ["studies  (python main_study.py --config-name <name> [size=paper|digits|smoke] [key=value ...])"]
     with initialize_config_dir(str((SCRIPTS / "study").resolve()), version_base="1.2"):
-        for name in shipped_studies():
+        for name in shipped("study"):
             cfg = compose(name)
             study = study_of(cfg)
             lines += ["", f"{name}: {study.title}"]

@@ -8,13 +8,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from metamask_plugin.cli.checkpoint_inputs import (
-    add_input_flags,
     features_of,
     labelled_data,
     pretrained_encoder,
 )
 from metamask_plugin.cli.errors import one_line_errors
-from metamask_plugin.cli.flags import FlagParser, finite
+from metamask_plugin.cli.parsers import umap as parse_args
 from metamask_plugin.data.loader import ShieldedLoader
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.features import Features
@@ -37,26 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(path)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """solo-learn's flags of ``main_umap.py``; what is left out is taken from the checkpoint's args.json."""
-    parser = FlagParser(__doc__)
-    add_input_flags(parser, "images of the first map", "images of the second map")
-    add = parser.add_argument
-    add("--limit", type=int, default=5000, help="images a map, drawn at random where there are more")
-    add("--neighbours", type=int, default=15, help="of an image in UMAP: few show detail, many the whole")
-    add("--min_distance", type=finite, default=0.1, help="of two points in UMAP, from 0 to 1")
-    add("--distance_function", default="cosine", help="between features: cosine, euclidean")
-    add("--seed", type=int, default=5, help="of the images that are drawn, and of UMAP")
-    add("--output_dir", type=Path, help="folder of the pictures; by default the checkpoint's")
-    add("--pdf", action="store_true", help="write PDF files, too")
-    return parser.parse_args(argv)
-
-
 def run(args: argparse.Namespace) -> list[Path]:
     """Draws training and test images, their features unmasked and, where there is a mask, masked beside.
 
     Args:
-        args: see :func:`parse_args`.
+        args: see :func:`metamask_plugin.cli.parsers.umap`.
 
     Returns:
         The files written: ``umap_train.png`` and ``umap_test.png``, each followed by its PDF if asked for.

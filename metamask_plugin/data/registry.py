@@ -25,7 +25,7 @@ from metamask_plugin.data.splits import (
     stratified_subset,
 )
 from metamask_plugin.data.tiny_imagenet import tiny_imagenet_splits
-from metamask_plugin.data.torchvision_sets import Splits, folder_splits, torchvision_splits
+from metamask_plugin.data.torchvision_sets import SET_PATH, Splits, folder_splits, torchvision_splits
 from metamask_plugin.data.unreadable import SkippedImage
 from metamask_plugin.data.verify import Verification, accept_unlisted
 from metamask_plugin.errors import check, choose
@@ -237,7 +237,7 @@ def _custom(node: Mapping[str, Any]) -> Splits:
     if not node.get("no_labels"):
         return _folders(node)
     path = node.get("train_path")
-    check(bool(path), "data.train_path", "a folder of images", path, "set it in the YAML")
+    check(bool(path), "data.train_path", "a folder of images", path, SET_PATH)
     return FolderImages.unlabelled(path), None
 
 

@@ -11,7 +11,7 @@ import torch
 from metamask_plugin.data.boxes import Box, clip_box
 from metamask_plugin.data.image_tree import path_inside
 from metamask_plugin.data.splits import FileImages, FolderImages, holds_image, refuse_missing_files
-from metamask_plugin.data.torchvision_sets import Splits
+from metamask_plugin.data.torchvision_sets import SET_PATH, Splits
 from metamask_plugin.data.unreadable import raise_if_machines
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.retry import retried
@@ -36,9 +36,7 @@ def tiny_imagenet_splits(train_path: str | None, val_path: str | None, skip_miss
     Raises:
         UserError: a folder or file is missing, a line is malformed, or an image has no box.
     """
-    check(
-        bool(train_path), "data.train_path", "a folder with tiny_imagenet", train_path, "set it in the YAML"
-    )
+    check(bool(train_path), "data.train_path", "a folder with tiny_imagenet", train_path, SET_PATH)
     return _train_split(Path(train_path)), _val_split(Path(val_path), skip_missing) if val_path else None
 
 

@@ -19,6 +19,8 @@ from metamask_plugin.data.unreadable import raise_if_machines
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.retry import retried
 
+SET_PATH = "set ++data.train_path=<folder>, or --train_data_path of a command with flags"
+
 Splits = tuple[ImageSplit, ImageSplit | None]
 
 
@@ -37,7 +39,7 @@ def torchvision_splits(name: str, train_path: str | None, val_path: str | None, 
     Raises:
         UserError: none of the three, or the files are damaged.
     """
-    check(bool(train_path), "data.train_path", f"a folder with {name}", train_path, "set it in the YAML")
+    check(bool(train_path), "data.train_path", f"a folder with {name}", train_path, SET_PATH)
     layout, load = _SETS[name]
     root = Path(train_path)
     if (root / layout).is_dir():
@@ -62,7 +64,7 @@ def folder_splits(train_path: str | None, val_path: str | None) -> Splits:
     Raises:
         UserError: a folder is missing, unreadable, or not one of class folders.
     """
-    check(bool(train_path), "data.train_path", "a folder of class folders", train_path, "set it in the YAML")
+    check(bool(train_path), "data.train_path", "a folder of class folders", train_path, SET_PATH)
     return FolderImages(train_path), FolderImages(val_path) if val_path else None
 
 

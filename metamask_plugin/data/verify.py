@@ -5,7 +5,7 @@
 in the middle, too; ``none`` leaves it to the training. ``data.invalid_images`` says what then: ``stop`` ends
 with one line before anything is trained; ``skip`` goes on without them. Many files that were verified
 before and have not changed since are not opened again, see :mod:`~metamask_plugin.data.verified_before`.
-:mod:`~metamask_plugin.data.list_unreadable` lists them all.
+``metamask-ssl verify`` lists them all.
 """
 
 import copy
@@ -35,7 +35,7 @@ ON_INVALID = ("stop", "skip")
 THREADS = 8
 # Of images of which more are missing than there, the path was wrong or the download has failed.
 MOST_SKIPPED = 0.5
-LIST = "python -m metamask_plugin.data.list_unreadable <folder> --decode"
+LIST = "metamask-ssl verify <folder> --decode"
 
 Faults = Mapping[str, Mapping[int, str]]
 """Reasons by split (``train``, ``test``) and index."""

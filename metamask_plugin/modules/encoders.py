@@ -205,5 +205,6 @@ def build_encoder(name: str, image_size: int, setting: str = "backbone", **kwarg
             return timm_network(name, image_size, setting, **kwargs)
     except TypeError as error:
         raise UserError(f"{setting}.kwargs do not fit {setting}.name={name!r}: {error}") from error
-    choose(f"{setting}.name", name, [*ENCODERS, *timm.list_models(f"{name[:4]}*")[:12], "any timm model"])
+    like = timm.list_models(f"{name}*") or timm.list_models(f"{name[:4]}*")
+    choose(f"{setting}.name", name, [*ENCODERS, *like[:12], "any timm model"])
     raise AssertionError("unreachable")

@@ -86,7 +86,13 @@ def locked(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
 def _make(folder: Path) -> list[Path]:
     """Makes a folder; returns those that were missing on the way, the innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, NotADirectoryError) as error:  # below /proc, say, or a file
+        raise UserError(
+            f"a folder must be one that can be made, got {str(folder)!r} ({error.strerror}); set another "
+            "checkpoint.dir"
+        ) from error
     return missing
 
 

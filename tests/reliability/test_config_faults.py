@@ -13,8 +13,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from metamask_plugin.cli import knn, linear, pretrain, study
+from metamask_plugin.cli.command_line import check_flags
 from metamask_plugin.cli.errors import one_line_errors
-from metamask_plugin.cli.hydra_errors import check_flags, told
+from metamask_plugin.cli.hydra_errors import told
 from metamask_plugin.cli.schema import as_markdown, pretraining_schema
 from metamask_plugin.cli.schema_linear import linear_schema
 from metamask_plugin.cli.schema_methods import METHOD_KWARGS, TASK_KWARGS
@@ -228,9 +229,9 @@ def test_main_study(refused, slip):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--pretrained_checkpoint_dir", "x", "--temprature", "1"], "did you mean '--temperature'?"),
-        (["--pretrained_checkpoint_dir", "x", "--temperature", "nan"], "must be a finite number"),
-        (["--pretrained_checkpoint_dir", "x", "--k", "five"], "invalid int value: 'five'"),
+        (["--pretrained_checkpoint_dir", ".", "--temprature", "1"], "did you mean '--temperature'?"),
+        (["--pretrained_checkpoint_dir", ".", "--temperature", "nan"], "must be a finite number"),
+        (["--pretrained_checkpoint_dir", ".", "--k", "five"], "invalid int value: 'five'"),
         ([], "--pretrained_checkpoint_dir"),
     ],
 )

@@ -12,7 +12,8 @@ from image_faults import FAULTS, encoded, inject, make_tree, png_damaged_inside
 from omegaconf import OmegaConf
 from PIL import Image
 
-from metamask_plugin.data import FileImages, PretrainDataModule, list_unreadable, load_dataset
+from metamask_plugin.cli import verify as verify_folders
+from metamask_plugin.data import FileImages, PretrainDataModule, load_dataset
 from metamask_plugin.data.unreadable import InvalidImages, MachineFault, UnreadableImage
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.labelled_data import LabelledData
@@ -120,17 +121,18 @@ def test_many_faults_of_both_splits_are_one_line_and_one_list(tree, tmp_path, ca
         inject("zero bytes", path)
     with pytest.raises(InvalidImages) as error:
         module(tree, val_path=str(tmp_path / "val"))
-    assert "got 3 of 16 that are not" in message(error, bad[0]) and "list_unreadable" in message(error)
+    assert "got 3 of 16 that are not" in message(error, bad[0]) and "metamask-ssl verify" in message(error)
     assert [image.path for image in error.value.images] == [str(path) for path in bad]
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
-    assert list_unreadable.main([str(tmp_path)]) == 1
+    assert verify_folders.main([str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert out.splitlines() == [f"{path}: an empty file" for path in bad]
     assert err == "3 of 16 images cannot be read\n"
-    assert list_unreadable.main([str(tree / "dog"), "--decode"]) == 1
+    assert verify_folders.main([str(tree / "dog"), "--decode"]) == 1
     bad[1].unlink()
-    assert list_unreadable.main([str(tree / "dog"), "--decode"]) == 0
-    assert list_unreadable.main([str(tree / "gone")]) == 2
+    assert verify_folders.main([str(tree / "dog"), "--decode"]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        verify_folders.main([str(tree / "gone")])
 
     inject("zero bytes", bad[1])
     data = module(tree, val_path=str(tmp_path / "val"), invalid_images="skip")

@@ -13,10 +13,10 @@ from image_faults import encoded, inject, make_tree, png_chunk
 from omegaconf import OmegaConf
 
 from metamask_plugin import retry
+from metamask_plugin.cli import verify as verify_folders
 from metamask_plugin.data import (
     PretrainDataModule,
     image_file,
-    list_unreadable,
     load_dataset,
     verified_before,
 )
@@ -82,7 +82,7 @@ def test_a_disk_that_fails_for_good_is_named_and_never_skipped(tree, code, on_in
     text = str(error.value)
     assert str(bad) in text and os.strerror(getattr(errno, code)) in text and "no fault of the file" in text
     assert "replace" not in text and "delete" not in text and "\n" not in text
-    assert list_unreadable.main([str(tree)]) == 2
+    assert verify_folders.main([str(tree)]) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])

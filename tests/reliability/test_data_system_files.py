@@ -7,7 +7,8 @@ from image_faults import encoded, make_tree
 from omegaconf import OmegaConf
 from PIL import Image
 
-from metamask_plugin.data import PretrainDataModule, image_tree, list_unreadable, load_dataset
+from metamask_plugin.cli import verify as verify_folders
+from metamask_plugin.data import PretrainDataModule, image_tree, load_dataset
 from metamask_plugin.errors import UserError
 
 HIDDEN = pytest.mark.fault(
@@ -78,7 +79,7 @@ def test_every_reader_sees_the_same_images(tree, capfd):
         built = PretrainDataModule(load(tree), OmegaConf.create({**node, "optimizer": {"batch_size": 2}}))
         assert len(built.dataset.train) == 8 and built.full.fingerprint() == sound
     said(capfd)
-    assert list_unreadable.main([str(tree)]) == 0
+    assert verify_folders.main([str(tree)]) == 0
     note, count = said(capfd)
     assert note.startswith("note: left out 3 images") and count == "0 of 8 images cannot be read"
 

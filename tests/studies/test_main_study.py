@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from report_page import check_page
 
-from metamask_plugin.cli.study import _validated, catalogue, shipped_studies, sweep
+from metamask_plugin.cli.known import shipped
+from metamask_plugin.cli.study import _validated, catalogue, sweep
 from metamask_plugin.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +34,7 @@ def rows_of(report):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in shipped_studies()],
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in shipped("study")],
 )
 def test_every_study_runs_to_its_report(studies, name):
     report = studies.sweep(name)
@@ -217,7 +218,7 @@ def test_parallel_trials_in_processes_of_their_own(tmp_path):
 
 def test_the_list_has_every_study_with_its_settings():
     text = catalogue()
-    for name in shipped_studies():
+    for name in shipped("study"):
         assert f"\n{name}: " in text
     assert "trials    33, seeds 5, 6, 7" in text or "trials " in text
     assert "setting=metamask_table1" in text

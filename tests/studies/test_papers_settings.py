@@ -8,7 +8,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from metamask_plugin import SCRIPTS
-from metamask_plugin.cli.study import shipped_studies, with_pretraining_overrides
+from metamask_plugin.cli.command_line import with_pretraining_overrides
+from metamask_plugin.cli.known import shipped
 from metamask_plugin.studies.pretraining import pretraining_config
 from metamask_plugin.studies.spec import study_of
 
@@ -91,7 +92,7 @@ def commands():
     """Of the documentation and of the configs' headers, but those that need files or end in dots."""
     texts = [
         ROOT / "docs" / "studies.md",
-        *(SCRIPTS / "study" / f"{name}.yaml" for name in shipped_studies()),
+        *(SCRIPTS / "study" / f"{name}.yaml" for name in shipped("study")),
     ]
     lines = "\n".join(file.read_text().replace("\\\n#  ", " ").replace("\\\n", " ") for file in texts)
     found = dict.fromkeys(re.findall(r"python main_study.py (--config-name [^#\n]*)", lines))

@@ -7,7 +7,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from metamask_plugin import SCRIPTS
-from metamask_plugin.cli.study import shipped_studies, with_pretraining_overrides
+from metamask_plugin.cli.command_line import with_pretraining_overrides
+from metamask_plugin.cli.known import shipped
 from metamask_plugin.errors import UserError
 from metamask_plugin.studies.pretraining import command, digest, pretraining_config
 from metamask_plugin.studies.reference import reference
@@ -255,7 +256,7 @@ def one_of_each_level(trials):
 
 
 @pytest.mark.parametrize("size", ["paper", pytest.param("digits", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", shipped_studies())
+@pytest.mark.parametrize("name", shipped("study"))
 def test_every_level_of_every_study_has_a_pretraining_config(name, size):
     found = study(name, f"size={size}", "seeds=[5]")
     trials = one_of_each_level(found.trials)

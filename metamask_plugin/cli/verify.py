@@ -1,14 +1,14 @@
 """Lists the images below some folders that cannot be read, a line each with the reason:
 
-    python -m metamask_plugin.data.list_unreadable <folder> [<folder> ...] [--decode]
+    metamask-ssl verify <folder> [<folder> ...] [--decode]
 
 The lines go to stdout, the count to stderr; the exit code is 1 where there are any.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from metamask_plugin.cli.parsers import verify as parse_args
 from metamask_plugin.data.image_tree import image_files, listing
 from metamask_plugin.data.remarks import tell_left_out
 from metamask_plugin.data.unreadable import SkippedImage
@@ -25,13 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         the exit code: 2 for a folder that is none, 1 where anything cannot be read, else 0.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m metamask_plugin.data.list_unreadable",
-        description="List the images below some folders that cannot be read, a line each with the reason.",
-    )
-    parser.add_argument("folders", nargs="+", metavar="folder", help="with images at any depth")
-    parser.add_argument("--decode", action="store_true", help="decode every image whole")
-    args = parser.parse_args(arguments)
+    args = parse_args(arguments)
     level = "decode" if args.decode else "header"
     found, images = 0, 0
     for folder in args.folders:
@@ -55,7 +49,3 @@ def _look(folder: str, level: str) -> tuple[list[SkippedImage], int]:
     reasons = unreadable(there.paths, level)
     unread = [SkippedImage(there.paths[index], reason) for index, reason in reasons.items()]
     return [*there.faults, *unread], len(there.paths)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

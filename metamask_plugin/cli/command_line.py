@@ -1,0 +1,153 @@
+"""What is understood of a command line before Hydra sees it, and before anything heavy is imported."""
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from metamask_plugin import SCRIPTS
+from metamask_plugin.cli.aliases import BLOCKS, PRECISIONS
+from metamask_plugin.cli.known import FREE, PARTS, keys, names_of, shipped
+from metamask_plugin.cli.paths import near_path
+from metamask_plugin.errors import UserError, check, nearest, shown
+
+FLAGS = (
+    *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run"),
+    *("-r", "--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
+)
+"""Hydra's own."""
+
+WITHOUT_CONFIG = ("--hydra-help", "--shell-completion", "-sc", "--info", "-i", "--experimental-rerun")
+"""Flags that say something, or complete a word, without a config."""
+
+
+def understood(kind: str, words: Sequence[str]) -> list[str]:
+    """The words as Hydra is to see them; what stands behind a study's ``--`` as its ``overrides``.
+
+    Args:
+        kind: ``pretrain``, ``linear`` or ``study``.
+        words: the command line without its command.
+
+    Raises:
+        UserError: for an unknown flag, one without its value, a word that is no override, or no config.
+    """
+    words = with_pretraining_overrides(words) if kind == "study" else list(words)
+    flags = check_flags(words)
+    for word in flags.overrides:
+        _check_override(kind, word)
+    words = [_addable(kind, word) if word in flags.overrides else word for word in words]
+    folder = flags.config_path
+    if folder is not None and "://" not in folder:
+        words = [*words, "--config-path", _config_folder(kind, folder)]
+    named = flags.config_name is not None
+    if not named and not any(word.partition("=")[0] in WITHOUT_CONFIG for word in words):
+        configs = shipped(kind)
+        raise UserError(
+            f"--config-name must be given, one of {', '.join(configs)}; add --config-name {_first(kind)}"
+        )
+    return words
+
+
+def check_flags(words: Sequence[str]) -> argparse.Namespace:
+    """Refuses unknown flags, and known ones without their value: Hydra's parser says it in several lines."""
+    for word in words:
+        name = word.partition("=")[0]
+        if not word.startswith("--") or len(word) == 2:
+            continue
+        fitting = [flag for flag in FLAGS if flag.startswith(name)]
+        if name == "--config":
+            raise UserError("--config must be --config-name, got --config; write --config-name <name>")
+        if not fitting:
+            hint = nearest(name, FLAGS)
+            remedy = f"did you mean {hint!r}?" if hint else "keys are written without dashes: key=value"
+            raise UserError(f"a flag must be one of {', '.join(FLAGS)}, got {shown(word)}; {remedy}")
+    parser = _Parser(add_help=False)
+    for flags in (("--config-name", "-cn"), ("--config-path", "-cp"), ("--config-dir", "-cd")):
+        parser.add_argument(*flags)
+    parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+    for flags in (("--package", "-p"), ("--info", "-i"), ("--experimental-rerun",)):
+        parser.add_argument(*flags, nargs="?" if "-i" in flags else None)
+    found, rest = parser.parse_known_args(list(words))
+    found.overrides = [word for word in rest if not word.startswith("-")]
+    return found
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"the command line must be complete, got: {message}")
+
+
+def with_pretraining_overrides(words: Sequence[str]) -> list[str]:
+    """Turns what stands behind ``--`` into the study config's ``overrides``, quoted as Hydra wants it."""
+    words = list(words)
+    if "--" not in words:
+        return words
+    place = words.index("--")
+    quoted = ",".join(
+        "'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in words[place + 1 :]
+    )
+    return [*words[:place], f"overrides=[{quoted}]"]
+
+
+def _check_override(kind: str, word: str) -> None:
+    """What habit writes; a word without ``=`` is a config's name, or a command's, in the wrong place."""
+    key, sign, value = word.lstrip("+").partition("=")
+    if kind == "pretrain" and key == "method" and value in names_of("task"):
+        check(False, key, "metamask, icl_msr or bare", value, f"write task={value} method=bare")
+    if key in BLOCKS and value and value[0] not in "{$":
+        check(False, key, "a block of keys", value, f"did you mean {BLOCKS[key]}={value}?")
+    if key == "precision" and value.lower() in PRECISIONS:
+        check(False, key, "one of Lightning's", value, f"did you mean {PRECISIONS[value.lower()]!r}?")
+    if sign or word.startswith("~"):
+        return
+    if word in ("list", "help"):
+        raise UserError(f"an override must be key=value, got {shown(word)}; write --{word}")
+    configs = shipped(kind)
+    hint = word if word in configs else nearest(word, configs)
+    remedy = "" if hint is None else f"did you mean --config-name {hint}?"
+    check(False, "an override", "key=value", word, remedy or f"{word}=<value>, or --config-name <config>")
+
+
+def _addable(kind: str, word: str) -> str:
+    """``++key=value`` for a key that there is: it need not stand in the config that it is laid over."""
+    key, sign, _ = word.partition("=")
+    within = any(key.startswith(f"{block}.") for block in FREE[kind])
+    return f"++{word}" if sign and (within or key in keys(kind)) and key not in PARTS else word
+
+
+def _first(kind: str) -> str:
+    return {"pretrain": "metamask_barlow", "linear": "confounded_digits", "study": "metamask_fig6"}[kind]
+
+
+def _config_folder(kind: str, folder: str) -> str:
+    """A folder of configs: of the working directory, or one of ours."""
+    places = [Path(os.path.expanduser(folder)), SCRIPTS.parent / folder, SCRIPTS.parent.parent / folder]
+    for place in (*places, SCRIPTS / kind / folder):
+        if place.is_dir():
+            return str(place.resolve())
+    raise UserError(f"--config-path must be a folder that is there, got {folder!r}; give its whole path")
+
+
+def early_paths(kind: str, words: Sequence[str]) -> None:
+    """Looks, before torch is imported, at the paths on the command line that must be there.
+
+    Raises:
+        UserError: for the first that is not.
+    """
+    given = dict(re.sub(r"^\++", "", word).split("=", 1) for word in words if re.match(r"\+*[a-z_.]+=", word))
+    if given.get("data.download", "").lower() == "true":
+        return
+    for key in MUST_BE_THERE[kind]:
+        value = os.path.expanduser(os.path.expandvars(given.get(key, "").strip("'\"")))
+        one = value and not any(sign in value for sign in "[]{},$:\\") and value.lower() != "null"
+        if one and not Path(value).exists():
+            check(False, key, "a path that is there", value, near_path(Path(value)))
+
+
+MUST_BE_THERE = {
+    "pretrain": ("data.train_path", "data.val_path", "resume_from_checkpoint"),
+    "linear": ("pretrained_feature_extractor", "data.train_path", "data.val_path"),
+    "study": (),
+}

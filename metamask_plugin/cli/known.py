@@ -1,0 +1,63 @@
+"""Names that there are, by kind of config (``pretrain``, ``linear``, ``study``): of configs, and of keys."""
+
+from metamask_plugin import SCRIPTS
+
+GROUPS = {"pretrain": ("metamask_*.yaml", "icl_msr_*.yaml"), "linear": ("*.yaml",), "study": ("*.yaml",)}
+"""Files that are configs of their own, not parts of one, by kind of config."""
+
+
+def shipped(kind: str) -> list[str]:
+    """Names of the configs that ``--config-name`` takes.
+
+    Args:
+        kind: ``pretrain``, ``linear`` or ``study``.
+    """
+    root = SCRIPTS / kind
+    if kind == "study":
+        return sorted(path.stem for path in root.glob("*.yaml") if path.stem != "base")
+    found = [*root.glob("*.yaml"), *(path for glob in GROUPS[kind] for path in root.glob(f"*/{glob}"))]
+    names = {path.relative_to(root).with_suffix("").as_posix() for path in found}
+    return sorted(name for name in names if not name.startswith("setting/"))
+
+
+def names_of(group: str) -> list[str]:
+    """Names of a group's parts, for a pretraining config."""
+    return sorted(path.stem for path in (SCRIPTS / "pretrain" / group).glob("*.yaml"))
+
+
+PARTS = ("task", "ablation", "setting", "augmentations")
+"""Keys of a pretraining config that choose a part of it, a file of a folder."""
+
+FREE = {
+    "pretrain": (
+        *("backbone.kwargs", "data.kwargs", "optimizer.kwargs", "method_kwargs.regularizer.kwargs"),
+        *("method_kwargs.meta.optimizer.kwargs", "method_kwargs.meta.estimator_kwargs"),
+    ),
+    "linear": ("backbone.kwargs", "data.kwargs", "data.augmentations", "optimizer.kwargs"),
+    "study": ("measures", "roots", "data", "baseline", "equal_time"),
+}
+"""Blocks whose keys belong to what they are handed to."""
+
+
+def keys(kind: str) -> list[str]:
+    """Dotted names of all keys of a kind of config, but for those that are only handed on to Lightning."""
+    if kind == "study":
+        from metamask_plugin.cli.schema_study import MEASURE_OPTIONS, STUDY
+
+        options = [f"measures.{name}.{key}" for name, keys in MEASURE_OPTIONS.items() for key in keys]
+        return [*STUDY, *options]
+    if kind == "linear":
+        from metamask_plugin.cli.schema_linear import LINEAR
+
+        return list(LINEAR)
+    from metamask_plugin.cli.schema import BLOCKS, RUN
+    from metamask_plugin.cli.schema_methods import BARE, TASK_KWARGS
+
+    return [
+        *PARTS,
+        *RUN,
+        *BLOCKS,
+        "method_kwargs",
+        *(f"method_kwargs.{key}" for key in BARE),
+        *(f"method_kwargs.task_kwargs.{key}" for key in TASK_KWARGS),
+    ]

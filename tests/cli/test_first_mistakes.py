@@ -1,0 +1,174 @@
+"""What everybody types wrongly at first: one line, at once, with a remedy that can be pasted."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+
+from metamask_plugin.cli.main import COMMAND, COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[2]
+PRETRAIN = ("pretrain", "--config-name", "metamask_barlow")
+STUDY = ("study", "--config-name", "metamask_fig6")
+
+ANSWERED = {
+    "no config": (["pretrain", "max_epochs=1"], "add --config-name metamask_barlow"),
+    "no config for a task": (["pretrain", "task=byol"], "add --config-name metamask_barlow"),
+    "no linear config": (["linear", "seed=6"], "add --config-name confounded_digits"),
+    "no encoder": (
+        ["linear", "--config-name", "confounded_digits", "pretrained_feature_extractor=x"],
+        "pretrained_feature_extractor must be a path that is there",
+    ),
+    "no study": (["study", "size=smoke"], "add --config-name metamask_fig6"),
+    "nothing for a study": (["study"], "add --config-name metamask_fig6"),
+    "a name alone": (["pretrain", "metamask_barlow"], "did you mean --config-name metamask_barlow?"),
+    "list as a word": (["pretrain", "list"], "write --list"),
+    "a name as a command": (["cifar/metamask_barlow"], "'pretrain --config-name cifar/metamask_barlow'?"),
+    "a slip in a command": (["pretrian"], "did you mean 'pretrain'?"),
+    "no -m": ([*PRETRAIN, "task=simclr,byol"], "add -m to run each of them in turn"),
+    "method for task": ([*PRETRAIN, "method=simclr"], "write task=simclr method=bare"),
+    "another's ablation": ([*PRETRAIN, "ablation=no_mask"], "take 'no_meta'"),
+    "another's epochs": ([*PRETRAIN, "epochs=3"], "did you mean 'max_epochs'?"),
+    "another's temperature": ([*PRETRAIN, "temperature=0.1"], "'method_kwargs.task_kwargs.temperature'?"),
+    "another's precision": ([*PRETRAIN, "precision=fp16"], "did you mean '16-mixed'?"),
+    "another's pretrained": (
+        ["linear", "--config-name", "confounded_digits", "pretrained=x"],
+        "did you mean 'pretrained_feature_extractor'?",
+    ),
+    "case": ([*PRETRAIN, "task=simCLR"], "did you mean 'simclr'?"),
+    "a config of the other kind": (
+        ["linear", "--config-name", "metamask_barlow"],
+        "--config-name must be one of cifar/icl_msr_simclr, cifar/metamask_barlow",
+    ),
+    "a block as a key": ([*PRETRAIN, "backbone=resnet18"], "did you mean backbone.name=resnet18?"),
+    "data as a key": ([*PRETRAIN, "data=cifar10"], "did you mean data.dataset=cifar10?"),
+    "a folder as a group": (
+        [*PRETRAIN, "cifar=metamask_barlow"],
+        "did you mean --config-name cifar/metamask_barlow?",
+    ),
+    "a study's training": ([*STUDY, "method_kwargs.alpha=3"], "put it behind --: -- method_kwargs.alpha=3"),
+    "a launcher that is missing": (
+        [*STUDY, "hydra/launcher=submitit_slurm"],
+        "pip install hydra-submitit-launcher",
+    ),
+    "no such folder": ([*PRETRAIN, "--config-path", "cifr"], "must be a folder that is there, got 'cifr'"),
+    "half a flag": (["pretrain", "--config", "metamask_barlow"], "write --config-name <name>"),
+    "no such checkpoint": (["knn", "--pretrained_checkpoint_dir", "gone"], "must be a path that is there"),
+    "no such data": ([*PRETRAIN, "data.train_path=gone"], "data.train_path must be a path that is there"),
+    "no such run": (
+        [*PRETRAIN, "resume_from_checkpoint=gone.ckpt"],
+        "resume_from_checkpoint must be a path that is there",
+    ),
+    "no run to audit": (["audit"], "metamask-ssl audit <run>"),
+    "no such section": (["list", "task"], "invalid choice: 'task'"),
+    "no folder to verify": (["verify", "gone"], "must be a path that is there, got 'gone'"),
+    "a slip in a key": ([*PRETRAIN, "optimzer.lr=1"], "did you mean 'optimizer.lr'?"),
+}
+
+
+@pytest.fixture
+def typed(monkeypatch, capfd):
+    """What a command line says, and with which exit code it ends."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv(COMMAND, "")
+
+    def say(*words):
+        monkeypatch.setattr(sys, "argv", ["metamask-ssl", *words])
+        code = 0
+        try:
+            main(list(words))
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    yield say
+    HydraConfig.instance().cfg = None  # else who composes a config by hand is taken for Hydra's job
+
+
+@pytest.mark.fault("config")
+@pytest.mark.parametrize("mistake", ANSWERED)
+def test_a_first_mistake_is_answered(typed, mistake):
+    words, remedy = ANSWERED[mistake]
+    code, out, err = typed(*words)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert remedy in err and not out
+
+
+@pytest.mark.fault("config")
+def test_an_ablation_of_the_other_method(typed, tmp_path):
+    small = ["max_epochs=1", f"checkpoint.dir={tmp_path}"]
+    for name, ablation, owner in (
+        ("metamask_barlow", "no_msr", "icl_msr"),
+        ("icl_msr_simclr", "no_drr", "metamask"),
+    ):
+        code, _, err = typed("pretrain", "--config-name", name, f"ablation={ablation}", *small)
+        assert code == 2 and f"got '{ablation}'; it is of {owner}" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_key_needs_a_plus(typed):
+    """Of those that there are: what a message says can be pasted."""
+    words = ["data.fraction=0.1", "backbone.kwargs.width=4", "data.download=True", "data.no_labels=True"]
+    code, out, err = typed(*PRETRAIN, *words, "--cfg", "job")
+    assert code == 0, err
+    assert "fraction: 0.1" in out and "width: 4" in out and "download: true" in out
+
+
+def test_help_and_lists(typed):
+    code, out, err = typed("--help")
+    assert code == 0 and all(name in out for name in COMMANDS) and not err
+    for name, command in COMMANDS.items():
+        code, out, _ = typed(name, "--help")
+        assert code == 0 and len(out.splitlines()) > 4
+        if command.config:
+            assert f"metamask-ssl {name}" in out and command.about in out
+    for section in ("configs", "ablations", "settings"):
+        code, out, _ = typed("list", section)
+        assert code == 0 and out.strip()
+    lines = typed("list", "ablations")[1].splitlines()
+    assert "of icl_msr" in next(line for line in lines if "no_msr" in line)
+    code, out, err = typed()
+    assert code == 2 and "usage" in err
+
+
+FAST = {
+    "help": ["--help"],
+    "a command's help": ["knn", "--help"],
+    "list": ["list", "configs"],
+    "a slip in a key": [*PRETRAIN, "optimzer.lr=1"],
+    "a slip in a value": [*PRETRAIN, "task=byool"],
+    "a path that is not there": [*PRETRAIN, "data.train_path=gone"],
+    "no such checkpoint": ["knn", "--pretrained_checkpoint_dir", "gone"],
+}
+TIMED = """
+import atexit, os, sys
+from metamask_plugin.cli.main import main
+atexit.register(lambda: print("torch" in sys.modules, sum(os.times()[:2]), file=sys.stderr))
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("what", FAST)
+def test_an_answer_takes_less_than_a_second_of_processor_time(tmp_path, what):
+    command = [sys.executable, "-c", TIMED, *FAST[what]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    torch_is_there, seconds = done.stderr.splitlines()[-1].split()
+    assert torch_is_there == "False" and float(seconds) < 1
+
+
+@pytest.mark.parametrize("start", [["-m", "metamask_plugin", "pretrain"], [str(ROOT / "main_pretrain.py")]])
+def test_other_ways_in(tmp_path, start):
+    command = [sys.executable, *start, "--config-name", "metamask_barlow", "--cfg", "job"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "max_epochs: 50" in done.stdout
+
+
+def test_nothing_does_nothing_and_succeeds(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "metamask_plugin"], capture_output=True, cwd=tmp_path)
+    assert done.returncode == 2
+    script = [sys.executable, "-m", "metamask_plugin", "main_gone.py"]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "the script must be there" in done.stderr
