@@ -18,6 +18,7 @@ from metamask_plugin import SCRIPTS, __version__
 from metamask_plugin.cli import parsers
 from metamask_plugin.cli.errors import fail
 from metamask_plugin.cli.known import shipped
+from metamask_plugin.cli.output import surviving_output
 from metamask_plugin.cli.paths import near_path
 from metamask_plugin.errors import nearest, shown
 
@@ -50,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the command and its words; by default those of the process.
     """
+    with surviving_output():  # of help and lists; a training goes on where its reader ends
+        _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> None:
     if argv is None:
         started = os.environ.get(COMMAND) if "LOCAL_RANK" in os.environ else None
         argv = sys.argv[1:] if started is None else [started, *sys.argv[1:]]

@@ -63,7 +63,7 @@ RUN: dict[str, Setting] = {
 BLOCKS: dict[str, Setting] = {
     "backbone.name": text("conv4, conv, fc, resnet18, resnet50, or any model of timm's"),
     "backbone.kwargs": block("of the encoder's constructor", null=True),
-    "data.dataset": word("see main_pretrain.py --list", DATASETS),
+    "data.dataset": word("see metamask-ssl list datasets", DATASETS),
     "data.train_path": path("folder of the training images", null=True),
     "data.val_path": path("folder of the test images", null=True),
     "data.format": word(

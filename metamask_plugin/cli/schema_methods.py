@@ -13,7 +13,7 @@ ICL_MSR_PRESETS = registry("methods.icl_msr:PRESETS")
 FORMS = registry("methods.metamask:FORMS")
 
 TASK: dict[str, Setting] = {
-    "task": text("what fills the task's loss: see main_pretrain.py --list, or solo:<method of solo-learn>"),
+    "task": text("what fills the task's loss: see metamask-ssl list tasks, or solo:<method of solo-learn>"),
     "task_kwargs": block("the task's settings"),
 }
 
