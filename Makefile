@@ -1,9 +1,9 @@
-# make quickstart | test | slow | faults | check | audit | matrix | format | settings | bench | upstream | clean
+# make quickstart | test | slow | faults | check | audit | matrix | format | settings | keys | bench | upstream | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart setup test slow faults check audit matrix format settings bench upstream clean
+.PHONY: quickstart setup test slow faults check audit matrix format settings keys bench upstream clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python main_pretrain.py --config-name metamask_barlow
@@ -41,6 +41,10 @@ format: $(VENV)/installed-dev
 # rewrites docs/settings.md from tools/settings.yaml and the configs
 settings: $(VENV)/installed
 	$(BIN)/python tools/settings_page.py
+
+# rewrites docs/keys.md from the tables that configs are checked against
+keys: $(VENV)/installed
+	$(BIN)/python tools/keys_page.py
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run_all.py

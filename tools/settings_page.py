@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.config import DEFAULTS
-from metamask_plugin.cli.pretrain import shipped_configs
+from metamask_plugin.cli.known import shipped
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.knn import vote_temperature
 from metamask_plugin.evaluation.linear import PROTOCOLS
@@ -55,7 +55,7 @@ def names() -> list[str]:
     """Of every shipped pretraining config, probe and study: ``pretrain/cifar/metamask_barlow``."""
     others = [*(SCRIPTS / "linear").rglob("*.yaml"), *(SCRIPTS / "study").glob("*.yaml")]
     found = sorted(path.relative_to(SCRIPTS).with_suffix("").as_posix() for path in others)
-    return [*(f"pretrain/{name}" for name in shipped_configs()), *(n for n in found if n != "study/base")]
+    return [*(f"pretrain/{name}" for name in shipped("pretrain")), *(n for n in found if n != "study/base")]
 
 
 def source() -> tuple[str, list[dict[str, Any]]]:

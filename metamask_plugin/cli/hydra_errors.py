@@ -141,5 +141,5 @@ def _unknown(key: str, kind: str, argv: Sequence[str]) -> UserError:
             (full for full in sorted(known, key=len) if full.rpartition(".")[2] == key.rpartition(".")[2]),
             None,
         )
-    remedy = f"did you mean {hint!r}?" if hint else "docs/configuration.md has all keys"
+    remedy = f"did you mean {hint!r}?" if hint else "docs/keys.md has all keys"
     return UserError(f"{message}; {remedy}")

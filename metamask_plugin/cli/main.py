@@ -123,7 +123,7 @@ def help_of(name: str) -> str:
             *(f"  {config}" for config in shipped(command.config)),
             "",
             "--config-dir <folder> adds your own; --cfg job shows what is composed; -m runs a sweep.",
-            "docs/configuration.md has all keys; metamask-ssl list has what they can name.",
+            "docs/keys.md has all keys; metamask-ssl list has what they can name.",
         ]
     )
 

@@ -7,6 +7,7 @@
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 from metamask_plugin.cli.settings import (
     MOST_WHOLE,
@@ -136,7 +137,7 @@ BLOCKS: dict[str, Setting] = {
     "auto_resume.extend": flag("goes on from a run that was to be shorter", null=True),
     "auto_resume.max_hours": number("solo-learn's", 0, null=True, unused=True),
     "numbers.nonfinite": word("what a loss or gradient that is not finite does", ("stop", "skip"), null=True),
-    "numbers.max_skipped": whole("steps in a row that may be skipped", 0, null=True),
+    "numbers.max_skipped": whole("steps of a run that may be skipped", 0, null=True),
     "numbers.collapse_below": number("spread of the features below which a warning is due", 0, null=True),
     "evaluation.enabled": flag("kNN while training, and the report", null=True),
     "evaluation.final_report": flag("tables and pictures at the end", null=True),
@@ -195,18 +196,31 @@ def pretraining_schema() -> Mapping[str, Setting]:
     return {**RUN, **BLOCKS, **trainer_settings(), "method_kwargs": block("of the method", null=True)}
 
 
-def as_markdown(table: Mapping[str, Setting]) -> str:
-    """A table for the documentation: key, values, meaning."""
-    lines = ["| key | values | |", "|---|---|---|"]
+def as_markdown(table: Mapping[str, Setting], defaults: Mapping[str, Any] | None = None) -> str:
+    """A table for the documentation: key, values, default, meaning.
+
+    Args:
+        table: settings by key.
+        defaults: by key; a key that is not in it has none.
+    """
+    lines = ["| key | values | default | |", "|---|---|---|---|"]
     for key, setting in table.items():
         if not setting.unused:
-            lines.append(f"| `{key}` | {_values(setting)} | {setting.meaning} |")
+            default = f"`{_as_typed(defaults[key])}`" if defaults and key in defaults else ""
+            lines.append(f"| `{key}` | {_values(setting)} | {default} | {setting.meaning} |")
     return "\n".join(lines)
+
+
+_KINDS = {"whole": "integer", "folder name": "name", "mask": "path or list"}
+
+
+def _as_typed(value: Any) -> str:
+    return "null" if value is None else str(value).replace("'", "").replace(" ", "") or '""'
 
 
 def _values(setting: Setting) -> str:
     kinds = {"word": ", ".join(f"`{option}`" for option in setting.options), "any": "", "flag": "True, False"}
     limits = setting.range()
-    parts = [kinds.get(setting.kind, f"{setting.kind} {limits}".strip())]
+    parts = [kinds.get(setting.kind, f"{_KINDS.get(setting.kind, setting.kind)} {limits}".strip())]
     parts += [f"`{other}`" for other in setting.others] + (["null"] if setting.null else [])
     return ", ".join(part for part in parts if part)

@@ -9,6 +9,7 @@ from test_config_faults import Started, config, refused  # noqa: F401
 from metamask_plugin.cli import linear, pretrain
 from metamask_plugin.cli.config import complete
 from metamask_plugin.cli.devices import device_count, device_title, device_type
+from metamask_plugin.cli.known import shipped
 from metamask_plugin.errors import UserError
 
 PATCHES = "huggingface/pytorch-image-models#597"
@@ -113,7 +114,7 @@ def test_what_mps_lacks_is_refused(apple, override, line):
 def test_the_linear_evaluator_takes_and_refuses_the_same(refused):  # noqa: F811
     if torch.backends.mps.is_available():
         pytest.skip("needs a machine without MPS")
-    cfg = config("accelerator=mps", kind="linear", name=linear.shipped_configs()[0])
+    cfg = config("accelerator=mps", kind="linear", name=shipped("linear")[0])
     assert "accelerator must be auto or cpu where torch finds no MPS" in refused(cfg, linear.run)
 
 
