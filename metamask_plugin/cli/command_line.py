@@ -23,6 +23,17 @@ WITHOUT_CONFIG = ("--hydra-help", "--shell-completion", "-sc", "--info", "-i", "
 """Flags that say something, or complete a word, without a config."""
 
 
+FIRST = {"pretrain": "metamask_barlow", "linear": "confounded_digits", "study": "metamask_fig6"}
+"""Configs that need no data, by kind."""
+
+MUST_BE_THERE = {
+    "pretrain": ("data.train_path", "data.val_path", "resume_from_checkpoint"),
+    "linear": ("pretrained_feature_extractor", "data.train_path", "data.val_path"),
+    "study": (),
+}
+"""Keys whose paths must be there, by kind of config."""
+
+
 def understood(kind: str, words: Sequence[str]) -> list[str]:
     """The words as Hydra is to see them; what stands behind a study's ``--`` as its ``overrides``.
 
@@ -45,7 +56,7 @@ def understood(kind: str, words: Sequence[str]) -> list[str]:
     if not named and not any(word.partition("=")[0] in WITHOUT_CONFIG for word in words):
         configs = shipped(kind)
         raise UserError(
-            f"--config-name must be given, one of {', '.join(configs)}; add --config-name {_first(kind)}"
+            f"--config-name must be given, one of {', '.join(configs)}; add --config-name {FIRST[kind]}"
         )
     return words
 
@@ -56,10 +67,9 @@ def check_flags(words: Sequence[str]) -> argparse.Namespace:
         name = word.partition("=")[0]
         if not word.startswith("--") or len(word) == 2:
             continue
-        fitting = [flag for flag in FLAGS if flag.startswith(name)]
         if name == "--config":
             raise UserError("--config must be --config-name, got --config; write --config-name <name>")
-        if not fitting:
+        if not any(flag.startswith(name) for flag in FLAGS):
             hint = nearest(name, FLAGS)
             remedy = f"did you mean {hint!r}?" if hint else "keys are written without dashes: key=value"
             raise UserError(f"a flag must be one of {', '.join(FLAGS)}, got {shown(word)}; {remedy}")
@@ -117,10 +127,6 @@ def _addable(kind: str, word: str) -> str:
     return f"++{word}" if sign and (within or key in keys(kind)) and key not in PARTS else word
 
 
-def _first(kind: str) -> str:
-    return {"pretrain": "metamask_barlow", "linear": "confounded_digits", "study": "metamask_fig6"}[kind]
-
-
 def _config_folder(kind: str, folder: str) -> str:
     """A folder of configs: of the working directory, or one of ours."""
     places = [Path(os.path.expanduser(folder)), SCRIPTS.parent / folder, SCRIPTS.parent.parent / folder]
@@ -144,10 +150,3 @@ def early_paths(kind: str, words: Sequence[str]) -> None:
         one = value and not any(sign in value for sign in "[]{},$:\\") and value.lower() != "null"
         if one and not Path(value).exists():
             check(False, key, "a path that is there", value, near_path(Path(value)))
-
-
-MUST_BE_THERE = {
-    "pretrain": ("data.train_path", "data.val_path", "resume_from_checkpoint"),
-    "linear": ("pretrained_feature_extractor", "data.train_path", "data.val_path"),
-    "study": (),
-}

@@ -8,6 +8,7 @@ is imported before the arguments are understood: help, and a slip, answer at onc
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -139,8 +140,8 @@ def _with_config(kind: str, *first: str) -> Callable[[list[str]], None]:
 
 def _audit(words: list[str]) -> None:
     """A checkpoint without ``checkpoint=`` is one, too."""
-    if words and "=" not in words[0] and not words[0].startswith("-"):
-        words = [f"checkpoint={words[0]}", *words[1:]]
+    if words and not re.match(r"[+~]*[\w.]+=|-", words[0]):
+        words = [f"checkpoint={words[0]!r}", *words[1:]]
     if not any(word.lstrip("+").startswith("checkpoint=") for word in words):
         fail("audit must be given a run or checkpoint, got none; metamask-ssl audit <run>")
     _with_config("study", "--config-name", "confounder_audit")(words)
