@@ -24,6 +24,7 @@ faults: $(VENV)/installed-test
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python tools/audit.py
 
 # as check does, and fails where the advisories cannot be asked for

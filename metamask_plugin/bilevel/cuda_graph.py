@@ -69,13 +69,13 @@ class CudaGraph:
                 warnings.warn("CudaGraph: what draws random numbers is not captured", stacklevel=2)
             return output
         if self.graph is None:
-            self._capture(args)
+            self.graph = self._capture(args)
         for static, x in zip(_tensors(self._args), inputs):
             static.copy_(x)
         self.graph.replay()
         return tree_map_only(torch.Tensor, torch.clone, self._output)
 
-    def _capture(self, args: tuple) -> None:
+    def _capture(self, args: tuple) -> torch.cuda.CUDAGraph:
         self._args = tree_map_only(torch.Tensor, lambda x: x.detach().clone(), args)
         graph = torch.cuda.CUDAGraph()
         try:  # the autograd engine and loaders have threads of their own
@@ -83,7 +83,7 @@ class CudaGraph:
                 self._output = self.function(*self._args)
         except RuntimeError as error:
             raise CaptureError(f"CudaGraph: the function cannot be captured: {error}") from error
-        self.graph = graph
+        return graph
 
     @staticmethod
     def on_gpu(x: torch.Tensor) -> bool:

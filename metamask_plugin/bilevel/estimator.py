@@ -8,7 +8,7 @@ from torch.nn.utils import get_total_norm
 
 from metamask_plugin.bilevel.params import Params, Weights, leaves
 from metamask_plugin.bilevel.problem import BilevelProblem, EncoderPass
-from metamask_plugin.bilevel.trial import Trial
+from metamask_plugin.bilevel.trial import LinearTrial, Trial
 
 
 class MetaGradient(NamedTuple):
@@ -78,7 +78,7 @@ class InnerStep(NamedTuple):
     head_trial: Params
     encoder_pass: EncoderPass
     outer_loss: torch.Tensor
-    trial: Trial
+    trial: LinearTrial
 
 
 def inner_step(problem: BilevelProblem, trial: Trial, twice: bool = False, tape: bool = False) -> InnerStep:
@@ -100,17 +100,17 @@ def inner_step(problem: BilevelProblem, trial: Trial, twice: bool = False, tape:
     grad_theta = encoder_gradient(problem, encoder_pass, grad_h)
     detached = {name: grad.detach() for name, grad in grad_phi.items()}
     params = problem.encoder_params, problem.head_params
-    trial = trial.at(params, (grad_theta, detached))
+    linear = trial.at(params, (grad_theta, detached))
     return InnerStep(
         loss.detach(),
         weights,
         grad_h,
         grad_phi,
-        trial.encoder.step(params[0], grad_theta),
-        trial.head.step(params[1], detached),
+        linear.encoder.step(params[0], grad_theta),
+        linear.head.step(params[1], detached),
         encoder_pass,
         outer_loss_before(problem, h, loss),
-        trial,
+        linear,
     )
 
 

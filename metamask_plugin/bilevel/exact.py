@@ -1,6 +1,7 @@
 """The exact meta-gradient, split at the encoder's output: forward mode over reverse mode."""
 
 from contextlib import nullcontext
+from typing import cast
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -55,7 +56,8 @@ class Exact(Estimator):
         outer = outer_gradients(problem, inner)
 
         # d_w s
-        s = sum((inner.head_gradient[name] * u).sum() for name, u in outer.head_direction.items())
+        terms = [(inner.head_gradient[name] * u).sum() for name, u in outer.head_direction.items()]
+        s = cast(torch.Tensor, sum(terms))
         if problem.encoder_params:
             tape = inner.encoder_pass.tape if self.reuse else None
             tangent = encoder_tangent(problem, outer.encoder_direction, tape)

@@ -1,5 +1,7 @@
 """The meta-gradient by central differences, as MetaMask's release computes it."""
 
+from typing import cast
+
 import torch
 
 from metamask_plugin.bilevel.estimator import (
@@ -38,7 +40,8 @@ class FiniteDifference(Estimator):
         outer = outer_gradients(problem, inner)
         u_theta, u_phi = outer.encoder_direction, outer.head_direction
 
-        norm = torch.sqrt(sum(u.pow(2).sum() for u in [*u_theta.values(), *u_phi.values()]))
+        squares = sum(u.pow(2).sum() for u in [*u_theta.values(), *u_phi.values()])
+        norm = torch.sqrt(cast(torch.Tensor, squares))
         # of a trial step of length 0, or a flat outer loss, any e gives the correction 0
         e = torch.where(norm > 0, self.r / norm, 1.0)
         plus = self._weight_gradient(problem, u_theta, u_phi, e)

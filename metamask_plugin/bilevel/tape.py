@@ -117,7 +117,8 @@ class _Replaying(TorchFunctionMode):
         self, input, mean, var, weight=None, bias=None, training=True, momentum=0.1, eps=1e-5
     ) -> torch.Tensor:
         moments = self._next(Moments)
-        (x, dx), (g, dg), (b, db) = (_unpacked(t) for t in (input, weight, bias))
+        x, dx = forward_ad.unpack_dual(input)
+        (g, dg), (b, db) = _unpacked(weight), _unpacked(bias)
         y = _normalised(x, moments, g, b, eps)
         dy = batch_norm_tangent(x, dx, g, dg, db, moments, eps)
         return y if dy is None else forward_ad.make_dual(y, dy)
@@ -177,7 +178,8 @@ def _unpacked(tensor: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.T
 def _dual(func, kept: Kept, input, weight, bias=None, *args: Any, **kwargs: Any) -> torch.Tensor:
     """The recorded output with its tangent."""
     output, low = kept.output, kept.output.dtype
-    (x, dx), (w, dw), (b, db) = (_unpacked(t) for t in (input, weight, bias))
+    (x, dx), (w, dw) = forward_ad.unpack_dual(input), forward_ad.unpack_dual(weight)
+    b, db = _unpacked(bias)
     if output._version != kept.version:
         output = func(x.to(low), w.to(low), None if b is None else b.to(low), *args, **kwargs)
     tangent = None

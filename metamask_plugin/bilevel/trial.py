@@ -173,8 +173,8 @@ class AdamStep(PlainStep):
         return (self.lr, *self.corrections)
 
     def with_numbers(self, lr: Number, *corrections: Number) -> "AdamStep":
-        step = super().with_numbers(lr)
-        step.corrections = corrections
+        step = copy.copy(self)
+        step.lr, step.corrections = lr, corrections
         return step
 
     def at(self, params: Params, grads: Params) -> PlainStep:
@@ -267,6 +267,13 @@ class MatchedStep:
         return PlainStep(torch.where(unit > 0, self.share * wanted / unit, 0.0), self.scale)
 
 
+class LinearTrial(NamedTuple):
+    """The trial steps of both groups at one point: linear in the gradient."""
+
+    encoder: PlainStep
+    head: PlainStep
+
+
 class Trial(NamedTuple):
     """The trial steps of both groups; the papers let their learning rates differ.
 
@@ -286,7 +293,7 @@ class Trial(NamedTuple):
     def steps(self) -> tuple[TrialStep, TrialStep]:
         return self.encoder, self.head
 
-    def at(self, params: tuple[Params, Params], grads: tuple[Params, Params]) -> "Trial":
+    def at(self, params: tuple[Params, Params], grads: tuple[Params, Params]) -> "LinearTrial":
         """Both steps as linear ones at one point, see :meth:`TrialStep.at`.
 
         Args:
@@ -294,11 +301,11 @@ class Trial(NamedTuple):
             grads: the gradients of the unweighted inner loss, in no graph.
         """
         if self.weight == 1 and self.clip is None:
-            return Trial(*(step.at(*point) for step, *point in zip(self.steps, params, grads)))
+            return LinearTrial(*(step.at(p, g) for step, p, g in zip(self.steps, params, grads)))
         factor = self._factor(grads)
         scaled = [{name: factor * grad for name, grad in group.items()} for group in grads]
-        linear = [step.at(*point) for step, *point in zip(self.steps, params, scaled)]
-        return Trial(*(step.times(factor, group) for step, group in zip(linear, params)))
+        linear = [step.at(p, g) for step, p, g in zip(self.steps, params, scaled)]
+        return LinearTrial(*(step.times(factor, group) for step, group in zip(linear, params)))
 
     def _factor(self, grads: tuple[Params, Params]) -> Number:
         """Of the gradient: its weight, and what clipping leaves of it."""

@@ -33,10 +33,10 @@ class Unrolled(Estimator):
             h = problem.encode(theta)
             inner = problem.inner_loss(h, phi, weights)
             grads = gradients(inner, theta, phi, create_graph=True)
-            detached = [{name: grad.detach() for name, grad in group.items()} for group in grads]
-            trial = trial.at((problem.encoder_params, problem.head_params), detached)
-            theta_trial = trial.encoder.step(theta, grads[0])
-            phi_trial = trial.head.step(phi, grads[1])
+            theta_grad, phi_grad = ({name: grad.detach() for name, grad in group.items()} for group in grads)
+            linear = trial.at((problem.encoder_params, problem.head_params), (theta_grad, phi_grad))
+            theta_trial = linear.encoder.step(theta, grads[0])
+            phi_trial = linear.head.step(phi, grads[1])
             encode = problem.outer_encode or problem.encode
             outer = problem.outer_loss(encode(theta_trial), phi_trial, weights)
             (total,) = gradients(outer, weights)

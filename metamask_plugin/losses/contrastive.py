@@ -59,7 +59,8 @@ def contrastive_loss(
     if not temperature > 0:
         raise ValueError(f"contrastive_loss: temperature must be > 0, got {temperature}")
     # on a GPU, same_image has caught what would be found
-    if len(negatives) == 0 or can_be_asked(excluded) and excluded.all(dim=1).any():
+    alone = excluded is not None and can_be_asked(excluded) and bool(excluded.all(dim=1).any())
+    if len(negatives) == 0 or alone:
         raise ValueError(
             "contrastive_loss: every anchor needs a negative, got one without: a batch of one image?"
         )

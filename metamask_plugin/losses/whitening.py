@@ -119,7 +119,8 @@ def whitened_mse_loss(
             f"{[tuple(view.shape) for view in views]}"
         )
     terms = []
-    for slices in partitions or [[slice(None)]]:
+    parts: Sequence[Sequence[torch.Tensor | slice]] = partitions or [[slice(None)]]
+    for slices in parts:
         whitened = [
             F.normalize(torch.cat([whiten(view[index], eps) for index in slices]), dim=1) for view in views
         ]
