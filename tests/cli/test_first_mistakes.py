@@ -65,6 +65,7 @@ ANSWERED = {
     "no such section": (["list", "task"], "invalid choice: 'task'"),
     "no folder to verify": (["verify", "gone"], "must be a path that is there, got 'gone'"),
     "a slip in a key": ([*PRETRAIN, "optimzer.lr=1"], "did you mean 'optimizer.lr'?"),
+    "an unknown method": ([*PRETRAIN, "method=nope"], "method must be one of bare, icl_msr, metamask"),
 }
 
 

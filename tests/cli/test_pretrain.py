@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from metamask_plugin.bilevel import ESTIMATORS
 from metamask_plugin.cli import pretrain
+from metamask_plugin.cli.catalogue import catalogue
 from metamask_plugin.data.registry import ABOUT, DATASETS
 from metamask_plugin.modules.encoders import ENCODERS
 from metamask_plugin.tasks import TASKS
@@ -248,40 +249,14 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, cap
     assert "of another architecture" in capsys.readouterr().err
 
 
-def test_the_script_itself_ends_with_one_line_and_code_2(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "main_pretrain.py"),
-        "--config-name",
-        "metamask_barlow",
-        "method=nope",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert (
-        "error: method must be one of bare, icl_msr, metamask" in done.stderr
-        and "Traceback" not in done.stderr
-    )
-
-
-@pytest.mark.slow
-def test_without_a_config_the_shipped_ones_are_listed(tmp_path):
-    command = [sys.executable, str(ROOT / "main_pretrain.py")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and "cifar/metamask_barlow" in done.stderr
-    assert "task/" not in done.stderr and "setting/" not in done.stderr
-
-
-def test_the_list_names_everything_that_is_registered(tmp_path):
-    command = [sys.executable, str(ROOT / "main_pretrain.py"), "--list"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
+def test_the_list_names_everything_that_is_registered():
+    text = catalogue()
+    lines = [line.split() for line in text.splitlines()]
     for name in [*TASKS, *ENCODERS, *DATASETS, *ESTIMATORS, "bare", "metamask", "icl_msr", "metamask_table1"]:
         assert any(line and line[0] == name for line in lines), name
     for task in TASKS.values():
-        assert task.source in done.stdout
-    assert "cifar/metamask_barlow" in done.stdout and "cifar/icl_msr_simclr" in done.stdout
+        assert task.source in text
+    assert "cifar/metamask_barlow" in text and "cifar/icl_msr_simclr" in text
     assert set(ABOUT) == set(DATASETS)
 
 

@@ -36,7 +36,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["metamask", pytest.param("icl_msr", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/methods/test_joint_batch.py shows more, without Lightning's processes
+@pytest.mark.parametrize("method", ["metamask", "icl_msr"])
 def test_meta_parameters_of_two_processes_stay_equal(tmp_path, method):
     script = tmp_path / "two.py"
     script.write_text(SCRIPT)
