@@ -67,7 +67,7 @@ def test_losses_and_bilevel_import_torch_alone(layer):
 
 
 def test_every_layer_is_listed():
-    aside = ("__init__", "__main__", "__pycache__", "scripts")
+    aside = ("__init__", "__main__", "__pycache__", "scripts", "py")  # py.typed
     found = {path.stem for path in PACKAGE.iterdir() if path.stem not in aside}
     assert found == set(MAY_IMPORT)
 

@@ -31,5 +31,6 @@ def test_every_config_and_template_is_installed():
     }
     configs = set((ROOT / "scripts").rglob("*.yaml"))
     templates = set((ROOT / "metamask_plugin").rglob("*.html"))
-    assert installed == {path.resolve() for path in configs | templates} and configs and templates
+    typed = {ROOT / "metamask_plugin" / "py.typed"}
+    assert installed == {path.resolve() for path in configs | templates | typed} and configs and templates
     assert (ROOT / "scripts").resolve() == metamask_plugin.SCRIPTS.resolve()
