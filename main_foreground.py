@@ -1,6 +1,8 @@
 """Tests on foregrounds and backgrounds: ``python main_foreground.py --pretrained_checkpoint_dir RUN ...``."""
 
-from metamask_plugin.cli.foreground import main
+import sys
+
+from metamask_plugin.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main(["foreground", *sys.argv[1:]])

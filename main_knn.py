@@ -1,6 +1,8 @@
 """Evaluates a checkpoint by nearest neighbours: ``python main_knn.py --pretrained_checkpoint_dir RUN``."""
 
-from metamask_plugin.cli.knn import main
+import sys
+
+from metamask_plugin.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main(["knn", *sys.argv[1:]])

@@ -2,6 +2,7 @@
 
 KEYS = {
     "arch": "backbone.name",
+    "betas": "optimizer.kwargs.betas",
     "batch_size": "optimizer.batch_size",
     "config": "--config-name",
     "dataset": "data.dataset",
@@ -11,9 +12,11 @@ KEYS = {
     "learning_rate": "optimizer.lr",
     "lr": "optimizer.lr",
     "model": "backbone.name",
+    "momentum": "optimizer.kwargs.momentum",
     "num_workers": "data.num_workers",
     "output_dir": "checkpoint.dir",
     "pretrained": "pretrained_feature_extractor",
+    "pretrained_checkpoint_dir": "pretrained_feature_extractor",
     "resume": "resume_from_checkpoint",
     "save_dir": "checkpoint.dir",
     "temperature": "method_kwargs.task_kwargs.temperature",

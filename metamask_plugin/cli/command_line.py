@@ -8,7 +8,7 @@ from pathlib import Path
 
 from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.aliases import BLOCKS, PRECISIONS
-from metamask_plugin.cli.known import FREE, PARTS, keys, names_of, shipped
+from metamask_plugin.cli.known import FREE, PARTS, as_a_path, keys, names_of, shipped
 from metamask_plugin.cli.paths import near_path
 from metamask_plugin.errors import UserError, check, nearest, shown
 
@@ -29,7 +29,7 @@ FIRST = {"pretrain": "metamask_barlow", "linear": "confounded_digits", "study": 
 MUST_BE_THERE = {
     "pretrain": ("data.train_path", "data.val_path", "resume_from_checkpoint"),
     "linear": ("pretrained_feature_extractor", "data.train_path", "data.val_path"),
-    "study": (),
+    "study": ("checkpoint",),
 }
 """Keys whose paths must be there, by kind of config."""
 
@@ -48,12 +48,18 @@ def understood(kind: str, words: Sequence[str]) -> list[str]:
     flags = check_flags(words)
     for word in flags.overrides:
         _check_override(kind, word)
-    words = [_addable(kind, word) if word in flags.overrides else word for word in words]
+    added = [_addable(kind, word) for word in flags.overrides]
+    # in front: Hydra's parser takes one group of overrides alone, and a flag's value would be one of them
+    words = [*added, *(word for word in words if word not in flags.overrides)]
     folder = flags.config_path
     if folder is not None and "://" not in folder:
         words = [*words, "--config-path", _config_folder(kind, folder)]
-    named = flags.config_name is not None
-    if not named and not any(word.partition("=")[0] in WITHOUT_CONFIG for word in words):
+    named = flags.config_name
+    if named and named.endswith(".yaml") and Path(named).is_file():
+        raise UserError(as_a_path(named))
+    if flags.config_dir and named in shipped(kind) and (Path(flags.config_dir) / f"{named}.yaml").is_file():
+        check(False, "--config-name", "another than that of a shipped config", named, "rename your file")
+    if named is None and not any(word.partition("=")[0] in WITHOUT_CONFIG for word in words):
         configs = shipped(kind)
         raise UserError(
             f"--config-name must be given, one of {', '.join(configs)}; add --config-name {FIRST[kind]}"
@@ -65,7 +71,7 @@ def check_flags(words: Sequence[str]) -> argparse.Namespace:
     """Refuses unknown flags, and known ones without their value: Hydra's parser says it in several lines."""
     for word in words:
         name = word.partition("=")[0]
-        if not word.startswith("--") or len(word) == 2:
+        if not word.startswith("-") or word in ("-", "--"):
             continue
         if name == "--config":
             raise UserError("--config must be --config-name, got --config; write --config-name <name>")
@@ -106,12 +112,18 @@ def _check_override(kind: str, word: str) -> None:
     key, sign, value = word.lstrip("+").partition("=")
     if kind == "pretrain" and key == "method" and value in names_of("task"):
         check(False, key, "metamask, icl_msr or bare", value, f"write task={value} method=bare")
-    if key in BLOCKS and value and value[0] not in "{$":
+    check(bool(key), "an override", "key=value", word)
+    if kind != "study" and key in BLOCKS and value not in ("", "null") and value[0] not in "{$":
         check(False, key, "a block of keys", value, f"did you mean {BLOCKS[key]}={value}?")
     if key == "precision" and value.lower() in PRECISIONS:
         check(False, key, "one of Lightning's", value, f"did you mean {PRECISIONS[value.lower()]!r}?")
+    if kind == "pretrain" and key in PARTS and value[:1] in ("[", "{"):
+        options = "a name" if key == "augmentations" else f"one of {', '.join(names_of(key))}"
+        check(False, key, options, value, f"write {key}=<name>")
     if sign or word.startswith("~"):
         return
+    if word.endswith(".yaml") and Path(word).is_file():
+        raise UserError(as_a_path(word))
     if word in ("list", "help"):
         raise UserError(f"an override must be key=value, got {shown(word)}; write --{word}")
     configs = shipped(kind)
@@ -121,10 +133,16 @@ def _check_override(kind: str, word: str) -> None:
 
 
 def _addable(kind: str, word: str) -> str:
-    """``++key=value`` for a key that there is: it need not stand in the config that it is laid over."""
-    key, sign, _ = word.partition("=")
-    within = any(key.startswith(f"{block}.") for block in FREE[kind])
-    return f"++{word}" if sign and (within or key in keys(kind)) and key not in PARTS else word
+    """``++key=value`` for a key that there is: it need not stand in the config that it is laid over.
+
+    A value that begins with ``~``, which Hydra takes for one of its signs, is put between quotes.
+    """
+    key, sign, value = word.partition("=")
+    if value.startswith("~"):
+        word = f"{key}={value!r}"
+    within = any(key == block or key.startswith(f"{block}.") for block in FREE[kind])
+    known = within or any(other == key or other.startswith(f"{key}.") for other in keys(kind))
+    return f"++{word}" if sign and known and key not in PARTS else word
 
 
 def _config_folder(kind: str, folder: str) -> str:
@@ -143,10 +161,20 @@ def early_paths(kind: str, words: Sequence[str]) -> None:
         UserError: for the first that is not.
     """
     given = dict(re.sub(r"^\++", "", word).split("=", 1) for word in words if re.match(r"\+*[a-z_.]+=", word))
-    if given.get("data.download", "").lower() == "true":
-        return
+    flags = check_flags(words)
+    elsewhere = "--cfg" in words or "-c" in words or any(word.startswith("hydra/launcher=") for word in words)
+    if (
+        elsewhere
+        or flags.config_name not in shipped(kind)
+        or given.get("data.download", "").lower() == "true"
+    ):
+        return  # another machine's, or a data set that the run fetches
+    known = all(word[0] in "+~" for word in flags.overrides)
+    if kind == "linear" and known and "pretrained_feature_extractor" not in given:
+        check(False, "pretrained_feature_extractor", "given", None, "add pretrained_feature_extractor=<run>")
     for key in MUST_BE_THERE[kind]:
         value = os.path.expanduser(os.path.expandvars(given.get(key, "").strip("'\"")))
+        value = value.rpartition("=")[2] if value.startswith("timm:") else value
         one = value and not any(sign in value for sign in "[]{},$:\\") and value.lower() != "null"
         if one and not Path(value).exists():
             check(False, key, "a path that is there", value, near_path(Path(value)))

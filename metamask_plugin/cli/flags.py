@@ -17,11 +17,13 @@ class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser that ends with one ``error:`` line and exit code 2, and names the nearest flag.
 
     Args:
-        description: of the script.
+        command: its name.
+        description: of the command.
     """
 
-    def __init__(self, description: str):
+    def __init__(self, command: str, description: str):
         super().__init__(
+            prog=f"metamask-ssl {command}",
             description=description,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,

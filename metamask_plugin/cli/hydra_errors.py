@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from metamask_plugin.cli.aliases import CHOICES, KEYS
 from metamask_plugin.cli.errors import one_line_errors
-from metamask_plugin.cli.known import keys, shipped
+from metamask_plugin.cli.known import PARTS, keys, shipped
 from metamask_plugin.cli.yaml_aliases import bounded_aliases
 from metamask_plugin.errors import UserError, choose, nearest, shown
 
@@ -67,10 +67,11 @@ def told(error: Exception, kind: str, argv: Sequence[str] = ()) -> UserError:
     if isinstance(error, MissingConfigException):
         return _missing(error, kind)
     if isinstance(error, OverrideParseException):
-        said = [line for line in str(error).splitlines() if line.strip() and "hydra.cc" not in line]
+        said = [line for line in str(error).splitlines() if line.strip(" ^") and "hydra.cc" not in line]
         reason = said[-1] if said else "nothing"
+        override = shown(str(error.override).lstrip("+"))
         return UserError(
-            f"the override {shown(error.override)} must be key=value as Hydra reads it, got: {reason}; put "
+            f"the override {override} must be key=value as Hydra reads it, got: {reason}; put "
             "quotes round a value with special characters: \"key='value'\""
         )
     if isinstance(error, yaml.YAMLError):
@@ -79,9 +80,10 @@ def told(error: Exception, kind: str, argv: Sequence[str] = ()) -> UserError:
         return UserError(f"a config file must be text in UTF-8, got: {error}")
     ambiguous = re.search(r"Ambiguous value for argument '([^']+)'", str(error))
     if ambiguous:
+        several = ambiguous.group(1).lstrip("+")
         return UserError(
-            f"{ambiguous.group(1)} must have one value, got several; add -m to run each of them in turn, or "
-            "put brackets round a list"
+            f"{several} must have one value, got several; add -m to run each of them in turn, or put "
+            "brackets round a list"
         )
     override = re.match(r"Could not (?:override|append|delete).*?'([^']+)'", str(error))
     unknown_group = re.search(r"No match in the defaults list|Could not find '(?P<name>[^']+)'", str(error))
@@ -128,6 +130,8 @@ def _unknown(key: str, kind: str, argv: Sequence[str]) -> UserError:
     """An override of a key that the config does not have."""
     known = keys(kind)
     value = next((word.partition("=")[2] for word in argv if word.lstrip("+").startswith(f"{key}=")), "...")
+    if key in PARTS and value != "...":
+        return UserError(f"{key} is a group that this config does not mention: add it with +{key}={value}")
     if key in known:
         return UserError(f"{key} is a key that this config does not mention: add it with ++{key}=...")
     message = f"a key on the command line must be one of the config's, got {shown(key)}"

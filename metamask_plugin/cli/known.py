@@ -1,5 +1,7 @@
 """Names that there are, by kind of config (``pretrain``, ``linear``, ``study``): of configs, and of keys."""
 
+from pathlib import Path
+
 from metamask_plugin import SCRIPTS
 
 GROUPS = {"pretrain": ("metamask_*.yaml", "icl_msr_*.yaml"), "linear": ("*.yaml",), "study": ("*.yaml",)}
@@ -18,6 +20,13 @@ def shipped(kind: str) -> list[str]:
     found = [*root.glob("*.yaml"), *(path for glob in GROUPS[kind] for path in root.glob(f"*/{glob}"))]
     names = {path.relative_to(root).with_suffix("").as_posix() for path in found}
     return sorted(name for name in names if not name.startswith("setting/"))
+
+
+def as_a_path(name: str) -> str:
+    """What is said of a config that is named by its file."""
+    file = Path(name)
+    remedy = f"write --config-dir {file.parent} --config-name {file.stem}"
+    return f"--config-name must be a name, got {name!r}; {remedy}"
 
 
 def names_of(group: str) -> list[str]:

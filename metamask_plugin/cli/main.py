@@ -142,6 +142,10 @@ def _audit(words: list[str]) -> None:
     """A checkpoint without ``checkpoint=`` is one, too."""
     if words and not re.match(r"[+~]*[\w.]+=|-", words[0]):
         words = [f"checkpoint={words[0]!r}", *words[1:]]
+    if any(word.startswith(("--config-n", "-cn")) for word in words):
+        fail(
+            "audit must be given no --config-name: it is the study confounder_audit; metamask-ssl audit <run>"
+        )
     if not any(word.lstrip("+").startswith("checkpoint=") for word in words):
         fail("audit must be given a run or checkpoint, got none; metamask-ssl audit <run>")
     _with_config("study", "--config-name", "confounder_audit")(words)

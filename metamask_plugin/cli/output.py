@@ -18,12 +18,13 @@ def surviving_output() -> Iterator[None]:
     What is printed from then on is lost; the run goes on.
     """
     plain = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Surviving(sys.stdout), _Surviving(sys.stderr)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stdout, sys.stderr = plain
+    with open(os.devnull, "w") as nowhere:  # for one that was closed before
+        sys.stdout, sys.stderr = (_Surviving(stream or nowhere) for stream in plain)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stdout, sys.stderr = plain
 
 
 class _Surviving:

@@ -10,7 +10,7 @@ from metamask_plugin.cli.flags import FlagParser, finite, keyword, there
 def knn(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """solo-learn's flags of ``main_knn.py``; what is left out is taken from the checkpoint's args.json."""
     parser = FlagParser(
-        "Evaluates a checkpoint by nearest neighbours; what is left out is taken from its args.json."
+        "knn", "Evaluates a checkpoint by nearest neighbours; what is left out is taken from its args.json."
     )
     _add_inputs(parser, "images of the memory bank", "images to classify")
     add = parser.add_argument
@@ -29,7 +29,8 @@ def knn(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def umap(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """solo-learn's flags of ``main_umap.py``; what is left out is taken from the checkpoint's args.json."""
     parser = FlagParser(
-        "Draws a checkpoint's features in two dimensions; what is left out is taken from its args.json."
+        "umap",
+        "Draws a checkpoint's features in two dimensions; what is left out is taken from its args.json.",
     )
     _add_inputs(parser, "images of the first map", "images of the second map")
     add = parser.add_argument
@@ -46,7 +47,7 @@ def umap(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def foreground(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags named as those of ``main_knn.py``; what is left out is taken from each run's args.json."""
     parser = FlagParser(
-        "Tests checkpoints on full images, foregrounds and backgrounds, as in ICL-MSR's Fig. 1."
+        "foreground", "Tests checkpoints on full images, foregrounds and backgrounds, as in ICL-MSR's Fig. 1."
     )
     add = parser.add_argument
     add(
@@ -73,7 +74,7 @@ def foreground(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def verify(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Folders of images to be looked at."""
     parser = FlagParser(
-        "Lists the images below some folders that cannot be read, a line each with the reason."
+        "verify", "Lists the images below some folders that cannot be read, a line each with the reason."
     )
     parser.add_argument("folders", nargs="+", type=there, metavar="folder", help="with images at any depth")
     parser.add_argument("--decode", action="store_true", help="decode every image whole")
@@ -82,7 +83,7 @@ def verify(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def listing(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Sections of what can be named."""
-    parser = FlagParser("Lists what a command line can name.")
+    parser = FlagParser("list", "Lists what a command line can name.")
     parser.add_argument("section", nargs="?", choices=SECTIONS, help="all by default")
     return parser.parse_args(argv)
 

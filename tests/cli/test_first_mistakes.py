@@ -65,6 +65,14 @@ ANSWERED = {
     "no such section": (["list", "task"], "invalid choice: 'task'"),
     "no folder to verify": (["verify", "gone"], "must be a path that is there, got 'gone'"),
     "a slip in a key": ([*PRETRAIN, "optimzer.lr=1"], "did you mean 'optimizer.lr'?"),
+    "no encoder at all": (
+        ["linear", "--config-name", "confounded_digits"],
+        "add pretrained_feature_extractor=<run>",
+    ),
+    "no such run to audit": (["audit", "gone"], "checkpoint must be a path that is there"),
+    "a list for a part": ([*PRETRAIN, "augmentations=[{crop_size: 3}]"], "write augmentations=<name>"),
+    "no key": ([*PRETRAIN, "=5"], "an override must be key=value, got '=5'"),
+    "an unknown short flag": ([*PRETRAIN, "-x"], "a flag must be one of"),
     "an unknown method": ([*PRETRAIN, "method=nope"], "method must be one of bare, icl_msr, metamask"),
 }
 
@@ -116,6 +124,46 @@ def test_no_key_needs_a_plus(typed):
     code, out, err = typed(*PRETRAIN, *words, "--cfg", "job")
     assert code == 0, err
     assert "fraction: 0.1" in out and "width: 4" in out and "download: true" in out
+
+
+def test_words_stand_in_any_order(typed):
+    words = [
+        "pretrain",
+        "seed=5",
+        "--config-name",
+        "metamask_barlow",
+        "max_epochs=3",
+        "--cfg",
+        "job",
+        "name=x",
+    ]
+    code, out, err = typed(*words)
+    assert code == 0, err
+    assert "max_epochs: 3" in out and "seed: 5" in out and "name: x" in out
+    code, out, err = typed("study", "--config-name", "metamask_fig6", "--cfg", "job", "--", "task=byol")
+    assert code == 0 and "- task=byol" in out, err
+
+
+def test_blocks_and_paths_of_the_home_folder(typed):
+    words = [
+        "method_kwargs.redundancy={lamb: 2}",
+        "optimizer.kwargs={betas: [0.9, 0.99]}",
+        "checkpoint.dir=~/x",
+    ]
+    code, out, err = typed(*PRETRAIN, *words, "--cfg", "job")
+    assert code == 0, err
+    assert "lamb: 2" in out and "- 0.99" in out and "dir: ~/x" in out
+
+
+def test_a_config_of_ones_own(typed, tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [metamask_barlow, _self_]\nmax_epochs: 7\n")
+    (tmp_path / "metamask_barlow.yaml").write_text("max_epochs: 7\n")
+    code, out, err = typed("pretrain", "--config-dir", str(tmp_path), "--config-name", "mine", "--cfg", "job")
+    assert code == 0 and "max_epochs: 7" in out, err
+    code, _, err = typed("pretrain", "--config-name", str(tmp_path / "mine.yaml"))
+    assert code == 2 and f"write --config-dir {tmp_path} --config-name mine" in err
+    code, _, err = typed(*PRETRAIN, "--config-dir", str(tmp_path))
+    assert code == 2 and "rename your file" in err
 
 
 def test_help_and_lists(typed):

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from metamask_plugin.cli.study import shipped_studies
+from metamask_plugin.cli.known import shipped
 from metamask_plugin.studies.reference import _shipped, reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ def test_a_study_may_take_those_of_another_or_bring_its_own():
 
 
 def test_every_grid_is_of_a_study():
-    assert set(_shipped()) <= set(shipped_studies())
+    assert set(_shipped()) <= set(shipped("study"))
 
 
 def test_the_claims_count_what_the_tables_have():
