@@ -33,8 +33,8 @@ class MetaMaskSearchPath(SearchPathPlugin):
             return
         from metamask_plugin import SCRIPTS
 
-        command = os.environ.get("METAMASK_SSL_COMMAND") or script.removeprefix("main_")
-        configs = SCRIPTS / ("linear" if command == "linear" else "pretrain")
+        kind = script.removeprefix("main_") if script in HERE else os.environ.get("METAMASK_SSL_COMMAND")
+        configs = SCRIPTS / ("linear" if kind == "linear" else "pretrain")
         main = [element.path or "" for element in search_path.get_path() if element.provider == "main"]
         if any(Path(path.removeprefix("file://")).is_relative_to(SCRIPTS) for path in main):
             return  # our own command, whose configs are there already

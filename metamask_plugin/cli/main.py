@@ -75,8 +75,11 @@ def _main(argv: Sequence[str] | None) -> None:
         return
     if "--list" in words:  # of main_*.py
         command, words = COMMANDS["list"], ["studies"] if name == "study" else []
-    os.environ[COMMAND] = name
-    raise SystemExit(command.run(list(words)))
+    if command.config is not None:
+        os.environ[COMMAND] = name
+    code = command.run(list(words))
+    if code:
+        raise SystemExit(code)
 
 
 def _unknown(name: str) -> NoReturn:

@@ -230,9 +230,3 @@ def test_the_script_finds_its_configs_from_anywhere(run_folder):
     assert "protocol fast" in done.stdout
     assert list(run_folder.glob("trained_models/linear/confounded_digits-linear-*/summary.json"))
     assert not (run_folder / "outputs").exists()
-
-
-def test_without_a_config_name_the_shipped_ones_are_listed(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "main_linear.py")])
-    error = refused(OmegaConf.create({}), capsys)
-    assert "--config-name must be one of cifar/icl_msr_simclr, cifar/metamask_barlow, coco/" in error
