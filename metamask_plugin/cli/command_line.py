@@ -19,6 +19,9 @@ FLAGS = (
 )
 """Hydra's own."""
 
+SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
+"""Those that take no value."""
+
 WITHOUT_CONFIG = ("--hydra-help", "--shell-completion", "-sc", "--info", "-i", "--experimental-rerun")
 """Flags that say something, or complete a word, without a config."""
 
@@ -79,12 +82,15 @@ def check_flags(words: Sequence[str]) -> argparse.Namespace:
             hint = nearest(name, FLAGS)
             remedy = f"did you mean {hint!r}?" if hint else "keys are written without dashes: key=value"
             raise UserError(f"a flag must be one of {', '.join(FLAGS)}, got {shown(word)}; {remedy}")
+        check("=" not in word or name not in SWITCHES, name, "without a value", word, f"write {name}")
     parser = _Parser(add_help=False)
     for flags in (("--config-name", "-cn"), ("--config-path", "-cp"), ("--config-dir", "-cd")):
         parser.add_argument(*flags)
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
-    for flags in (("--package", "-p"), ("--info", "-i"), ("--experimental-rerun",)):
-        parser.add_argument(*flags, nargs="?" if "-i" in flags else None)
+    infos = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+    parser.add_argument("--info", "-i", nargs="?", choices=infos)
+    for flags in (("--package", "-p"), ("--experimental-rerun",)):
+        parser.add_argument(*flags)
     found, rest = parser.parse_known_args(list(words))
     found.overrides = [word for word in rest if not word.startswith("-")]
     return found

@@ -72,6 +72,8 @@ ANSWERED = {
     "no such run to audit": (["audit", "gone"], "checkpoint must be a path that is there"),
     "a list for a part": ([*PRETRAIN, "augmentations=[{crop_size: 3}]"], "write augmentations=<name>"),
     "no key": ([*PRETRAIN, "=5"], "an override must be key=value, got '=5'"),
+    "a switch with a value": ([*PRETRAIN, "-m=3"], "write -m"),
+    "an unknown kind of info": ([*PRETRAIN, "--info", "foo"], "invalid choice: 'foo'"),
     "an unknown short flag": ([*PRETRAIN, "-x"], "a flag must be one of"),
     "an unknown method": ([*PRETRAIN, "method=nope"], "method must be one of bare, icl_msr, metamask"),
 }
