@@ -32,8 +32,9 @@ class MetaMaskSearchPath(SearchPathPlugin):
         elif "metamask_plugin" not in sys.modules and script not in HERE:
             return
         from metamask_plugin import SCRIPTS
+        from metamask_plugin.cli.main import COMMAND
 
-        kind = script.removeprefix("main_") if script in HERE else os.environ.get("METAMASK_SSL_COMMAND")
+        kind = script.removeprefix("main_") if script in HERE else os.environ.get(COMMAND)
         configs = SCRIPTS / ("linear" if kind == "linear" else "pretrain")
         main = [element.path or "" for element in search_path.get_path() if element.provider == "main"]
         if any(Path(path.removeprefix("file://")).is_relative_to(SCRIPTS) for path in main):

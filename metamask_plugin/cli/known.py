@@ -4,8 +4,8 @@ from pathlib import Path
 
 from metamask_plugin import SCRIPTS
 
-GROUPS = {"pretrain": ("metamask_*.yaml", "icl_msr_*.yaml"), "linear": ("*.yaml",), "study": ("*.yaml",)}
-"""Files that are configs of their own, not parts of one, by kind of config."""
+GROUPS = {"pretrain": ("metamask_*.yaml", "icl_msr_*.yaml"), "linear": ("*.yaml",), "study": ()}
+"""Files in folders that are configs of their own, not parts of one, by kind of config."""
 
 
 def shipped(kind: str) -> list[str]:
@@ -15,11 +15,9 @@ def shipped(kind: str) -> list[str]:
         kind: ``pretrain``, ``linear`` or ``study``.
     """
     root = SCRIPTS / kind
-    if kind == "study":
-        return sorted(path.stem for path in root.glob("*.yaml") if path.stem != "base")
     found = [*root.glob("*.yaml"), *(path for glob in GROUPS[kind] for path in root.glob(f"*/{glob}"))]
     names = {path.relative_to(root).with_suffix("").as_posix() for path in found}
-    return sorted(name for name in names if not name.startswith("setting/"))
+    return sorted(name for name in names if name != "base" and not name.startswith("setting/"))
 
 
 def as_a_path(name: str) -> str:
