@@ -10,12 +10,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "metamask_plugin"
 
 MAY_IMPORT = {
     "errors": set(),
+    "config": {"errors"},
     "retry": set(),
     "signals": set(),
     "losses": set(),
     "bilevel": set(),
     "modules": {"errors"},
-    "data": {"errors", "retry", "signals"},
+    "data": {"config", "errors", "retry", "signals"},
     "tasks": {"errors", "losses", "modules"},
     "evaluation": {"errors", "retry", "modules", "data"},
     "host": {"errors", "modules", "evaluation", "tasks"},
@@ -23,6 +24,7 @@ MAY_IMPORT = {
     "training": {"errors", "retry", "signals", "data", "evaluation", "modules"},
     "studies": {"errors", "retry", "data", "evaluation", "host", "modules", "training"},
     "cli": {
+        "config",
         "errors",
         "signals",
         "bilevel",

@@ -1,26 +1,35 @@
-"""Writes docs/keys.md: every key of every config, from the tables that a config is checked against.
+"""Writes docs/keys.md, and docs/schemas/*.json for editors: every key of every config, from its model.
 
 python tools/keys_page.py
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from metamask_plugin.cli import config, linear
-from metamask_plugin.cli.schema import BLOCKS, RUN, as_markdown
-from metamask_plugin.cli.schema_linear import LINEAR
-from metamask_plugin.cli.schema_methods import BARE, DATA_KWARGS, ICL_MSR, METAMASK, TASK_KWARGS
-from metamask_plugin.cli.schema_study import MEASURE_OPTIONS, STUDY
+from pydantic import BaseModel
+
+from metamask_plugin.config.linear import Linear
+from metamask_plugin.config.methods import ICLMSR, Baseline, DataKwargs, MetaMask, TaskKwargs
+from metamask_plugin.config.pretraining import Pretraining
+from metamask_plugin.config.read import keys_of, limits, schema_at, schema_of
+from metamask_plugin.config.studies import MEASURES, Study
+from metamask_plugin.config.views import View
 from metamask_plugin.methods import icl_msr, metamask
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "keys.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE = DOCS / "keys.md"
 HEAD = """# Every key
 
 What a config may hold, which values each key takes, and what it means where the config is silent. Made by
-`make keys` from the tables that configs are checked against. Explanations with examples are in
-[configuration](configuration.md). Keys of solo-learn or Lightning alone are accepted and not listed;
-`null` stands for the default.
+`make keys` from the models that configs are checked against (`metamask_plugin/config`). Explanations with
+examples are in [configuration](configuration.md). Keys of solo-learn or Lightning alone are accepted and not
+listed; `null` stands for the default.
+
+An editor that knows JSON schema completes and checks keys: put
+`# yaml-language-server: $schema=<clone>/docs/schemas/pretrain.json` (or `linear.json`, `study.json`) into the
+first line of a config.
 """
 TASK_NOTE = "Which of these a task has, and their defaults, its constructor says."
 
@@ -30,20 +39,80 @@ def page() -> str:
     return "\n".join([HEAD, *(f"## {title}\n\n{body}\n" for title, body in _sections())])
 
 
+def schemas() -> dict[str, str]:
+    """JSON schemas by name, of configs that are laid over others: no key is required in them."""
+    method = [_part(model) for model in (MetaMask, ICLMSR, Baseline)]
+    pretraining = _part(Pretraining)
+    pretraining["properties"]["method_kwargs"]["anyOf"] = [
+        {"$ref": f"#/$defs/{node['title']}"} for node in method
+    ]
+    for node in method:
+        pretraining["$defs"] |= {**node.pop("$defs"), node["title"]: node}
+    for name in ("defaults", "hydra"):
+        pretraining["properties"][name] = {"description": "Hydra's"}
+    found = {"pretrain": pretraining, "linear": _part(Linear), "study": _part(Study)}
+    return {name: json.dumps(node, indent=1) + "\n" for name, node in found.items()}
+
+
+def _part(model: type[BaseModel]) -> dict[str, Any]:
+    schema = json.loads(json.dumps(schema_of(model)))
+    for node in (schema, *schema.get("$defs", {}).values()):
+        node.pop("required", None)
+    return schema
+
+
 def _sections() -> Iterator[tuple[str, str]]:
-    yield "Pretraining", as_markdown({**RUN, **BLOCKS}, config.DEFAULTS)
-    own = {key: BARE[key] for key in BARE if key not in METAMASK and key not in ICL_MSR}
-    for title, table, module in (("MetaMask", METAMASK, metamask), ("ICL-MSR", ICL_MSR, icl_msr)):
+    yield "Pretraining", table(Pretraining)
+    yield "`augmentations`, each entry", table(View)
+    own = [key for key in keys_of(Baseline) if key not in {*keys_of(MetaMask), *keys_of(ICLMSR)}]
+    for title, model, module in (("MetaMask", MetaMask, metamask), ("ICL-MSR", ICLMSR, icl_msr)):
         defaults = {**_flat(module.PRESETS["paper"]), "preset": "paper"}
-        yield f"`method_kwargs` of {title}", as_markdown(table, defaults)
-    yield "`method_kwargs` of a task alone (`method=bare`)", as_markdown(own)
-    yield "`method_kwargs.task_kwargs`", f"{as_markdown(TASK_KWARGS)}\n\n{TASK_NOTE}"
-    yield "`data.kwargs`", as_markdown(DATA_KWARGS)
-    yield "Linear evaluation and fine-tuning", as_markdown(LINEAR, linear.DEFAULTS)
-    yield "Studies", as_markdown(STUDY)
-    for name, options in MEASURE_OPTIONS.items():
-        if options:
-            yield f"Studies: `measures.{name}`", as_markdown(options)
+        yield f"`method_kwargs` of {title}", table(model, defaults)
+    yield "`method_kwargs` of a task alone (`method=bare`)", table(Baseline, {}, own)
+    yield "`method_kwargs.task_kwargs`", f"{table(TaskKwargs, {})}\n\n{TASK_NOTE}"
+    yield "`data.kwargs`", table(DataKwargs, {})
+    yield "Linear evaluation and fine-tuning", table(Linear)
+    yield "Studies", table(Study, {})
+    for name, options in MEASURES.items():
+        if options.model_fields:
+            yield f"Studies: `measures.{name}`", table(options, {})
+
+
+def table(
+    model: type[BaseModel], defaults: Mapping[str, Any] | None = None, keys: list[str] | None = None
+) -> str:
+    """Key, values, default, meaning.
+
+    Args:
+        model: whose keys they are.
+        defaults: by key, in place of the model's own.
+        keys: that are shown; all but unused ones by default.
+    """
+    lines = ["| key | values | default | |", "|---|---|---|---|"]
+    for key in keys or keys_of(model, unused=False):
+        schema, _ = schema_at(model, key.split("."))
+        given = {"": schema["default"]} if "default" in schema else {}
+        given = given if defaults is None else {"": defaults[key]} if key in defaults else {}
+        default = f"`{_as_typed(given[''])}`" if given else ""
+        lines.append(f"| `{key}` | {_values(schema)} | {default} | {schema['description']} |")
+    return "\n".join(lines)
+
+
+def _values(schema: Mapping[str, Any]) -> str:
+    """What a value may be, as a table's cell."""
+    if "anyOf" in schema:
+        return ", ".join(part for part in map(_values, schema["anyOf"]) if part != "null")
+    if "enum" in schema or "const" in schema:
+        options = dict.fromkeys(map(str, schema.get("enum", [schema.get("const")])))
+        return ", ".join(f"`{option}`" for option in options)
+    kinds = {"string": "text", "array": "list", "object": "block", "boolean": "True, False"}
+    kind = schema.get("expected", "").removeprefix("a ") if schema.get("type") == "string" else ""
+    kind = kind or kinds.get(schema.get("type", ""), schema.get("type", ""))
+    return f"{kind} {limits(schema)}".strip()
+
+
+def _as_typed(value: Any) -> str:
+    return "null" if value is None else str(value).replace("'", "").replace(" ", "") or '""'
 
 
 def _flat(node: Mapping[str, Any], within: str = "") -> dict[str, Any]:
@@ -56,3 +125,6 @@ def _flat(node: Mapping[str, Any], within: str = "") -> dict[str, Any]:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    (DOCS / "schemas").mkdir(exist_ok=True)
+    for name, text in schemas().items():
+        (DOCS / "schemas" / f"{name}.json").write_text(text)

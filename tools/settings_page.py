@@ -20,8 +20,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin import SCRIPTS
-from metamask_plugin.cli.config import DEFAULTS
+from metamask_plugin.cli.config import for_method
 from metamask_plugin.cli.known import shipped
+from metamask_plugin.config.pretraining import Pretraining
+from metamask_plugin.config.read import with_defaults
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.knn import vote_temperature
 from metamask_plugin.evaluation.linear import PROTOCOLS
@@ -35,8 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "tools" / "settings.yaml"
 PAGE = ROOT / "docs" / "settings.md"
 
-COUNTED = {"data.num_classes": 10, "data.num_large_crops": 2, "data.num_small_crops": 0}
-"""No settings: a training counts them in its data and views, and a method wants them there."""
+COUNTED = {"num_large_crops": 2, "num_small_crops": 0}
+"""Of ``data``: so that the learning rates are shown as a config gives them, for a batch of 256."""
 
 SHORT = {
     "^(pretrain|study)/": "",
@@ -159,11 +161,10 @@ def _composed(root: str, config: str, overrides: tuple[str, ...]) -> Node:
 
 def _completed(cfg: DictConfig) -> Node:
     """With the defaults of the package, of the method and of the task."""
-    OmegaConf.set_struct(cfg, False)
-    for key, value in {**DEFAULTS, **COUNTED}.items():
-        if OmegaConf.select(cfg, key) is None:
-            OmegaConf.update(cfg, key, value, force_add=True)
-    node = OmegaConf.to_container(METHODS[cfg.method].add_and_assert_specific_cfg(cfg), resolve=True)
+    complete = with_defaults(Pretraining, OmegaConf.to_container(cfg, resolve=True))
+    complete["data"] |= COUNTED
+    own = METHODS[cfg.method].add_and_assert_specific_cfg(for_method(OmegaConf.create(complete)))
+    node = OmegaConf.to_container(own)
     kwargs = node["method_kwargs"]
     if kwargs.get("task") in TASKS:
         kwargs["task_kwargs"] = _defaults(TASKS[kwargs["task"]]) | kwargs["task_kwargs"]

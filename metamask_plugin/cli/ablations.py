@@ -1,13 +1,14 @@
 """Which methods an ablation is of: those that have every key that it sets."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin import SCRIPTS
-from metamask_plugin.cli.schema_methods import METHOD_KWARGS
+from metamask_plugin.config.methods import METHOD_KWARGS
+from metamask_plugin.config.read import keys_of
 from metamask_plugin.errors import check
 
 
@@ -20,7 +21,7 @@ def methods_of(ablation: str) -> list[str]:
     fitting = [
         name
         for name, known in METHOD_KWARGS.items()
-        if name not in ("bare", "supervised") and all(_is_known(key, known) for key in keys)
+        if name not in ("bare", "supervised") and all(_is_known(key, keys_of(known)) for key in keys)
     ]
     return fitting or ["bare"]
 
@@ -44,6 +45,6 @@ def _keys(node: Mapping[str, Any], within: str = "") -> Iterator[str]:
             yield f"{within}{key}"
 
 
-def _is_known(key: str, known: Mapping[str, Any]) -> bool:
+def _is_known(key: str, known: Sequence[str]) -> bool:
     block = any(other.startswith(f"{key}.") for other in known)
     return block or any(key == other or key.startswith(f"{other}.") for other in known)

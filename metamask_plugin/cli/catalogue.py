@@ -12,7 +12,7 @@ from pathlib import Path
 from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.ablations import methods_of
 from metamask_plugin.cli.known import names_of, shipped
-from metamask_plugin.cli.schema_methods import METHOD_KWARGS
+from metamask_plugin.config.methods import METHOD_KWARGS
 
 PRETRAIN = SCRIPTS / "pretrain"
 

@@ -10,6 +10,8 @@ import hydra
 from omegaconf import DictConfig
 
 from metamask_plugin import SCRIPTS
+from metamask_plugin.cli.ablations import check_ablation
+from metamask_plugin.cli.checked import checked_linear, checked_pretraining
 from metamask_plugin.cli.command_line import early_paths, understood
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.hydra_errors import hydra_errors
@@ -18,6 +20,9 @@ from metamask_plugin.cli.hydra_errors import hydra_errors
 @hydra.main(version_base="1.2", config_path=str(SCRIPTS / "pretrain"))
 def pretrain(cfg: DictConfig) -> None:
     """Trains an encoder."""
+    with one_line_errors():
+        check_ablation(cfg)
+        checked_pretraining(cfg, quiet=True)
     from metamask_plugin.cli.pretrain import run
 
     run(cfg)
@@ -26,6 +31,8 @@ def pretrain(cfg: DictConfig) -> None:
 @hydra.main(version_base="1.2", config_path=str(SCRIPTS / "linear"))
 def linear(cfg: DictConfig) -> None:
     """Trains a probe."""
+    with one_line_errors():
+        checked_linear(cfg)
     from metamask_plugin.cli.linear import run
 
     run(cfg)

@@ -48,23 +48,18 @@ FREE = {
 
 def keys(kind: str) -> list[str]:
     """Dotted names of all keys of a kind of config, but for those that are only handed on to Lightning."""
+    from metamask_plugin.config.linear import Linear
+    from metamask_plugin.config.methods import Baseline, TaskKwargs
+    from metamask_plugin.config.pretraining import Pretraining
+    from metamask_plugin.config.read import keys_of
+    from metamask_plugin.config.studies import MEASURES, Study
+
     if kind == "study":
-        from metamask_plugin.cli.schema_study import MEASURE_OPTIONS, STUDY
-
-        options = [f"measures.{name}.{key}" for name, keys in MEASURE_OPTIONS.items() for key in keys]
-        return [*STUDY, *options]
+        return [
+            *keys_of(Study),
+            *(key for name, m in MEASURES.items() for key in keys_of(m, f"measures.{name}.")),
+        ]
     if kind == "linear":
-        from metamask_plugin.cli.schema_linear import LINEAR
-
-        return list(LINEAR)
-    from metamask_plugin.cli.schema import BLOCKS, RUN
-    from metamask_plugin.cli.schema_methods import BARE, TASK_KWARGS
-
-    return [
-        *PARTS,
-        *RUN,
-        *BLOCKS,
-        "method_kwargs",
-        *(f"method_kwargs.{key}" for key in BARE),
-        *(f"method_kwargs.task_kwargs.{key}" for key in TASK_KWARGS),
-    ]
+        return keys_of(Linear)
+    own = keys_of(Baseline, "method_kwargs.")
+    return [*PARTS, *keys_of(Pretraining), *own, *keys_of(TaskKwargs, "method_kwargs.task_kwargs.")]

@@ -12,13 +12,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from metamask_plugin.cli.checked import checked_linear, frozen
 from metamask_plugin.cli.devices import device_type
 from metamask_plugin.cli.errors import one_line_errors
-from metamask_plugin.cli.free_form import check_data_kwargs
-from metamask_plugin.cli.paths import expand_paths
-from metamask_plugin.cli.schema_linear import linear_schema
-from metamask_plugin.cli.validate import blocks_of, plain, validate, without_empty_blocks
-from metamask_plugin.data.augmentations import parse_augmentations
+from metamask_plugin.cli.kwargs_checks import check_data_kwargs
 from metamask_plugin.data.registry import FRACTION_SEED
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.checkpoints import Pretrained, find_checkpoint, load_pretrained, read_args
@@ -35,28 +32,9 @@ from metamask_plugin.evaluation.finetune import (
     simclr_protocol,
 )
 from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
-from metamask_plugin.evaluation.linear import HEADS, PROTOCOLS, LinearProtocol, LinearResult, linear_probe
+from metamask_plugin.evaluation.linear import PROTOCOLS, LinearProtocol, LinearResult, linear_probe
 from metamask_plugin.evaluation.report import format_table, write_summary
 from metamask_plugin.host.solo_backbones import solo_factories
-
-DEFAULTS: dict[str, Any] = {
-    "name": "linear",
-    "seed": 5,
-    "head": "linear",
-    "masked": False,
-    "finetune": False,
-    "accelerator": "auto",
-    "checkpoint.enabled": True,
-    "checkpoint.dir": "trained_models",
-    "optimizer.weight_decay": 0.0,
-    "optimizer.kwargs.momentum": 0.9,
-    "optimizer.kwargs.nesterov": False,
-    "scheduler.name": "none",
-    "scheduler.min_lr": 0.0,
-    "scheduler.lr_decay_steps": [],
-    "max_epochs": 100,
-}
-"""Used where the config is silent."""
 
 FINETUNE_PROTOCOLS = ("paper", "custom")
 """Values of ``protocol`` with ``finetune=True``; ``paper`` is SimCLR's."""
@@ -82,7 +60,7 @@ def run(cfg: DictConfig) -> LinearResult | FineTuneResult:
 
 
 def _run(cfg: DictConfig) -> LinearResult | FineTuneResult:
-    _complete(cfg)
+    cfg = _complete(cfg)
     if cfg.finetune:
         return _finetune(cfg)
     protocol_name, protocol = _protocol(cfg)
@@ -170,36 +148,20 @@ def _finetune(cfg: DictConfig) -> FineTuneResult:
     return result
 
 
-def _complete(cfg: DictConfig) -> None:
-    """Checks keys and values, fills in defaults, in place, and refuses what is not there."""
-    OmegaConf.set_struct(cfg, False)
-    expand_paths(cfg)
-    schema = linear_schema()
-    without_empty_blocks(cfg, blocks_of(schema))
-    node = plain(cfg)
-    if node.get("pretrained_feature_extractor") == "":
-        node["pretrained_feature_extractor"] = None
-    validate(node, schema)
-    view = node.get("data", {}).get("augmentations")
-    if view is not None:
-        parse_augmentations([{**view, "crop_size": 32}])
-    for key, value in DEFAULTS.items():
-        if OmegaConf.select(cfg, key) is None:
-            OmegaConf.update(cfg, key, value, force_add=True)
-    if node.get("data", {}).get("dataset") is not None:
-        check_data_kwargs(node["data"]["dataset"], node["data"].get("kwargs") or {})
+def _complete(cfg: DictConfig) -> DictConfig:
+    """The config, checked, complete and frozen; refuses what is not there."""
+    cfg = frozen(checked_linear(cfg))
+    if cfg.data.dataset is not None:
+        check_data_kwargs(cfg.data.dataset, cfg.data.kwargs or {})
     for key in ELSEWHERE:
         if cfg.get(key):
             raise UserError(
                 f"{key} must be off here, got {cfg[key]!r}: this evaluator has crops, flips and plain labels "
                 "alone; solo-learn's own main_linear.py reads our checkpoints and does it"
             )
-    if OmegaConf.select(cfg, "wandb.enabled"):
+    if cfg.wandb.enabled:
         print("wandb.enabled is ignored: the probe's numbers are in summary.json", file=sys.stderr)
-    choose("head", cfg.head, HEADS)
-    for key in ("masked", "finetune"):
-        check(isinstance(cfg[key], bool), key, "True or False", cfg[key])
-    check(isinstance(cfg.seed, int), "seed", "an integer", cfg.seed)
+    return cfg
 
 
 def _protocol(cfg: DictConfig) -> tuple[str, LinearProtocol]:
@@ -208,7 +170,7 @@ def _protocol(cfg: DictConfig) -> tuple[str, LinearProtocol]:
     As in solo-learn the learning rate of the optimizer block is that of a batch of 256.
     """
     given = OmegaConf.select(cfg, "optimizer.name") is not None
-    name = choose("protocol", cfg.get("protocol") or ("custom" if given else "paper"), [*PROTOCOLS, "custom"])
+    name = cfg.protocol or ("custom" if given else "paper")
     return name, PROTOCOLS[name] if name != "custom" else LinearProtocol(**_optimizer_block(cfg))
 
 
@@ -227,25 +189,14 @@ def _finetune_protocol(cfg: DictConfig, fraction: float) -> tuple[str, FineTuneP
     if name == "custom":
         nesterov = cfg.optimizer.kwargs.nesterov
         return name, FineTuneProtocol(**_optimizer_block(cfg), nesterov=nesterov, **view)
-    batch_size = cfg.optimizer.get("batch_size", BATCH_SIZE)
-    check(isinstance(batch_size, int), "optimizer.batch_size", "an int", batch_size)
-    return name, simclr_protocol(fraction, batch_size, **view)
+    return name, simclr_protocol(fraction, cfg.optimizer.batch_size or BATCH_SIZE, **view)
 
 
 def _optimizer_block(cfg: DictConfig) -> dict[str, Any]:
     """What the optimizer and scheduler blocks say, as a protocol's settings."""
-    remedy = "set it in the YAML, or protocol=paper"
-    for key, kind in (("lr", float), ("batch_size", int), ("weight_decay", float)):
-        value = cfg.optimizer.get(key)
-        accepted = (int, float) if kind is float else int
-        check(
-            isinstance(value, accepted),
-            f"optimizer.{key}",
-            f"a{'n' * (kind is int)} {kind.__name__}",
-            value,
-            remedy,
-        )
-    check(isinstance(cfg.max_epochs, int), "max_epochs", "an integer", cfg.max_epochs)
+    for key in ("lr", "batch_size"):
+        given = cfg.optimizer[key]
+        check(given is not None, f"optimizer.{key}", "set", None, "set it in the YAML, or protocol=paper")
     return {
         "optimizer": cfg.optimizer.get("name"),
         "lr": cfg.optimizer.lr * cfg.optimizer.batch_size / 256,
@@ -261,10 +212,8 @@ def _optimizer_block(cfg: DictConfig) -> dict[str, Any]:
 
 def _pretrained(cfg: DictConfig) -> Pretrained:
     path = cfg.get("pretrained_feature_extractor")
-    # solo-learn's YAMLs write None, which YAML reads as a word
-    given = path not in (None, "None", "")
     remedy = "add pretrained_feature_extractor=RUN/last.ckpt to the command"
-    check(given, "pretrained_feature_extractor", "a checkpoint or a run's folder", path, remedy)
+    check(path is not None, "pretrained_feature_extractor", "a checkpoint or a run's folder", path, remedy)
     trained = read_args(find_checkpoint(path))
     kwargs = OmegaConf.select(cfg, "backbone.kwargs")
     return load_pretrained(
@@ -281,7 +230,7 @@ def _pretrained(cfg: DictConfig) -> Pretrained:
 
 def _data_node(cfg: DictConfig, pretrained: Pretrained) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is tested on, and how its images look: the config's, over what the encoder was trained on."""
-    given = OmegaConf.to_container(cfg.get("data") or OmegaConf.create({}), resolve=True)
+    given = {key: value for key, value in OmegaConf.to_container(cfg.data).items() if value is not None}
     trained = next(iter(pretrained.args.get("augmentations") or []), {})
     view = {**trained, **(given.pop("augmentations", None) or {})}
     return merged_data(pretrained.args, given), view

@@ -19,13 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from metamask_plugin.cli.ablations import check_ablation
-from metamask_plugin.cli.config import complete, device_count, with_own_task_settings
+from metamask_plugin.cli.checked import changed
+from metamask_plugin.cli.config import complete, device_count, for_method, recorded, with_own_task_settings
 from metamask_plugin.cli.devices import device_title, device_type
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.data import PretrainDataModule, load_dataset
 from metamask_plugin.data.batches import EpochPosition
 from metamask_plugin.data.worker_failure import worker_failures
-from metamask_plugin.errors import UserError, choose
+from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.knn import within_bank
 from metamask_plugin.methods import METHODS
@@ -83,7 +84,8 @@ def run(cfg: DictConfig) -> RunFolder:
         check_ablation(cfg)
         cfg = complete(with_own_task_settings(cfg))
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            cfg.auto_resume.extend = False  # a sweep over max_epochs compares runs of their own
+            # a sweep over max_epochs compares runs of their own
+            cfg = changed(cfg, "auto_resume.extend", False)
         return pretrain(cfg)
 
 
@@ -111,15 +113,13 @@ def prepared(cfg: DictConfig) -> tuple[PretrainDataModule, pl.LightningModule, d
     """The images, the untrained method, and what defines the run; nothing is written.
 
     Args:
-        cfg: a complete config; what images and method add to it is added in place.
+        cfg: a complete config; it stays as it is.
     """
-    choose("method", cfg.method, METHODS)
     dataset = load_dataset(cfg.data)
-    cfg.data.num_classes = dataset.num_classes
     pl.seed_everything(cfg.seed, workers=True)
     datamodule = PretrainDataModule(dataset, cfg, device_count(cfg) * cfg.num_nodes)
     datamodule.setup("fit")  # what cannot be is found before a run folder is made
-    model = METHODS[cfg.method](cfg)
+    model = METHODS[cfg.method](for_method(cfg, dataset.num_classes))
     if not model.no_channel_last:  # the images are laid out so, and convolutions want their weights alike
         model = model.to(memory_format=torch.channels_last)
     experiment = experiment_of(
@@ -139,7 +139,8 @@ def _completed(
     folder, data = start.folder, EvaluationData(datamodule)
     reported = cfg.evaluation.enabled and cfg.evaluation.final_report and data.available
     if cfg.evaluation.enabled and data.available:
-        cfg.evaluation.knn.k = within_bank("evaluation.knn.k", cfg.evaluation.knn.k, data.bank)
+        ks = within_bank("evaluation.knn.k", cfg.evaluation.knn.k, data.bank)
+        cfg = changed(cfg, "evaluation.knn.k", ks)
     evaluation = evaluation_of(cfg, data) if reported else None
     if folder.is_complete(cfg.checkpoint.enabled, evaluation):
         print(f"This run is complete: {folder.path}")
@@ -153,7 +154,7 @@ def _completed(
     trainer = _trainer(cfg, folder, callbacks)
     checkpoint = checkpoint_for(cfg, start, model)
     if trainer.is_global_zero:
-        folder.start(cfg, datamodule.dataset.skipped, anew=checkpoint is None)
+        folder.start(recorded(cfg, model.cfg), datamodule.dataset.skipped, anew=checkpoint is None)
         if checkpoint is not None:
             adopt_best(checkpoint, folder)
         _announce(cfg, folder, model, checkpoint)

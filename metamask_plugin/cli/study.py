@@ -18,16 +18,17 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from metamask_plugin import SCRIPTS
-from metamask_plugin.cli.config import complete
+from metamask_plugin.cli.config import complete, for_method
+from metamask_plugin.cli.dry_run_study import dry_run_trials
 from metamask_plugin.cli.errors import one_line_errors
-from metamask_plugin.cli.free_form import check_keywords
 from metamask_plugin.cli.hydra_errors import told
 from metamask_plugin.cli.known import shipped
 from metamask_plugin.cli.paths import expand_paths, expanded
 from metamask_plugin.cli.pretrain import pretrain
-from metamask_plugin.cli.rehearse_study import rehearse_trials
-from metamask_plugin.cli.schema_study import MEASURE_OPTIONS, STUDY
-from metamask_plugin.cli.validate import plain, validate
+from metamask_plugin.cli.resolved import plain
+from metamask_plugin.config import studies as config
+from metamask_plugin.config.read import read
+from metamask_plugin.config.signatures import check_keywords
 from metamask_plugin.data import load_dataset
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.files import remove_unfinished
@@ -109,7 +110,7 @@ def sweep(cfg: DictConfig, launch: Launch) -> Path | None:
         if cfg.report_only:
             print(f"{study.title} ({study.size}), {study.source}\n{_progress(runs)}")
             return _reported(calibrated(study), runs)
-        rehearse_trials(runs, configs="submitit" not in _launcher(cfg))
+        dry_run_trials(runs, configs="submitit" not in _launcher(cfg))
         with locked(study.folder, "the study's folder"):
             for folder in (study.folder, study.folder / "trials"):
                 remove_unfinished(folder)
@@ -190,15 +191,16 @@ def _validated(cfg: DictConfig) -> Study:
     text = "".join(
         [OmegaConf.to_yaml(own, resolve=False), *(path.read_text() for path in own_files(cfg.name))]
     )
-    node = {key: value for key, value in plain(own).items() if key in STUDY or f"${{{key}}}" not in text}
-    validate(node, STUDY)
+    known = config.Study.model_fields
+    node = {key: value for key, value in plain(own).items() if key in known or f"${{{key}}}" not in text}
+    read(config.Study, node)
     study = study_of(cfg)
     lists = study.measures.get("few_labels", {}).get("subset_files") or []
     for path in [lists] if isinstance(lists, str) else lists:
         check(Path(path).is_file(), "measures.few_labels.subset_files", "files that are there", path)
     for name, options in study.measures.items():
         measure = MEASURES[choose("measures", name, MEASURES)]
-        check_keywords(f"measures.{name}", options, measure, MEASURE_OPTIONS[name], aside=("subject",))
+        check_keywords(f"measures.{name}", options, measure, config.MEASURES[name], aside=("subject",))
     return study
 
 
@@ -272,9 +274,9 @@ def _launcher(cfg: DictConfig) -> str:
 def _build(cfg: DictConfig) -> nn.Module:
     """The untrained method of a pretraining config."""
     cfg = complete(cfg)
-    cfg.data.num_classes = load_dataset(cfg.data).num_classes
+    own = for_method(cfg, load_dataset(cfg.data).num_classes)
     with torch.random.fork_rng():
-        return METHODS[cfg.method](cfg)
+        return METHODS[cfg.method](own)
 
 
 def catalogue() -> str:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from metamask_plugin.cli import pretrain
-from metamask_plugin.cli.schema import pretraining_schema
-from metamask_plugin.cli.schema_methods import METHOD_KWARGS, TASK_KWARGS
+from metamask_plugin.config.methods import METHOD_KWARGS, TaskKwargs
+from metamask_plugin.config.pretraining import Pretraining
+from metamask_plugin.config.read import keys_of
 from metamask_plugin.data import registry
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "pretrain"
@@ -50,9 +51,9 @@ def base(index):
 
 
 def schema_keys():
-    own = {f"method_kwargs.{key}" for keys in METHOD_KWARGS.values() for key in keys}
-    task = {f"method_kwargs.task_kwargs.{key}" for key in TASK_KWARGS}
-    return sorted({*pretraining_schema(), *own, *task})
+    own = {key for model in METHOD_KWARGS.values() for key in keys_of(model, "method_kwargs.")}
+    task = keys_of(TaskKwargs, "method_kwargs.task_kwargs.")
+    return sorted({*keys_of(Pretraining), *own, *task})
 
 
 def outcome(node):

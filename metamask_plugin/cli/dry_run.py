@@ -7,16 +7,16 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from metamask_plugin.bilevel import ESTIMATORS
-from metamask_plugin.cli.contradictions import check_together
-from metamask_plugin.cli.free_form import (
+from metamask_plugin.cli.kwargs_checks import (
     check_data_kwargs,
     check_encoder,
     check_encoder_reach,
-    check_keywords,
     check_optimizer_kwargs,
     check_task_kwargs,
 )
-from metamask_plugin.cli.schema_methods import METHOD_KWARGS
+from metamask_plugin.cli.machine import check_together
+from metamask_plugin.config.methods import METHOD_KWARGS
+from metamask_plugin.config.signatures import check_keywords
 from metamask_plugin.data.memory import check_generated, memory
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.methods import METHODS
@@ -27,11 +27,12 @@ COPIES = 2
 """Of the weights, in the machine's memory: the method, and as it was before training."""
 
 
-def rehearse(cfg: DictConfig) -> None:
-    """Checks settings against what they are for, and against each other.
+def dry_run(cfg: DictConfig, own: DictConfig) -> None:
+    """Checks settings against what they are for, and against this machine.
 
     Args:
         cfg: the complete config; it stays as it is.
+        own: what its method is built from.
 
     Raises:
         UserError: for what cannot be built, cannot go together, or is too large for this machine.
@@ -39,9 +40,9 @@ def rehearse(cfg: DictConfig) -> None:
     check_data_kwargs(cfg.data.dataset, _plain(cfg, "data.kwargs"))
     check_optimizer_kwargs(cfg.optimizer.name, _plain(cfg, "optimizer.kwargs"), "optimizer")
     if cfg.method not in METHOD_KWARGS:  # solo-learn's methods, and those of others, check theirs themselves
-        check_together(cfg, None)
+        check_together(cfg, own, None)
         return
-    own = _completed(cfg)
+    own = METHODS[own.method].add_and_assert_specific_cfg(own)
     kwargs = own.method_kwargs
     check_task_kwargs(kwargs.task, _plain(kwargs, "task_kwargs"))
     if "meta" in kwargs:
@@ -51,7 +52,7 @@ def rehearse(cfg: DictConfig) -> None:
         check_optimizer_kwargs(
             meta.optimizer.name, _plain(meta, "optimizer.kwargs"), "method_kwargs.meta.optimizer"
         )
-    check_together(cfg, kwargs)
+    check_together(cfg, own, kwargs)
     encoders = _encoders(cfg, own)
     patches = [check_encoder(*encoder) for encoder in encoders]
     _check_memory(own)
@@ -74,14 +75,6 @@ def _encoders(cfg: DictConfig, own: DictConfig) -> list[tuple[str, str, dict[str
         given = _plain(trunk, "kwargs")
         found.append(("method_kwargs.regularizer", trunk.name, given, {original.crop_size: key}))
     return found
-
-
-def _completed(cfg: DictConfig) -> DictConfig:
-    """A copy with the method's own defaults, as its constructor fills them in."""
-    own = cfg.copy()
-    if OmegaConf.select(own, "data.num_classes") is None:
-        OmegaConf.update(own, "data.num_classes", 1000, force_add=True)  # known once the data are there
-    return METHODS[own.method].add_and_assert_specific_cfg(own)
 
 
 def _check_memory(cfg: DictConfig) -> None:

@@ -21,7 +21,7 @@ EMBEDDED = ("digits", "confounded_digits")
 """Data sets that come with the package."""
 
 
-def rehearse_trials(runs: Sequence[TrialRun], configs: bool = True) -> None:
+def dry_run_trials(runs: Sequence[TrialRun], configs: bool = True) -> None:
     """Holds every trial's config against the schema and its method, and looks at each data set once.
 
     A trial that fails by a setting of its own does not keep the others from running: its record says it.
@@ -54,10 +54,10 @@ def _fault_of(run: TrialRun) -> str | None:
             if not checkpoint.startswith("timm:"):
                 find_checkpoint(checkpoint)
             return None
-        cfg = run.cfg.copy()
+        cfg = run.cfg
         # the trial itself will print its notes
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            complete(cfg)
+            cfg = complete(cfg)
         audit = run.study.measures.get("confounder_audit", {})
         if audit.get("banzhaf_masks") is not None and cfg.backbone.name in ENCODERS:
             kwargs = OmegaConf.to_container(cfg.backbone.get("kwargs") or OmegaConf.create({}), resolve=True)

@@ -1,12 +1,9 @@
-"""Blocks whose keys belong to the object they are passed to, held against that object before any work."""
+"""Checks kwargs against what receives them: a signature, or a trial build without memory."""
 
 import inspect
 import sys
-import types
-import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +11,9 @@ import torchvision
 from torch import nn
 
 from metamask_plugin import host
-from metamask_plugin.cli.schema_methods import DATA_KWARGS, TASK_KWARGS
-from metamask_plugin.cli.settings import MOST_NUMBER, Setting, check_value
-from metamask_plugin.cli.validate import unknown_key
+from metamask_plugin.config.methods import DataKwargs, TaskKwargs
+from metamask_plugin.config.read import unknown_key
+from metamask_plugin.config.signatures import check_keywords
 from metamask_plugin.data.coco import coco_splits
 from metamask_plugin.data.confounded_digits import confounded_digits
 from metamask_plugin.data.digits import digits
@@ -34,61 +31,19 @@ from metamask_plugin.modules.encoders import ENCODERS, build_encoder
 from metamask_plugin.tasks import TASKS
 
 GENERATED = {"digits": digits, "confounded_digits": confounded_digits, "coco": coco_splits}
-KINDS = {int: "whole", float: "number", bool: "flag", str: "text"}
-
-
-def check_keywords(
-    name: str,
-    given: Mapping[str, Any],
-    function: Callable,
-    table: Mapping[str, Setting] | None = None,
-    aside: Iterable[str] = (),
-) -> None:
-    """Holds a block against a signature.
-
-    Args:
-        name: the block as the user writes it.
-        given: the block.
-        function: what it will be passed to.
-        table: what is known of its arguments besides their type.
-        aside: arguments that are not the user's.
-
-    Raises:
-        UserError: for an unknown argument, with the nearest one, or a value that does not fit.
-    """
-    parameters = {
-        key: parameter
-        for key, parameter in inspect.signature(function).parameters.items()
-        if key not in aside and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    }
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    for key, value in given.items():
-        if key not in parameters:
-            raise unknown_key(name, key, parameters)
-        kinds = _kinds(hints.get(key, Any))
-        setting = (table or {}).get(key) or Setting("", next((KINDS[k] for k in kinds if k in KINDS), "any"))
-        setting = replace(setting, null=type(None) in kinds)
-        if setting.kind in ("whole", "number") and setting.most is None:
-            setting = replace(setting, most=MOST_NUMBER)
-        check_value(f"{name}.{key}", value, setting)
-
-
-def _kinds(hint: Any) -> tuple[type, ...]:
-    unions = (typing.Union, types.UnionType)
-    return typing.get_args(hint) if typing.get_origin(hint) in unions else (hint,)
 
 
 def check_task_kwargs(task: str, given: Mapping[str, Any]) -> None:
     """``method_kwargs.task_kwargs``; solo-learn's methods check theirs themselves."""
     if not is_solo_task(task):
         choose("method_kwargs.task", task, TASKS)
-        check_keywords("method_kwargs.task_kwargs", given, TASKS[task], TASK_KWARGS, ("self", "features_dim"))
+        check_keywords("method_kwargs.task_kwargs", given, TASKS[task], TaskKwargs, ("features_dim",))
 
 
 def check_data_kwargs(dataset: str, given: Mapping[str, Any]) -> None:
     """``data.kwargs``; data sets that take none leave them aside, so that ``data.dataset`` can be changed."""
     if dataset in GENERATED:
-        check_keywords("data.kwargs", given, GENERATED[dataset], DATA_KWARGS, ("train_path", "val_path"))
+        check_keywords("data.kwargs", given, GENERATED[dataset], DataKwargs, ("train_path", "val_path"))
 
 
 def check_optimizer_kwargs(name: str, kwargs: Mapping[str, Any], block: str) -> None:
@@ -131,7 +86,8 @@ def check_encoder(block: str, name: str, kwargs: Mapping[str, Any], sizes: Itera
         return None  # solo-learn's own factories
     kwargs = dict(kwargs)
     size = kwargs.pop("image_size", sizes[0])
-    check_value(f"{block}.kwargs.image_size", size, Setting("", "whole", least=1, most=8192))
+    whole = isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= 8192
+    check(whole, f"{block}.kwargs.image_size", "an integer >= 1 and <= 8192", size)
     if name in ENCODERS:
         known = _encoder_arguments(name)
         for key in kwargs:

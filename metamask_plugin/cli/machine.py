@@ -1,4 +1,4 @@
-"""Settings that are right one by one and cannot be together: one line for each, before any work."""
+"""What this machine, the files, the task and the meta step cannot do together: one line, before any work."""
 
 import os
 import sys
@@ -10,37 +10,31 @@ from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin.cli.devices import device_count, device_type
 from metamask_plugin.data.registry import evaluation_resize
-from metamask_plugin.errors import UserError, check, nearest
+from metamask_plugin.errors import check, nearest
 from metamask_plugin.host.solo_settings import is_solo_task
 from metamask_plugin.tasks import TASKS
 from metamask_plugin.tasks.base import MomentumTask
 
-WITH_BOXES = ("confounded_digits", "tiny_imagenet", "coco")
-PRECISIONS = (
-    *("64-true", "32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed"),
-    *("64", "32", "16", "bf16", "transformer-engine", "transformer-engine-float16"),
-)
-"""Lightning's."""
 HALF = ("bf16-true", "16-true")
-DOWNLOADS = ("cifar10", "cifar100", "stl10")
 WITH_MOMENTUM = ("sgd", "lars")
 """Optimisers that keep a momentum buffer."""
 MOST_PROCESSES = 1024
 
 
-def check_together(cfg: DictConfig, kwargs: DictConfig | None) -> None:
+def check_together(cfg: DictConfig, own: DictConfig, kwargs: DictConfig | None) -> None:
     """Raises a UserError for the first contradiction.
 
     Args:
         cfg: the complete config, each of its values valid.
+        own: what the method is built from.
         kwargs: ``method_kwargs`` over their preset; None for a method of others.
     """
     _machine(cfg)
-    _data(cfg)
+    evaluation_resize(cfg.data.dataset, cfg.augmentations[0].crop_size, cfg.data.get("evaluation_resize"))
     _schedule(cfg)
-    _checkpoints(cfg)
+    _folder(cfg)
     if kwargs is not None:
-        _task(cfg, kwargs)
+        _task(cfg, kwargs, own.data.num_large_crops)
         if "meta" in kwargs and kwargs.meta.enabled:
             _meta(cfg, kwargs.meta)
 
@@ -66,40 +60,10 @@ def _machine(cfg: DictConfig) -> None:
         remedy = f"did you mean {hint!r}?" if hint else "take auto or ddp"
         check(False, "strategy", "one of Lightning's", name, remedy)
     precision = cfg.precision
-    known = precision is None or (not isinstance(precision, bool) and str(precision) in PRECISIONS)
-    if not known:
-        hint = nearest(precision, PRECISIONS)
-        raise UserError(
-            f"precision={precision!r} must be one of {', '.join(PRECISIONS)}"
-            + (f"; did you mean {hint!r}?" if hint else "")
-        )
     if kind == "cpu" and str(precision) in ("16", "16-mixed", "16-true"):
         # Lightning has no 16-mixed there; 16-true has no gradient scaler and is NaN after a step
         check(False, "precision", "another than 16-mixed and 16-true on the CPU", precision,
               "set precision=32-true or bf16-mixed")  # fmt: skip
-    deterministic = cfg.get("deterministic")
-    check(
-        not (deterministic and cfg.get("benchmark")),
-        "benchmark",
-        "False with deterministic, since the search for the fastest algorithm is not",
-        cfg.get("benchmark"),
-    )
-    clipped = cfg.get("gradient_clip_val")
-    algorithm = cfg.get("gradient_clip_algorithm")
-    check(
-        algorithm is None or clipped is not None,
-        "gradient_clip_algorithm",
-        "left out without gradient_clip_val",
-        algorithm,
-        "set gradient_clip_val",
-    )
-    limit = cfg.get("limit_train_batches")
-    valid = limit is None or (
-        isinstance(limit, int | float)
-        and not isinstance(limit, bool)
-        and (1 <= limit <= 10**9 if isinstance(limit, int) else 0 < limit <= 1)
-    )
-    check(valid, "limit_train_batches", "an integer >= 1, or a share in (0, 1] as a float", limit)
 
 
 def _on_mps(cfg: DictConfig, count: int) -> None:
@@ -115,62 +79,8 @@ def _on_mps(cfg: DictConfig, count: int) -> None:
     print("note: accelerator=mps has not been tested by the authors", file=sys.stderr)
 
 
-def _data(cfg: DictConfig) -> None:
-    data, name = cfg.data, cfg.data.dataset
-    region = data.get("region") or "full"
-    check(
-        region == "full" or name in (*WITH_BOXES, "custom"),
-        "data.region",
-        f"full for {name}, which has no foreground boxes",
-        region,
-        f"take one of {', '.join(WITH_BOXES)}",
-    )
-    dali = data.get("format") == "dali"
-    check(not dali or data.get("pipeline") is None, "data.pipeline", "left out with data.format=dali",
-          data.get("pipeline"))  # fmt: skip
-    check(not dali or region == "full", "data.region", "full with data.format=dali", region)
-    check(not dali or data.get("bits") is None, "data.bits", "null with data.format=dali", data.get("bits"))
-    evaluation_resize(name, cfg.augmentations[0].crop_size, data.get("evaluation_resize"))
-    on_device = data.get("on_device")
-    pipeline = data.get("pipeline")
-    check(
-        not on_device or not (dali or pipeline == "torchvision"),
-        "data.on_device",
-        f"False or left out with the pipeline {'dali' if dali else pipeline}",
-        on_device,
-        "its images are files, or views made by workers; set data.pipeline=kornia",
-    )
-    check(
-        not data.download or name in DOWNLOADS,
-        "data.download",
-        f"False for {name}, which cannot be fetched from here",
-        data.download,
-    )
-    check(
-        not (data.no_labels and cfg.method == "supervised"),
-        "data.no_labels",
-        "False with method=supervised: there is nothing to learn without labels",
-        data.no_labels,
-    )
-    check(
-        not (data.no_labels and OmegaConf.select(cfg, "knn_eval.enabled")),
-        "knn_eval.enabled",
-        "False with data.no_labels=True: neighbours have no classes then",
-        True,
-    )
-    for index, entry in enumerate(cfg.augmentations):
-        for key, most in (("crop_size", 8192), ("num_crops", 1000)):
-            value = entry.get(key, 1)
-            check(value <= most, f"augmentations[{index}].{key}", f"<= {most}", value)
-
-
 def _schedule(cfg: DictConfig) -> None:
     scheduler = cfg.scheduler
-    steps = scheduler.get("lr_decay_steps")
-    if scheduler.name == "step":
-        check(bool(steps), "scheduler.lr_decay_steps", "a list of epochs for scheduler.name='step'", steps)
-        positive = all(step >= 0 for step in steps)
-        check(positive, "scheduler.lr_decay_steps", "epochs >= 0 for scheduler.name='step'", list(steps))
     warmup = scheduler.get("warmup_epochs")
     if scheduler.name == "warmup_cosine" and warmup is not None and warmup > cfg.max_epochs:
         # a shortened run of a long config is a usual thing to try; but it must not go unseen
@@ -181,14 +91,7 @@ def _schedule(cfg: DictConfig) -> None:
         )
 
 
-def _checkpoints(cfg: DictConfig) -> None:
-    every = OmegaConf.select(cfg, "checkpoint.every_n_steps")
-    check(
-        every is None or cfg.checkpoint.enabled,
-        "checkpoint.every_n_steps",
-        "null with checkpoint.enabled=False",
-        every,
-    )
+def _folder(cfg: DictConfig) -> None:
     folder = Path(cfg.checkpoint.dir)
     there = next((parent for parent in (folder, *folder.parents) if os.path.lexists(parent)), Path("."))
     remedy = "set another checkpoint.dir"
@@ -197,7 +100,7 @@ def _checkpoints(cfg: DictConfig) -> None:
     check(writable, "checkpoint.dir", "a folder that can be written", str(there), remedy)
 
 
-def _task(cfg: DictConfig, kwargs: DictConfig) -> None:
+def _task(cfg: DictConfig, kwargs: DictConfig, large: int) -> None:
     settings = kwargs.get("task_kwargs") or {}
     momentum = isinstance(TASKS.get(kwargs.task), type) and issubclass(TASKS[kwargs.task], MomentumTask)
     check(
@@ -206,7 +109,6 @@ def _task(cfg: DictConfig, kwargs: DictConfig) -> None:
         f"32-true or bf16-mixed for the task {kwargs.task}: 16 bits cannot hold its target network's steps",
         cfg.precision,
     )
-    large = cfg.data.num_large_crops
     if kwargs.task == "cmc":
         check(large == 2, "augmentations", "pipelines of 2 large crops together for the task cmc", large)
     if kwargs.task == "wmse" and settings.get("eps") == 0:

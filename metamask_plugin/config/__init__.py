@@ -1,0 +1,1 @@
+"""What a user may write: one typed model for each kind of config."""
