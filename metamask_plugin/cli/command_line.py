@@ -10,7 +10,7 @@ from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.aliases import BLOCKS, PRECISIONS
 from metamask_plugin.cli.known import FREE, PARTS, as_a_path, keys, names_of, shipped
 from metamask_plugin.cli.paths import near_path
-from metamask_plugin.errors import UserError, check, nearest, shown
+from metamask_plugin.errors import UserError, check, choose, nearest, shown
 
 FLAGS = (
     *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run"),
@@ -25,6 +25,8 @@ SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "
 WITHOUT_CONFIG = ("--hydra-help", "--shell-completion", "-sc", "--info", "-i", "--experimental-rerun")
 """Flags that say something, or complete a word, without a config."""
 
+COMPLETION, SHELLS = ("install", "uninstall", "query"), ("bash", "fish", "zsh")
+"""What ``--shell-completion`` can be asked for, one of them, and for whom."""
 
 FIRST = {"pretrain": "metamask_barlow", "linear": "confounded_digits", "study": "metamask_fig6"}
 """Configs that need no data, by kind."""
@@ -49,6 +51,10 @@ def understood(kind: str, words: Sequence[str]) -> list[str]:
     """
     words = with_pretraining_overrides(words) if kind == "study" else list(words)
     flags = check_flags(words)
+    if flags.shell_completion:
+        _check_completion(flags.overrides)
+    if flags.experimental_rerun is not None:
+        _check_pickle(Path(flags.experimental_rerun))
     for word in flags.overrides:
         _check_override(kind, word)
     added = [_addable(kind, word) for word in flags.overrides]
@@ -91,6 +97,7 @@ def check_flags(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--info", "-i", nargs="?", choices=infos)
     for flags in (("--package", "-p"), ("--experimental-rerun",)):
         parser.add_argument(*flags)
+    parser.add_argument("--shell-completion", "-sc", action="store_true")
     found, rest = parser.parse_known_args(list(words))
     found.overrides = [word for word in rest if not word.startswith("-")]
     return found
@@ -111,6 +118,21 @@ def with_pretraining_overrides(words: Sequence[str]) -> list[str]:
         "'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in words[place + 1 :]
     )
     return [*words[:place], f"overrides=[{quoted}]"]
+
+
+def _check_completion(words: Sequence[str]) -> None:
+    asked = [word.partition("=") for word in words if word.startswith(tuple(f"{key}=" for key in COMPLETION))]
+    name, found = "--shell-completion", " ".join(words)
+    check(len(asked) == 1, name, f"given with one of {', '.join(COMPLETION)}", found, "add install=bash")
+    key, _, shell = asked[0]
+    choose(f"{name} {key}", shell, SHELLS)
+    check(key != "query" or "COMP_LINE" in os.environ, name, "asked by a shell", found, "take install")
+
+
+def _check_pickle(file: Path) -> None:
+    pickled = file.is_file() and file.read_bytes()[:1] == b"\x80"
+    remedy = "" if file.exists() else near_path(file)
+    check(pickled, "--experimental-rerun", "a config that Hydra has pickled", str(file), remedy)
 
 
 def _check_override(kind: str, word: str) -> None:

@@ -1,12 +1,15 @@
 """What everybody types wrongly at first: one line, at once, with a remedy that can be pasted."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
+from metamask_plugin.cli.command_line import understood
 from metamask_plugin.cli.main import COMMAND, COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +77,17 @@ ANSWERED = {
     "no key": ([*PRETRAIN, "=5"], "an override must be key=value, got '=5'"),
     "a switch with a value": ([*PRETRAIN, "-m=3"], "write -m"),
     "an unknown kind of info": ([*PRETRAIN, "--info", "foo"], "invalid choice: 'foo'"),
+    "an unknown shell": (
+        ["pretrain", "-sc", "install=foo"],
+        "--shell-completion install must be one of bash, fish, zsh, got 'foo'",
+    ),
+    "no shell": ([*PRETRAIN, "-sc"], "add install=bash"),
+    "a shell's question": (["pretrain", "-sc", "query=bash"], "must be asked by a shell"),
+    "no such run to repeat": (
+        [*PRETRAIN, "--experimental-rerun", "gone"],
+        "--experimental-rerun must be a config that Hydra has pickled, got 'gone'",
+    ),
+    "text for a pickle": (["pretrain", "--experimental-rerun", __file__], "that Hydra has pickled"),
     "an unknown short flag": ([*PRETRAIN, "-x"], "a flag must be one of"),
     "an unknown method": ([*PRETRAIN, "method=nope"], "method must be one of bare, icl_msr, metamask"),
 }
@@ -166,6 +180,21 @@ def test_a_config_of_ones_own(typed, tmp_path):
     assert code == 2 and f"write --config-dir {tmp_path} --config-name mine" in err
     code, _, err = typed(*PRETRAIN, "--config-dir", str(tmp_path))
     assert code == 2 and "rename your file" in err
+
+
+def test_completion(typed, monkeypatch):
+    code, out, err = typed("pretrain", "-sc", "install=bash")
+    assert code == 0 and "COMP_LINE" in out and not err
+    monkeypatch.setenv("COMP_LINE", "metamask-ssl task=by")
+    code, out, err = typed(*PRETRAIN, "-sc", "query=bash")
+    assert code == 0 and "task=byol" in out and not err
+
+
+def test_a_run_is_repeated_from_its_pickle(tmp_path):
+    file = tmp_path / "config.pickle"
+    file.write_bytes(pickle.dumps(OmegaConf.create({"hydra": {}})))
+    words = ["--experimental-rerun", str(file)]
+    assert understood("pretrain", words) == words
 
 
 def test_help_and_lists(typed):
