@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.host.solo_settings import NOT_TASKS, PREFIX, WITH_MSR
 from metamask_plugin.modules.target_network import TargetNetwork
-from metamask_plugin.tasks.base import Projections, Task
+from metamask_plugin.tasks.base import Projections, Strata, Task
 
 
 class SoloTask(Task):
@@ -107,7 +107,7 @@ class SoloTask(Task):
         return torch.arange(count, device=feats.device), feats.new_zeros(count, dtype=torch.long), 0
 
     def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Projections
+        self, projections: Projections, targets: Projections | None, weighted: Strata
     ) -> torch.Tensor:
         """The method's loss with one view's channels weighted, averaged over views and strata."""
         check(

@@ -4,7 +4,7 @@ from typing import Any
 
 from metamask_plugin.errors import UserError, choose
 from metamask_plugin.tasks.barlow_twins import BarlowTwins
-from metamask_plugin.tasks.base import MomentumTask, Projections, Task
+from metamask_plugin.tasks.base import MomentumTask, Projections, Strata, Task
 from metamask_plugin.tasks.byol import BYOL
 from metamask_plugin.tasks.cmc import CMC
 from metamask_plugin.tasks.dcl import DCL
@@ -73,6 +73,7 @@ __all__ = [
     "SSLHSIC",
     "SimCLR",
     "SimSiam",
+    "Strata",
     "SwAV",
     "TASKS",
     "Task",

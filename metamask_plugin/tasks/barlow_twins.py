@@ -9,7 +9,7 @@ from metamask_plugin.errors import check, choose
 from metamask_plugin.losses.backdoor import stratified_loss
 from metamask_plugin.losses.redundancy_reduction import FORMS, redundancy_reduction_loss
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Projections, Task
+from metamask_plugin.tasks.base import Projections, Strata, Task
 
 
 class BarlowTwins(Task):
@@ -65,7 +65,7 @@ class BarlowTwins(Task):
         return torch.stack([self._pair_loss(z1, z2) for z1, z2 in combinations(projections, 2)]).sum()
 
     def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Projections
+        self, projections: Projections, targets: Projections | None, weighted: Strata
     ) -> torch.Tensor:
         return comb(len(projections), 2) * stratified_loss(self._pair_loss, projections, weighted)
 

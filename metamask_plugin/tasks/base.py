@@ -13,6 +13,9 @@ from metamask_plugin.modules.target_network import TargetNetwork, cosine_momentu
 Projections = Sequence[torch.Tensor]
 """One tensor (N, P) a view."""
 
+Strata = Sequence[torch.Tensor]
+"""One tensor (N, n, P) a view: its projections with their channels weighted by each of n strata."""
+
 
 class Task(nn.Module, ABC):
     """Heads and loss on top of an encoder's features.
@@ -105,7 +108,7 @@ class Task(nn.Module, ABC):
         return self.project(feats)
 
     def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Sequence[torch.Tensor]
+        self, projections: Projections, targets: Projections | None, weighted: Strata
     ) -> torch.Tensor:
         """ICL-MSR's L_msr for this task.
 
@@ -198,7 +201,7 @@ class Task(nn.Module, ABC):
 class MomentumTask(Task):
     """A task whose targets come from a moving average of encoder and projection head.
 
-    Subclasses set ``self.projector``, whose average the target's head is.
+    Subclasses set ``self.projector``, whose average the target's head is. Their losses are given targets.
 
     Args:
         features_dim: D.
@@ -207,6 +210,7 @@ class MomentumTask(Task):
     """
 
     projector: nn.Module
+    target: TargetNetwork  # from start_target on
 
     def __init__(self, features_dim: int, base_momentum: float, final_momentum: float):
         super().__init__(features_dim)

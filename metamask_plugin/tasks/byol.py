@@ -6,7 +6,7 @@ from metamask_plugin.errors import check
 from metamask_plugin.losses.backdoor import stratified_loss
 from metamask_plugin.losses.negative_cosine import byol_loss
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import MomentumTask, Projections
+from metamask_plugin.tasks.base import MomentumTask, Projections, Strata
 
 
 class BYOL(MomentumTask):
@@ -57,11 +57,12 @@ class BYOL(MomentumTask):
         return self.projector(feats)
 
     def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+        assert targets is not None
         # as if each target were the only stratum of itself
         return self.backdoor_adjusted_loss(projections, targets, [z[:, None] for z in targets])
 
     def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Projections
+        self, projections: Projections, targets: Projections | None, weighted: Strata
     ) -> torch.Tensor:
         """The loss itself on the weighted targets, averaged over the strata."""
         return stratified_loss(byol_loss, [self.predictor(z) for z in projections], weighted)

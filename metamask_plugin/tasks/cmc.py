@@ -1,6 +1,7 @@
 """CMC: two views, contrasted with each other only."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from metamask_plugin.errors import check
 from metamask_plugin.losses.cmc import cmc_loss
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Projections, Task
+from metamask_plugin.tasks.base import Projections, Strata, Task
 
 
 class CMC(Task):
@@ -62,7 +63,8 @@ class CMC(Task):
             projection_head(features_dim, proj_hidden_dim, proj_output_dim)
             for _ in range(1 if shared_head else 2)
         )
-        self.banks = nn.ModuleList(FeatureQueue(bank_size, proj_output_dim) for _ in range(2))
+        banks = nn.ModuleList(FeatureQueue(bank_size, proj_output_dim) for _ in range(2))
+        self.banks = cast("Sequence[FeatureQueue]", banks)
 
     def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         """Projection by the head of ``view``; the first one's for features that are of no view."""
@@ -82,7 +84,7 @@ class CMC(Task):
         return cmc_loss(projections, self.temperature, self._bank_entries())
 
     def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Projections
+        self, projections: Projections, targets: Projections | None, weighted: Strata
     ) -> torch.Tensor:
         return cmc_loss(projections, self.temperature, self._bank_entries(), weighted)
 

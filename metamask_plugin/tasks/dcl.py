@@ -5,7 +5,7 @@ import torch
 from metamask_plugin.errors import check
 from metamask_plugin.losses.backdoor import backdoor_adjusted_loss
 from metamask_plugin.losses.debiased import debiased_negative_mass
-from metamask_plugin.tasks.base import Projections
+from metamask_plugin.tasks.base import Projections, Strata
 from metamask_plugin.tasks.simclr import SimCLR
 
 
@@ -64,7 +64,7 @@ class DCL(SimCLR):
         return self.backdoor_adjusted_loss(projections, targets, [z[:, None] for z in projections])
 
     def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Projections
+        self, projections: Projections, targets: Projections | None, weighted: Strata
     ) -> torch.Tensor:
         mass = debiased_negative_mass(self.tau_plus, self.temperature, self.beta)
         return backdoor_adjusted_loss(projections, weighted, self.temperature, self.bank.entries, mass)

@@ -86,6 +86,7 @@ class InterventionalTask(nn.Module):
         if self.level == "projection":
             return view[:, None] * weights
         if self.level == "feature_map":
+            assert self.tail is not None
             maps = [view * a[:, :, None, None] for a in weights.unbind(1)]
             if self.task.stop_gradient:
                 feats = [without_gradient(self.tail, stratum) for stratum in maps]

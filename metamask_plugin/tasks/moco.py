@@ -6,7 +6,7 @@ from metamask_plugin.errors import check
 from metamask_plugin.losses.moco import moco_loss
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import MomentumTask, Projections
+from metamask_plugin.tasks.base import MomentumTask, Projections, Strata
 
 
 class MoCo(MomentumTask):
@@ -59,13 +59,15 @@ class MoCo(MomentumTask):
         return self.projector(feats)
 
     def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+        assert targets is not None
         return moco_loss(projections, targets, self.queue.entries, self.temperature)
 
     def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Projections
+        self, projections: Projections, targets: Projections | None, weighted: Strata
     ) -> torch.Tensor:
         return moco_loss(projections, weighted, self.queue.entries, self.temperature)
 
     @torch.no_grad()
     def after_batch(self, projections: Projections, targets: Projections | None) -> None:
+        assert targets is not None
         self.queue.push(torch.cat(list(targets)))

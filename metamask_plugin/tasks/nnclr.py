@@ -7,7 +7,7 @@ from metamask_plugin.losses.nnclr import nearest_neighbours, nnclr_loss
 from metamask_plugin.modules.batch_norm import statistics_kept
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Projections, Task
+from metamask_plugin.tasks.base import Projections, Strata, Task
 
 
 class NNCLR(Task):
@@ -67,14 +67,14 @@ class NNCLR(Task):
         return self._loss(projections)
 
     def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Projections
+        self, projections: Projections, targets: Projections | None, weighted: Strata
     ) -> torch.Tensor:
         predicted = [
             torch.stack([self.predictor(stratum) for stratum in view.unbind(1)], dim=1) for view in weighted
         ]
         return self._loss(projections, predicted)
 
-    def _loss(self, projections: Projections, positives: Projections | None = None) -> torch.Tensor:
+    def _loss(self, projections: Projections, positives: Strata | None = None) -> torch.Tensor:
         neighbours = [nearest_neighbours(z, self.support.entries) for z in projections]
         predictions = [self.predictor(z) for z in projections]
         return nnclr_loss(neighbours, predictions, self.temperature, positives, self.bank.entries)

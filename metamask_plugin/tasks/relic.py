@@ -7,7 +7,7 @@ from metamask_plugin.errors import check
 from metamask_plugin.losses.relic import relic_loss
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import MomentumTask, Projections
+from metamask_plugin.tasks.base import MomentumTask, Projections, Strata
 
 
 class RELIC(MomentumTask):
@@ -72,13 +72,16 @@ class RELIC(MomentumTask):
         return self.predictor(self.projector(feats))
 
     def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+        assert targets is not None
         return relic_loss(projections, targets, self.temperature, self.alpha, self.bank.entries)
 
     def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Projections
+        self, projections: Projections, targets: Projections | None, weighted: Strata
     ) -> torch.Tensor:
+        assert targets is not None
         return relic_loss(projections, targets, self.temperature, self.alpha, self.bank.entries, weighted)
 
     @torch.no_grad()
     def after_batch(self, projections: Projections, targets: Projections | None) -> None:
+        assert targets is not None
         self.bank.push(torch.cat(list(targets)))

@@ -9,7 +9,7 @@ from metamask_plugin.losses.backdoor import stratified_loss
 from metamask_plugin.losses.ressl import relation_loss
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import MomentumTask, Projections
+from metamask_plugin.tasks.base import MomentumTask, Projections, Strata
 
 
 class ReSSL(MomentumTask):
@@ -67,10 +67,7 @@ class ReSSL(MomentumTask):
         )
         check(online_temperature > 0, f"{name}.online_temperature", "> 0", online_temperature)
         check(target_temperature > 0, f"{name}.target_temperature", "> 0", target_temperature)
-        self.temperatures = {
-            "online_temperature": online_temperature,
-            "target_temperature": target_temperature,
-        }
+        self.online_temperature, self.target_temperature = online_temperature, target_temperature
         self.symmetric = symmetric
         self.projection_dim = proj_output_dim
         self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim)
@@ -80,17 +77,24 @@ class ReSSL(MomentumTask):
         return self.projector(feats)
 
     def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+        assert targets is not None
         # as if each target were the only stratum of itself
         return self.backdoor_adjusted_loss(projections, targets, [z[:, None] for z in targets])
 
     def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Projections
+        self, projections: Projections, targets: Projections | None, weighted: Strata
     ) -> torch.Tensor:
         """The loss itself on the weighted targets, averaged over the strata: mean_t H(p'_t, p)."""
         used = weighted if self.symmetric else weighted[:1]
-        pair_loss = partial(relation_loss, queue=self.queue.entries, **self.temperatures)
+        pair_loss = partial(
+            relation_loss,
+            queue=self.queue.entries,
+            online_temperature=self.online_temperature,
+            target_temperature=self.target_temperature,
+        )
         return stratified_loss(pair_loss, projections, used)
 
     @torch.no_grad()
     def after_batch(self, projections: Projections, targets: Projections | None) -> None:
+        assert targets is not None
         self.queue.push(targets[0])  # one entry an image, also where all large crops are targets

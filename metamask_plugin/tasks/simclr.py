@@ -6,7 +6,7 @@ from metamask_plugin.errors import check
 from metamask_plugin.losses import backdoor_adjusted_loss, nt_xent_loss
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Projections, Task
+from metamask_plugin.tasks.base import Projections, Strata, Task
 
 
 class SimCLR(Task):
@@ -56,7 +56,7 @@ class SimCLR(Task):
         return nt_xent_loss(projections, self.temperature, bank=self.bank.entries)
 
     def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Projections
+        self, projections: Projections, targets: Projections | None, weighted: Strata
     ) -> torch.Tensor:
         return backdoor_adjusted_loss(projections, weighted, self.temperature, self.bank.entries)
 

@@ -7,7 +7,7 @@ from metamask_plugin.losses.backdoor import stratified_loss
 from metamask_plugin.losses.negative_cosine import negative_cosine_loss
 from metamask_plugin.modules.heads import projection_head
 from metamask_plugin.modules.stop_gradient import without_gradient
-from metamask_plugin.tasks.base import Projections, Task
+from metamask_plugin.tasks.base import Projections, Strata, Task
 
 
 class SimSiam(Task):
@@ -66,7 +66,7 @@ class SimSiam(Task):
         return self.backdoor_adjusted_loss(projections, None, [z.detach()[:, None] for z in projections])
 
     def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Projections
+        self, projections: Projections, targets: Projections | None, weighted: Strata
     ) -> torch.Tensor:
         """The loss itself on the weighted positives, averaged over the strata.
 

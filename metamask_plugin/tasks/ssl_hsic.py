@@ -5,7 +5,7 @@ import torch
 from metamask_plugin.errors import check, choose
 from metamask_plugin.losses.hsic import KERNELS, SMALLEST_SCALE, hsic_loss
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import MomentumTask, Projections
+from metamask_plugin.tasks.base import MomentumTask, Projections, Strata
 
 
 class SSLHSIC(MomentumTask):
@@ -57,7 +57,7 @@ class SSLHSIC(MomentumTask):
         check(scale >= SMALLEST_SCALE, f"{name}.scale", f">= {SMALLEST_SCALE}", scale)
         pred_hidden_dim = proj_hidden_dim if pred_hidden_dim is None else pred_hidden_dim
         check(pred_hidden_dim >= 1, f"{name}.pred_hidden_dim", ">= 1", pred_hidden_dim)
-        self.settings = {"gamma": gamma, "kernel": choose(f"{name}.kernel", kernel, KERNELS), "scale": scale}
+        self.gamma, self.kernel, self.scale = gamma, choose(f"{name}.kernel", kernel, KERNELS), scale
         self.projection_dim = proj_output_dim
         self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim)
         self.predictor = projection_head(proj_output_dim, pred_hidden_dim, proj_output_dim)
@@ -66,10 +66,11 @@ class SSLHSIC(MomentumTask):
         return self.predictor(self.projector(feats))
 
     def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
-        return hsic_loss([*projections, *targets], **self.settings)
+        assert targets is not None
+        return hsic_loss([*projections, *targets], self.gamma, self.kernel, self.scale)
 
     def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Projections
+        self, projections: Projections, targets: Projections | None, weighted: Strata
     ) -> torch.Tensor:
         strata = torch.stack(list(weighted)).unbind(2)
-        return torch.stack([self.loss(projections, stratum) for stratum in strata]).mean()
+        return torch.stack([self.loss(projections, stratum.unbind()) for stratum in strata]).mean()

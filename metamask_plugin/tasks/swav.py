@@ -1,5 +1,8 @@
 """SwAV: predict from one view which prototypes another view was assigned to."""
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,7 +12,7 @@ from metamask_plugin.losses.sinkhorn import sinkhorn_codes
 from metamask_plugin.losses.swav import multi_crop_loss
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Projections, Task
+from metamask_plugin.tasks.base import Projections, Strata, Task
 
 
 class Prototypes(nn.Linear):
@@ -68,6 +71,8 @@ class SwAV(Task):
     source = "Caron et al., NeurIPS 2020"
     negatives = "none (equal use of the prototypes)"
     capturable = False  # prototypes are frozen, and queues used, from some step on
+    queued: torch.Tensor
+    steps: torch.Tensor
 
     def __init__(
         self,
@@ -99,9 +104,8 @@ class SwAV(Task):
         self.projection_dim = proj_output_dim
         self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim)
         self.prototypes = Prototypes(proj_output_dim, num_prototypes)
-        self.queues = nn.ModuleList(
-            FeatureQueue(queue_size, proj_output_dim, f"{name}.queue_size") for _ in range(2)
-        )
+        queues = (FeatureQueue(queue_size, proj_output_dim, f"{name}.queue_size") for _ in range(2))
+        self.queues = cast("Sequence[FeatureQueue]", nn.ModuleList(queues))
         self.register_buffer("queued", torch.zeros((), dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self._counts: dict[str, int] | None = None
@@ -115,19 +119,19 @@ class SwAV(Task):
         return multi_crop_loss(self._codes(scores), scores, self.temperature)
 
     def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Projections
+        self, projections: Projections, targets: Projections | None, weighted: Strata
     ) -> torch.Tensor:
         codes = self._codes(self._scores(projections))
         return multi_crop_loss(codes, self._scores(weighted), self.temperature)
 
-    def _scores(self, projections: Projections) -> list[torch.Tensor]:
+    def _scores(self, projections: Projections | Strata) -> list[torch.Tensor]:
         frozen = self._counted()["steps"] < self.freeze_prototypes_steps
         return [self.prototypes(z, frozen) for z in projections]
 
     @torch.no_grad()
     def _codes(self, scores: list[torch.Tensor]) -> list[torch.Tensor]:
         """Codes of the large crops, (N, K) each."""
-        past: list[torch.Tensor | None] = [None, None]
+        past: Sequence[torch.Tensor | None] = (None, None)
         counts = self._counted()
         if 0 < self.queue_size <= counts["queued"] and counts["steps"] >= self.queue_start:
             past = self._scores([queue.entries for queue in self.queues])
@@ -158,5 +162,5 @@ class SwAV(Task):
         self.steps.fill_(counts["steps"])
 
 
-def _forget_counts(task: SwAV, incompatible_keys) -> None:
+def _forget_counts(task: SwAV, incompatible_keys: object) -> None:
     task._counts = None

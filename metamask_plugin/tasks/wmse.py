@@ -7,7 +7,7 @@ from metamask_plugin.errors import check
 from metamask_plugin.losses.backdoor import stratified_loss
 from metamask_plugin.losses.whitening import random_slices, whitened_mse_loss
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Projections, Task
+from metamask_plugin.tasks.base import Projections, Strata, Task
 
 
 class WMSE(Task):
@@ -65,7 +65,7 @@ class WMSE(Task):
         return whitened_mse_loss(projections, self._partitions(projections[0]), self.eps)
 
     def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Projections
+        self, projections: Projections, targets: Projections | None, weighted: Strata
     ) -> torch.Tensor:
         partitions = self._partitions(projections[0])
         return stratified_loss(
