@@ -39,7 +39,7 @@ def test_an_editor_finds_what_a_run_would_refuse():
 
 def test_every_key_is_on_it():
     text = keys_page.PAGE.read_text()
-    ours = [key for model in (Pretraining, Linear, studies.Study) for key in keys_of(model, unused=False)]
+    ours = [key for model in (Pretraining, Linear, studies.Study) for key in keys_of(model)]
     assert len(ours) > 100 and not [key for key in ours if f"| `{key}` |" not in text]
     within = [key for key in keys("pretrain") if key.startswith("method_kwargs.")]
     named = [key.removeprefix("method_kwargs.").removeprefix("task_kwargs.") for key in within]

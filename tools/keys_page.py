@@ -86,10 +86,10 @@ def table(
     Args:
         model: whose keys they are.
         defaults: by key, in place of the model's own.
-        keys: that are shown; all but unused ones by default.
+        keys: that are shown; all by default.
     """
     lines = ["| key | values | default | |", "|---|---|---|---|"]
-    for key in keys or keys_of(model, unused=False):
+    for key in keys or keys_of(model):
         schema, _ = schema_at(model, key.split("."))
         given = {"": schema["default"]} if "default" in schema else {}
         given = given if defaults is None else {"": defaults[key]} if key in defaults else {}

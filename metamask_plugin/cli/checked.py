@@ -1,17 +1,18 @@
 """A composed config, held against its model, before anything heavy is imported."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from metamask_plugin.cli.paths import expand_paths
-from metamask_plugin.cli.resolved import plain
-from metamask_plugin.config.linear import Linear
+from metamask_plugin.config import linear, pretraining
 from metamask_plugin.config.methods import METHOD_KWARGS, Baseline, TaskKwargs
-from metamask_plugin.config.pretraining import LIGHTNING, Pretraining
-from metamask_plugin.config.read import keys_of, read, unused_keys, without_nulls
+from metamask_plugin.config.read import Node, keys_of, read, without_nulls
+from metamask_plugin.errors import UserError
 
 METHOD_KEYS = [
     *keys_of(Baseline, "method_kwargs."),
@@ -20,7 +21,7 @@ METHOD_KEYS = [
 """Keys that a slip may put at the top of a config."""
 
 
-def checked_pretraining(cfg: DictConfig, quiet: bool = False) -> dict[str, Any]:
+def checked_pretraining(cfg: DictConfig, quiet: bool = False) -> Node:
     """The pretraining config, complete but for what a method and its preset fill in.
 
     Args:
@@ -30,20 +31,22 @@ def checked_pretraining(cfg: DictConfig, quiet: bool = False) -> dict[str, Any]:
     Raises:
         UserError: for an unknown or missing key, a value that cannot be, or values that cannot be together.
     """
-    node = _plain(cfg)
-    others = [key for key in LIGHTNING if node.pop(key, None) is not None]
-    found = read(Pretraining, node, also=METHOD_KEYS)
+    node, aside = _split(cfg, pretraining.WITHOUT_EFFECT)
+    found = read(pretraining.Pretraining, node, also=METHOD_KEYS)
     own = METHOD_KWARGS.get(found["method"])
     if own is not None:
         kwargs = read(own, found["method_kwargs"], "method_kwargs")
         found["method_kwargs"] = without_nulls(own, kwargs)
-    ignored = [*unused_keys(Pretraining, found), *others]
-    if ignored and not quiet:
-        print(f"note: {', '.join(ignored)}: solo-learn's, without effect here", file=sys.stderr)
+    asked = [key for key, value in aside.items() if _asks(value)]
+    if asked and not quiet:
+        print(f"note: {', '.join(asked)}: solo-learn's, without effect here", file=sys.stderr)
+    for key, value in aside.items():
+        *blocks, last = key.split(".")
+        reduce(dict.__getitem__, blocks, found)[last] = value
     return found
 
 
-def checked_linear(cfg: DictConfig) -> dict[str, Any]:
+def checked_linear(cfg: DictConfig) -> Node:
     """The config of a probe or of fine-tuning, complete.
 
     Args:
@@ -52,21 +55,62 @@ def checked_linear(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: for an unknown key, or a value that cannot be.
     """
-    node = _plain(cfg)
+    node, _ = _split(cfg, linear.WITHOUT_EFFECT)
     if node.get("pretrained_feature_extractor") in ("", "None"):  # solo-learn's YAMLs write None, a word
         node["pretrained_feature_extractor"] = None
-    for key in LIGHTNING:
-        node.pop(key, None)
-    return read(Linear, node)
+    return read(linear.Linear, node)
 
 
-def _plain(cfg: DictConfig) -> dict[str, Any]:
+def _split(cfg: DictConfig, keys: Iterable[str]) -> tuple[Node, Node]:
+    """Without some keys, as plain dictionaries and lists; and these keys, dotted, with their values."""
     cfg = cfg.copy()
     OmegaConf.set_readonly(cfg, False)
     OmegaConf.set_struct(cfg, False)
     cfg.pop("hydra", None)
     expand_paths(cfg)
-    return plain(cfg)
+    node, aside = plain(cfg), {}
+    for key in keys:
+        block, _, last = key.rpartition(".")
+        inner = node.get(block) if block else node
+        if isinstance(inner, dict) and last in inner:
+            aside[key] = inner.pop(last)
+    return node, aside
+
+
+def _asks(value: Any) -> bool:
+    """Whether the user asks for something with a value; False, zero and null ask for nothing."""
+    return any(map(_asks, value.values())) if isinstance(value, dict) else bool(value)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The config with its interpolations resolved, as plain dictionaries and lists.
+
+    Raises:
+        UserError: for a ``???`` that is not filled in, or an interpolation that leads nowhere.
+    """
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise UserError(
+            f"{error.full_key or 'a key'} must be set, got ???; set it on the command line"
+        ) from None
+    except InterpolationResolutionError as error:
+        reason = _first_line(error)
+        raise UserError(
+            f"{error.full_key or 'the config'} must be an interpolation that resolves, got: {reason}; name a "
+            "key that is there, or write the value itself"
+        ) from None
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(
+            f"the config must resolve, got {type(error).__name__}: {_first_line(error)}"
+        ) from None
+    except RecursionError:
+        raise UserError("the config must resolve, got an interpolation that refers to itself") from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def frozen(node: Mapping[str, Any]) -> DictConfig:

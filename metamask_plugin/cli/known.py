@@ -48,9 +48,8 @@ FREE = {
 
 def keys(kind: str) -> list[str]:
     """Dotted names of all keys of a kind of config, but for those that are only handed on to Lightning."""
-    from metamask_plugin.config.linear import Linear
+    from metamask_plugin.config import linear, pretraining
     from metamask_plugin.config.methods import Baseline, TaskKwargs
-    from metamask_plugin.config.pretraining import Pretraining
     from metamask_plugin.config.read import keys_of
     from metamask_plugin.config.studies import MEASURES, Study
 
@@ -60,6 +59,7 @@ def keys(kind: str) -> list[str]:
             *(key for name, m in MEASURES.items() for key in keys_of(m, f"measures.{name}.")),
         ]
     if kind == "linear":
-        return keys_of(Linear)
+        return [*keys_of(linear.Linear), *linear.WITHOUT_EFFECT]
     own = keys_of(Baseline, "method_kwargs.")
-    return [*PARTS, *keys_of(Pretraining), *own, *keys_of(TaskKwargs, "method_kwargs.task_kwargs.")]
+    task = keys_of(TaskKwargs, "method_kwargs.task_kwargs.")
+    return [*PARTS, *keys_of(pretraining.Pretraining), *pretraining.WITHOUT_EFFECT, *own, *task]

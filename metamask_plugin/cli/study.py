@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from metamask_plugin import SCRIPTS
+from metamask_plugin.cli.checked import plain
 from metamask_plugin.cli.config import complete, for_method
 from metamask_plugin.cli.dry_run_study import dry_run_trials
 from metamask_plugin.cli.errors import one_line_errors
@@ -25,7 +26,6 @@ from metamask_plugin.cli.hydra_errors import told
 from metamask_plugin.cli.known import shipped
 from metamask_plugin.cli.paths import expand_paths, expanded
 from metamask_plugin.cli.pretrain import pretrain
-from metamask_plugin.cli.resolved import plain
 from metamask_plugin.config import studies as config
 from metamask_plugin.config.read import read
 from metamask_plugin.config.signatures import check_keywords

@@ -40,16 +40,10 @@ def key(default: Any, meaning: str, **rest: Any) -> Any:
     Args:
         default: where the config is silent or null; ``...`` where there must be a value.
         meaning: for the reader of a table.
-        rest: ``expected`` completes "must be ..." in place of what the type says; ``unused`` marks a key that
-            is solo-learn's alone: accepted, and without effect here.
+        rest: ``expected`` completes "must be ..." in place of what the type says.
     """
-    extra = {"json_schema_extra": rest} if rest else {}
+    extra: dict[str, Any] = {"json_schema_extra": rest} if rest else {}
     return Field(default, description=meaning, **extra)
-
-
-def ignored(kind: str = "solo-learn's") -> Any:
-    """A key that is accepted and has no effect here."""
-    return key(None, kind, unused=True)
 
 
 def refuse(expected: str, remedy: str = "") -> PydanticCustomError:

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from metamask_plugin.config import pretraining
 from metamask_plugin.config.fields import (
     Anything,
     BelowOne,
@@ -12,7 +13,6 @@ from metamask_plugin.config.fields import (
     FolderName,
     Keywords,
     Natural,
-    NonNegative,
     Path,
     Pixels,
     Positive,
@@ -20,14 +20,11 @@ from metamask_plugin.config.fields import (
     Seed,
     Text,
     Workers,
-    ignored,
     key,
 )
 from metamask_plugin.config.pretraining import (
     FRACTION,
     Accelerator,
-    AutoUMAP,
-    Dali,
     Dataset,
     Fraction,
     Region,
@@ -36,6 +33,15 @@ from metamask_plugin.config.pretraining import (
 from metamask_plugin.config.views import LinearView
 
 Head = Literal["linear", "mlp"]
+WITHOUT_EFFECT = (
+    *pretraining.WITHOUT_EFFECT,
+    *("accumulate_grad_batches", "auto_resume", "checkpoint.frequency", "dali", "data.on_device"),
+    *("data.pipeline", "devices", "num_nodes", "optimizer.exclude_bias_n_norm_wd", "performance"),
+    *("precision", "resume_from_checkpoint", "scheduler.interval", "scheduler.warmup_epochs"),
+    *("scheduler.warmup_start_lr", "strategy", "sync_batchnorm", "wandb.entity", "wandb.offline"),
+    "wandb.project",
+)
+"""Keys and blocks of solo-learn alone: accepted and not checked; one device does it all here."""
 
 
 class Backbone(Block):
@@ -60,8 +66,6 @@ class Optimizer(Block):
     lr: Positive | None = key(None, "of a batch of 256")
     weight_decay: Rate = key(0.0, "of all parameters")
     kwargs: OptimizerKwargs = OptimizerKwargs()
-    exclude_bias_n_norm_wd: bool | None = ignored()
-    layer_decay: NonNegative | None = ignored()
 
 
 class Scheduler(Block):
@@ -72,9 +76,6 @@ class Scheduler(Block):
     )
     min_lr: Rate = key(0.0, "at the end")
     lr_decay_steps: list[Natural] = key([], "epochs of step")
-    warmup_epochs: NonNegative | None = ignored()
-    warmup_start_lr: NonNegative | None = ignored()
-    interval: Literal["step", "epoch"] | None = ignored()
 
 
 class Data(Block):
@@ -91,8 +92,6 @@ class Data(Block):
     kwargs: Keywords | None = key(None, "options of the generated data sets; COCO's annotations")
     download: bool | None = key(None, "torchvision's data sets are fetched")
     no_labels: bool | None = key(None, "False here")
-    pipeline: Text | None = ignored("left aside: the images are not augmented")
-    on_device: bool | None = ignored("left aside")
     verify: Literal["none", "header", "decode"] | None = key(None, "what is looked at in every file")
     invalid_images: Literal["stop", "skip"] | None = key(None, "what a file that cannot be read does")
     bits: Annotated[int, Field(ge=8, le=16)] | None = key(
@@ -113,30 +112,12 @@ class Checkpoint(Block):
 
     enabled: bool = key(True, "whether results are written")
     dir: Path = key("trained_models", "folder of the results")
-    frequency: Count | None = ignored()
-    keep_prev: bool | None = ignored()
-
-
-class AutoResume(Block):
-    """solo-learn's."""
-
-    enabled: bool | None = ignored()
-    max_hours: NonNegative | None = ignored()
-
-
-class Performance(Block):
-    """solo-learn's."""
-
-    disable_channel_last: bool | None = ignored()
 
 
 class Wandb(Block):
     """solo-learn's."""
 
     enabled: bool | None = key(None, "ignored: the numbers are in summary.json")
-    project: Text | None = ignored()
-    entity: Text | None = ignored()
-    offline: bool | None = ignored()
 
 
 class Linear(Block):
@@ -159,20 +140,8 @@ class Linear(Block):
     optimizer: Optimizer = Optimizer()
     scheduler: Scheduler = Scheduler()
     data: Data = Data()
-    dali: Dali = Dali()
     checkpoint: Checkpoint = Checkpoint()
-    auto_resume: AutoResume = AutoResume()
-    performance: Performance = Performance()
     wandb: Wandb = Wandb()
-    auto_umap: AutoUMAP = AutoUMAP()
-    devices: Anything = ignored("solo-learn's: one device here")
-    strategy: Anything = ignored()
-    precision: Anything = ignored()
-    num_nodes: Count | None = ignored()
-    accumulate_grad_batches: Count | None = ignored()
-    resume_from_checkpoint: Path | None = ignored()
-    sync_batchnorm: bool | None = ignored()
-    debug_augmentations: bool | None = ignored()
     mixup: Anything = key(None, "solo-learn's main_linear.py alone")
     cutmix: Anything = key(None, "solo-learn's main_linear.py alone")
     label_smoothing: Anything = key(None, "solo-learn's main_linear.py alone")

@@ -133,10 +133,9 @@ class MetaMask(Task):
     meta: Meta = Meta()
 
 
-class ICLMSR(Task):
-    """``method=icl_msr``."""
+class MSR(Task):
+    """What ICL-MSR adds."""
 
-    preset: Literal["paper"] | None = key(None, "what the rest defaults to")
     lamb: NonNegative | None = key(None, "weight of L_msr, Eq. (5)")
     gamma: NonNegative | None = key(None, "weight of L_uni, Eq. (8)")
     level: Literal["features", "feature_map", "projection"] | None = key(None, "where A enters")
@@ -145,7 +144,13 @@ class ICLMSR(Task):
     meta: Meta = Meta()
 
 
-class Baseline(ICLMSR, MetaMask):
+class ICLMSR(MSR):
+    """``method=icl_msr``."""
+
+    preset: Literal["paper"] | None = key(None, "what the rest defaults to")
+
+
+class Baseline(MSR, MetaMask):
     """``method=bare`` and ``supervised``: what belongs to the other methods is left aside."""
 
     preset: Literal["paper", "official"] | None = key(None, "left aside")

@@ -23,10 +23,8 @@ from metamask_plugin.config.fields import (
     PositiveShare,
     Rate,
     Seed,
-    Share,
     Text,
     Workers,
-    ignored,
     key,
 )
 from metamask_plugin.config.views import View, count_views
@@ -57,7 +55,10 @@ Precision = Literal[
 """Lightning's."""
 WITH_BOXES = ("confounded_digits", "tiny_imagenet", "coco")
 DOWNLOADS = ("cifar10", "cifar100", "stl10")
-LIGHTNING = (
+WITHOUT_EFFECT = (
+    *("auto_resume.max_hours", "auto_umap", "checkpoint.keep_prev", "dali.encode_indexes_into_labels"),
+    *("debug_augmentations", "momentum", "optimizer.layer_decay"),
+    # of Lightning's Trainer, through solo-learn
     *("barebones", "callbacks", "check_val_every_n_epoch", "default_root_dir", "detect_anomaly"),
     *("enable_autolog_hparams", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"),
     *("fast_dev_run", "inference_mode", "limit_predict_batches", "limit_test_batches", "limit_val_batches"),
@@ -65,7 +66,7 @@ LIGHTNING = (
     *("num_sanity_val_steps", "overfit_batches", "plugins", "profiler", "reload_dataloaders_every_n_epochs"),
     *("use_distributed_sampler", "val_check_interval"),
 )
-"""Keys of Lightning's Trainer that solo-learn hands on, and that have no effect here."""
+"""Keys and blocks of solo-learn alone: accepted, handed on to its methods, and not checked."""
 
 
 class Backbone(Block):
@@ -81,7 +82,7 @@ class Data(Block):
     dataset: Dataset = key(..., "see metamask-ssl list datasets")
     train_path: Path | None = key(None, "folder of the training images")
     val_path: Path | None = key(None, "folder of the test images")
-    format: Literal["image_folder", "dali"] | None = key(None, "dali: NVIDIA DALI reads the files")
+    format: Literal["image_folder", "dali"] = key("image_folder", "dali: NVIDIA DALI reads the files")
     pipeline: Literal["torchvision", "kornia"] | None = key(None, "where the views are made")
     on_device: bool | None = key(None, "images on the GPU; null: where they fit")
     num_workers: Workers = key(2, "processes that read images")
@@ -145,7 +146,6 @@ class Dali(Block):
     """NVIDIA DALI."""
 
     device: Literal["cpu", "gpu"] | None = key(None, "where DALI works")
-    encode_indexes_into_labels: bool | None = ignored()
 
 
 class Optimizer(Block):
@@ -158,19 +158,18 @@ class Optimizer(Block):
     lr: Rate = key(..., "learning rate of a batch of 256: times batch_size x devices x nodes / 256")
     classifier_lr: Rate = key(0.1, "of the online classifier, likewise")
     weight_decay: Rate = key(0.0, "of all parameters of encoder and heads")
-    exclude_bias_n_norm_wd: bool | None = key(None, "no weight decay on biases and norms")
+    exclude_bias_n_norm_wd: bool = key(False, "no weight decay on biases and norms")
     kwargs: Keywords = key({}, "of the optimiser's constructor")
-    layer_decay: NonNegative | None = ignored("solo-learn's, of MAE")
 
 
 class Scheduler(Block):
     """Of the learning rate."""
 
     name: Literal["warmup_cosine", "step", "none", "warmup_step"] = key(..., "how the learning rate changes")
-    warmup_epochs: NonNegative | None = key(None, "of warmup_cosine; 10 by default")
-    warmup_start_lr: Rate | None = key(None, "learning rate at step 0")
-    min_lr: Rate | None = key(None, "learning rate at the end of the cosine")
-    interval: Literal["step", "epoch"] | None = key(None, "when warmup_cosine is stepped")
+    warmup_epochs: NonNegative = key(10, "of warmup_cosine")
+    warmup_start_lr: Rate = key(3e-5, "learning rate at step 0")
+    min_lr: Rate = key(0.0, "learning rate at the end of the cosine")
+    interval: Literal["step", "epoch"] = key("step", "when warmup_cosine is stepped")
     lr_decay_steps: list[Annotated[int, Field(ge=-(10**9), le=10**9)]] | None = key(
         None, "epochs of step and warmup_step; of the latter negative ones count from the end"
     )
@@ -193,7 +192,6 @@ class Checkpoint(Block):
     dir: Path = key("trained_models", "folder of all runs")
     frequency: Count = key(1, "epochs between checkpoints")
     every_n_steps: Count | None = key(None, "steps between checkpoints within an epoch")
-    keep_prev: bool | None = ignored()
 
     @model_validator(mode="after")
     def check_together(self) -> "Checkpoint":
@@ -210,19 +208,16 @@ class Checkpoint(Block):
 class AutoResume(Block):
     """Going on with a run."""
 
-    enabled: bool = key(False, "the same command goes on with its run")
+    enabled: bool = key(True, "the same command goes on with its run")
     extend: bool = key(True, "goes on from a run that was to be shorter")
-    max_hours: NonNegative | None = ignored()
 
 
 class Numbers(Block):
     """NaN, infinity, collapse."""
 
-    nonfinite: Literal["stop", "skip"] | None = key(
-        None, "what a loss or gradient that is not finite does; null: stop"
-    )
-    max_skipped: Natural | None = key(None, "steps of a run that may be skipped")
-    collapse_below: NonNegative | None = key(None, "spread of the features below which a warning is due")
+    nonfinite: Literal["stop", "skip"] = key("stop", "what a loss or gradient that is not finite does")
+    max_skipped: Natural = key(10, "steps of a run that may be skipped")
+    collapse_below: NonNegative = key(0.01, "spread of the features below which a warning is due")
 
 
 class KNN(Block):
@@ -256,20 +251,18 @@ class Evaluation(Block):
 class KNNEval(Block):
     """solo-learn's kNN while training."""
 
-    enabled: bool | None = key(None, "solo-learn's kNN while training")
-    k: Count | None = key(None, "number of its neighbours")
-    distance_func: Literal["euclidean", "cosine"] | None = key(None, "between features")
+    enabled: bool = key(False, "solo-learn's kNN while training")
+    k: Count = key(20, "number of its neighbours")
+    distance_func: Literal["euclidean", "cosine"] = key("euclidean", "between features")
 
 
 class Performance(Block):
     """Speed alone."""
 
-    compile: bool | Literal["reduce-overhead", "max-autotune"] | None = key(
-        None, "torch.compile of the encoder"
-    )
-    cuda_graph: bool | None = key(None, "replay the meta step as one CUDA graph")
+    compile: bool | Literal["reduce-overhead", "max-autotune"] = key(False, "torch.compile of the encoder")
+    cuda_graph: bool = key(False, "replay the meta step as one CUDA graph")
     matmul_precision: Literal["highest", "high", "medium"] | None = key(None, "high allows TF32")
-    disable_channel_last: bool | None = key(None, "the memory layout of images")
+    disable_channel_last: bool = key(False, "the memory layout of images")
 
 
 class Wandb(Block):
@@ -281,22 +274,6 @@ class Wandb(Block):
     offline: bool = key(False, "log to files alone")
 
 
-class AutoUMAP(Block):
-    """solo-learn's."""
-
-    enabled: bool | None = ignored()
-    dir: Text | None = ignored()
-    frequency: Count | None = ignored()
-
-
-class Momentum(Block):
-    """Of solo-learn's own methods."""
-
-    base_tau: Share | None = ignored("solo-learn's methods alone")
-    final_tau: Share | None = ignored("solo-learn's methods alone")
-    classifier: bool | None = ignored("solo-learn's methods alone")
-
-
 class Pretraining(Block):
     """A pretraining config."""
 
@@ -304,7 +281,7 @@ class Pretraining(Block):
     method: Text = key(..., "what is trained: metamask, icl_msr, bare, supervised")
     seed: Seed = key(5, "of weights, order of the images, views")
     max_epochs: Count = key(100, "passes over the training images")
-    max_steps: Count | Literal[-1] | None = key(None, "optimiser steps after which training ends")
+    max_steps: Count | Literal[-1] = key(-1, "optimiser steps after which training ends; -1: no limit")
     resume_from_checkpoint: Path | None = key(None, "a last.ckpt to go on from")
     accelerator: Accelerator = key("auto", "auto: CUDA if there is a device, else the CPU; mps is untested")
     devices: Anything = key("1", 'a number ("1"), a list ([0, 1]) or auto')
@@ -313,7 +290,7 @@ class Pretraining(Block):
     precision: Precision = key(
         "32-true", "Lightning's: 32-true, 16-mixed, bf16-mixed ... The meta step does not follow it"
     )
-    accumulate_grad_batches: Count | None = key(None, "batches before an optimiser step")
+    accumulate_grad_batches: Count = key(1, "batches before an optimiser step")
     gradient_clip_val: NonNegative | None = key(None, "largest norm, or value, of the gradient")
     gradient_clip_algorithm: Literal["norm", "value"] | None = key(None, "what gradient_clip_val limits")
     limit_train_batches: Count | PositiveShare | None = key(
@@ -322,7 +299,7 @@ class Pretraining(Block):
         expected="an integer >= 1, or a share in (0, 1] as a float",
     )
     process_timeout: Positive | None = key(None, "seconds that processes wait for one another")
-    sync_batchnorm: bool | None = key(None, "BatchNorm over all processes; without a meta step alone")
+    sync_batchnorm: bool = key(False, "BatchNorm over all processes; without a meta step alone")
     benchmark: bool | None = key(None, "cuDNN's search for the fastest convolution")
     deterministic: bool | Literal["warn"] | None = key(
         None, "deterministic algorithms alone; warn where there is none"
@@ -331,7 +308,6 @@ class Pretraining(Block):
         ..., "solo-learn's list: how the views are made", expected="a list with at least one entry"
     )
     host: Literal["solo", "embedded"] | None = key(None, "written by a run: which host trained it")
-    debug_augmentations: bool | None = ignored("solo-learn's: shows the views")
     backbone: Backbone
     data: Data
     dali: Dali = Dali()
@@ -344,8 +320,6 @@ class Pretraining(Block):
     knn_eval: KNNEval = KNNEval()
     performance: Performance = Performance()
     wandb: Wandb = Wandb()
-    auto_umap: AutoUMAP = AutoUMAP()
-    momentum: Momentum = Momentum()
     method_kwargs: Keywords = key({}, "of the method")
 
     @model_validator(mode="after")

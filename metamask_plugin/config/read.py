@@ -57,27 +57,21 @@ def block_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def keys_of(model: type[BaseModel], within: str = "", unused: bool = True) -> list[str]:
+def keys_of(model: type[BaseModel], within: str = "") -> list[str]:
     """Dotted names of all keys, those of blocks in their place.
 
     Args:
         model: of a config.
         within: put before each.
-        unused: whether keys without effect are among them.
     """
     found = []
     for name, field in model.model_fields.items():
         inner = block_of(field.annotation)
         if inner is not None:
-            found += keys_of(inner, f"{within}{name}.", unused)
-        elif unused or not is_unused(field):
+            found += keys_of(inner, f"{within}{name}.")
+        else:
             found.append(within + name)
     return found
-
-
-def is_unused(field: Any) -> bool:
-    """Whether a key is accepted without effect."""
-    return bool((field.json_schema_extra or {}).get("unused"))
 
 
 @cache
@@ -123,9 +117,9 @@ def describe(schema: Node, value: Any = None) -> str:
     if "const" in schema or "enum" in schema:
         options = schema.get("enum", [schema.get("const")])
         return str(options[0]) if len(options) == 1 else f"one of {', '.join(sorted({*map(str, options)}))}"
-    kinds = {"boolean": "True or False", "string": "text", "array": "a list", "object": "a block of keys"}
-    kinds |= {"integer": "an integer", "number": "a number"}
-    kind = kinds.get(schema.get("type", "object" if "$ref" in schema else ""), "a value")
+    words = {"boolean": "True or False", "string": "text", "array": "a list", "object": "a block of keys"}
+    words |= {"integer": "an integer", "number": "a number"}
+    kind = words.get(schema.get("type", "object" if "$ref" in schema else ""), "a value")
     return f"{kind} {limits(schema, value)}".strip()
 
 
@@ -148,15 +142,16 @@ def _a_slips(name: str, limit: float, value: float) -> bool:
 
 def _as_line(model: type[BaseModel], fault: Any, where: str, also: Iterable[str]) -> UserError:
     cause = fault.get("ctx", {}).get("error")
-    if isinstance(cause, UserError):  # of a rule between keys
-        return cause
+    if isinstance(cause, UserError):  # of a rule between keys, which names them
+        place = spelt(fault["loc"], where)
+        entry = place[: place.rfind("]") + 1]
+        return UserError(f"{entry}.{cause}" if entry else str(cause))
     unknown = fault["type"] == "extra_forbidden"
     schema, path = schema_at(model, fault["loc"][:-1] if unknown else fault["loc"])
     name = spelt(path, where)
     if unknown:
-        known = [key for key, inner in schema["properties"].items() if not inner.get("unused")]
         every = [*keys_of(model, f"{where}." if where else ""), *also]
-        return unknown_key(name, fault["loc"][-1], known, every)
+        return unknown_key(name, fault["loc"][-1], schema["properties"], every)
     value = fault["input"]
     if fault["type"] == "missing":
         return UserError(f"{name} must be set, got None; add it to the config")
@@ -243,16 +238,4 @@ def without_nulls(model: type[BaseModel], node: Node) -> Node:
         value = without_nulls(inner, value) if inner is not None and value is not None else value
         if value is not None and (inner is None or value):
             found[name] = value
-    return found
-
-
-def unused_keys(model: type[BaseModel], node: Node, within: str = "") -> list[str]:
-    """Dotted names of keys without effect that ask for something; False and null ask for nothing."""
-    found = []
-    for name, field in model.model_fields.items():
-        inner, value = block_of(field.annotation), node.get(name)
-        if inner is not None and isinstance(value, Mapping):
-            found += unused_keys(inner, value, f"{within}{name}.")
-        elif is_unused(field) and value not in (None, False):
-            found.append(within + name)
     return found

@@ -48,16 +48,14 @@ def model_of(function: Callable, known: type[Block] = Block, aside: tuple[str, .
         if argument in aside or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         kinds = _kinds(hints.get(argument, Any))
-        field = known.model_fields.get(argument)
-        if field is not None:
-            annotation, default = (
-                _annotated(field),
-                key(None, field.description or "", **(field.json_schema_extra or {})),
-            )
-        else:
+        field: Any = known.model_fields.get(argument)
+        if field is None:
             plain = next((kind for kind in kinds if kind in (int, float, bool, str)), None)
-            annotation, default = Anything if plain is None else KINDS.get(plain, plain), None
-        fields[argument] = (annotation | None if type(None) in kinds else annotation, default)
+            kind, default = Anything if plain is None else KINDS.get(plain, plain), None
+        else:
+            kind, extra = _annotated(field), field.json_schema_extra or {}
+            default = key(None, field.description, **extra)
+        fields[argument] = (kind | None if type(None) in kinds else kind, default)
     return create_model("Keywords", __base__=Block, **fields)
 
 
