@@ -1,8 +1,12 @@
 """What is understood of a command line before Hydra sees it, and before anything heavy is imported."""
 
 import argparse
+import atexit
+import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,8 +68,11 @@ def understood(kind: str, words: Sequence[str]) -> list[str]:
     if folder is not None and "://" not in folder:
         words = [*words, "--config-path", _config_folder(kind, folder)]
     named = flags.config_name
-    if named and named.endswith(".yaml") and Path(named).is_file():
-        raise UserError(as_a_path(named))
+    if named and Path(named).is_file():
+        folder = _as_yaml(Path(named)) if named.endswith(".json") else Path(named).parent
+        named = Path(named).stem
+        flags.config_dir = str(folder.absolute())
+        words = [*words, "--config-dir", flags.config_dir, "--config-name", named]
     if flags.config_dir and named in shipped(kind) and (Path(flags.config_dir) / f"{named}.yaml").is_file():
         check(False, "--config-name", "another than that of a shipped config", named, "rename your file")
     if named is None and not any(word.partition("=")[0] in WITHOUT_CONFIG for word in words):
@@ -74,6 +81,25 @@ def understood(kind: str, words: Sequence[str]) -> list[str]:
             f"--config-name must be given, one of {', '.join(configs)}; add --config-name {FIRST[kind]}"
         )
     return words
+
+
+def _as_yaml(args: Path) -> Path:
+    """A folder with the ``args.json`` of a run as a config that Hydra takes; it goes when the command ends.
+
+    Raises:
+        UserError: where the file is none.
+    """
+    try:
+        node = json.loads(args.read_text())
+        check(isinstance(node, dict), "--config-name", "a run's args.json", str(args))
+    except (OSError, ValueError) as error:
+        check(False, "--config-name", "a run's args.json", str(args), str(error))
+    disabled = [{f"override /hydra/{name}": "disabled"} for name in ("hydra_logging", "job_logging")]
+    node |= {"defaults": ["_self_", *disabled], "hydra": {"output_subdir": None, "run": {"dir": "."}}}
+    folder = Path(tempfile.mkdtemp(prefix="metamask_ssl_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / f"{args.stem}.yaml").write_text(json.dumps(node))  # JSON is YAML
+    return folder
 
 
 def check_flags(words: Sequence[str]) -> argparse.Namespace:

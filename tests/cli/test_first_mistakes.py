@@ -176,8 +176,8 @@ def test_a_config_of_ones_own(typed, tmp_path):
     (tmp_path / "metamask_barlow.yaml").write_text("max_epochs: 7\n")
     code, out, err = typed("pretrain", "--config-dir", str(tmp_path), "--config-name", "mine", "--cfg", "job")
     assert code == 0 and "max_epochs: 7" in out, err
-    code, _, err = typed("pretrain", "--config-name", str(tmp_path / "mine.yaml"))
-    assert code == 2 and f"write --config-dir {tmp_path} --config-name mine" in err
+    code, out, err = typed("pretrain", "--config-name", str(tmp_path / "mine.yaml"), "--cfg", "job")
+    assert code == 0 and "max_epochs: 7" in out, err
     code, _, err = typed(*PRETRAIN, "--config-dir", str(tmp_path))
     assert code == 2 and "rename your file" in err
 
