@@ -17,7 +17,7 @@ from method_training import Views, train
 from torch import nn
 from torch.utils.data import DataLoader
 
-from metamask_plugin.cli.config import complete
+from metamask_plugin.cli.config import complete, for_method
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.features import Features
 from metamask_plugin.evaluation.knn import knn_predict, masked_features
@@ -44,10 +44,10 @@ EPOCHS, STEPS, BATCH = 3, 1, 16
 
 
 def official(name, *overrides):
-    """A shipped config with ``ablation=official``, complete."""
+    """A shipped config with ``ablation=official``, as a method is built from it."""
     with initialize_config_dir(str(CONFIGS), version_base="1.2"):
         cfg = compose(name, overrides=["ablation=official", "accelerator=cpu", *overrides])
-    return complete(cfg)
+    return for_method(complete(cfg))
 
 
 def module_from(path, name):
@@ -278,7 +278,7 @@ def test_the_recipe_over_every_config(name):
     assert (optimizer.name, optimizer.weight_decay, optimizer.kwargs) == ("sgd", 5e-4, {"momentum": 0.9})
     assert optimizer.lr / optimizer.batch_size == pytest.approx(1e-3 / 512)
     assert (scheduler.name, scheduler.warmup_epochs, scheduler.interval) == ("warmup_cosine", 0, "epoch")
-    assert (meta.inner_lr, meta.every_n_steps, meta.update_statistics) == (None, 1, True)
+    assert (meta.get("inner_lr"), meta.every_n_steps, meta.update_statistics) == (None, 1, True)
     assert cfg.evaluation.knn.every_n_epochs == 1
     assert (list(cfg.data.mean), list(cfg.data.std)) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     cfg.data.num_classes = 10

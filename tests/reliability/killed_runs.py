@@ -11,6 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from metamask_plugin.cli import pretrain
+from metamask_plugin.cli.checked import changed
 from metamask_plugin.cli.config import complete
 from metamask_plugin.methods.task_method import TaskMethod
 from metamask_plugin.training.resume import start_of
@@ -74,8 +75,7 @@ def run_apart(cfg, fault=None, log=None):
 
 def folder_of(cfg, resume=True):
     """Where the run of this config is, or would be."""
-    cfg = complete(cfg.copy())
-    cfg.auto_resume.enabled = resume
+    cfg = changed(complete(cfg), "auto_resume.enabled", resume)
     _, model, experiment = pretrain.prepared(cfg)
     return start_of(cfg, experiment, model).folder.path
 

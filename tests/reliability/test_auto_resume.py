@@ -8,7 +8,7 @@ from killed_runs import ROOT, config, folder_of, read, run_folder
 from omegaconf import OmegaConf
 
 from metamask_plugin.cli import pretrain
-from metamask_plugin.cli.config import complete
+from metamask_plugin.cli.config import complete, for_method
 from metamask_plugin.training.experiment import (
     NOT_IN_THE_DIGEST,
     WITHOUT_EFFECT,
@@ -47,7 +47,7 @@ def other_than(value):
 
 def composed(name):
     with initialize_config_dir(str(ROOT / "scripts" / "pretrain"), version_base="1.2"):
-        return complete(compose(name, overrides=["accelerator=cpu"]))
+        return for_method(complete(compose(name, overrides=["accelerator=cpu"])))
 
 
 @pytest.mark.fault("auto-resume")

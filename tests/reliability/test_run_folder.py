@@ -25,10 +25,11 @@ from killed_runs import (
     signal_myself,
 )
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
 from metamask_plugin.cli import pretrain
-from metamask_plugin.cli.config import complete
+from metamask_plugin.cli.config import complete, for_method, recorded
 from metamask_plugin.cli.devices import device_count
 from metamask_plugin.data.fingerprint import fingerprint
 from metamask_plugin.data.splits import MemoryImages
@@ -303,9 +304,28 @@ def test_more_epochs_of_a_run_that_has_made_its_steps_leave_a_checkpoint(tmp_pat
 @pytest.mark.fault("config")
 def test_the_config_that_a_run_has_written_is_the_same_run():
     once = complete(config("runs"))
-    again = complete(once.copy())
-    assert again.optimizer.lr == once.optimizer.lr
-    assert again.optimizer.classifier_lr == once.optimizer.classifier_lr
+    built = METHODS[once.method](for_method(once, 10)).cfg
+    again = complete(recorded(once, built))
+    assert METHODS[again.method](for_method(again, 10)).cfg == built
+    assert again.optimizer.lr == once.optimizer.lr == config("runs").optimizer.lr != built.optimizer.lr
+
+
+@pytest.mark.fault("config")
+def test_a_config_with_counted_views_has_scaled_rates():
+    """As solo-learn, and runs of earlier versions, write them."""
+    cfg = config("runs", "++data.num_large_crops=2", "++data.num_small_crops=0")
+    found = complete(cfg)
+    assert for_method(found).optimizer.lr == cfg.optimizer.lr
+    assert recorded(found, for_method(found)).data.num_large_crops == 2
+
+
+def test_a_complete_config_is_frozen_and_the_users_own_stays_as_it_is():
+    cfg = config("runs")
+    before = cfg.copy()
+    found = complete(cfg)
+    assert cfg == before
+    with pytest.raises(OmegaConfBaseException):
+        found.seed = 6
 
 
 # that a run knows itself
@@ -348,8 +368,7 @@ OTHERS = [
 @pytest.fixture(scope="module")
 def completed():
     """A config that is checked and filled in."""
-    cfg = complete(config("runs"))
-    cfg.data.num_classes = 10  # as the images say
+    cfg = for_method(complete(config("runs")), 10)  # as the images say
     return METHODS[cfg.method](cfg).cfg
 
 
@@ -513,7 +532,7 @@ def test_another_learning_rate_is_the_one_that_is_used(tmp_path, monkeypatch, ca
     there = f"++resume_from_checkpoint={folder / 'previous.ckpt'}"
     lower = pretrain.run(config(tmp_path / "lower", *words, "optimizer.lr=1e-6", there)).path
     assert seen == pytest.approx(expected, rel=1e-6)
-    assert json.loads((lower / "args.json").read_text())["optimizer"]["lr"] == pytest.approx(1e-6 / 8)
+    assert json.loads((lower / "args.json").read_text())["optimizer"]["lr"] == 1e-6
     assert "optimizer.lr" in capsys.readouterr().out
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from metamask_plugin import SCRIPTS
-from metamask_plugin.cli.config import complete
+from metamask_plugin.cli.config import complete, for_method
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.checkpoints import load_pretrained
 from metamask_plugin.evaluation.labelled_data import LabelledData
@@ -94,10 +94,9 @@ def test_parameters_are_those_of_metamasks_table_3(arm, run):
     with initialize_config_dir(str((SCRIPTS / "pretrain").resolve()), version_base="1.2"):
         cfg = compose("cifar/metamask_barlow", [*overrides, width])
     OmegaConf.set_struct(cfg, False)
-    cfg = complete(cfg)
-    cfg.data.num_classes = 10
+    own = for_method(complete(cfg), 10)
     with torch.device("meta"):
-        model = METHODS[cfg.method](cfg)
+        model = METHODS[own.method](own)
     pretrained = load_pretrained(run)
     pretrained.args["method_kwargs"]["meta"]["enabled"] = False
     subject = Subject("mine", 0, {"last": pretrained}, LabelledData(DATA, 16), run, model)
