@@ -10,15 +10,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
+from metamask_plugin.cli.known import shipped
 from metamask_plugin.cli.pretrain import run
 from metamask_plugin.evaluation.checkpoints import load_mask
 
 ROOT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain"
-CONFIGS = sorted(
-    str(path.relative_to(ROOT).with_suffix(""))
-    for path in [*ROOT.glob("*.yaml"), *ROOT.glob("*/metamask_*.yaml"), *ROOT.glob("*/icl_msr_*.yaml")]
-    if path.parent.name != "setting"
-)
+CONFIGS = shipped("pretrain")
 ABLATIONS = {
     "metamask": ("barlow", "fixed_lr", "no_drr", "official", "per_epoch", "random_mask", "simclr"),
     "icl_msr": ("no_msr", "no_uniformity", "semi_supervised"),
