@@ -8,8 +8,9 @@ understand is left out, and what all of solo-learn's configs have (``wandb``) co
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from refusal import Refusal
+from omegaconf import DictConfig, OmegaConf
 
 SHARED = "bilevel"
 GROUPS = ("task", "task_settings", "setting", "ablation")
@@ -18,6 +19,18 @@ OURS_ALONE = {"confounded_digits"}
 
 AUGMENTATIONS = {"symmetric": "metamask"}
 """solo-learn has ``symmetric`` with other strengths."""
+
+FROM_BASE = (
+    *("data.format", "optimizer.classifier_lr"),
+    *("checkpoint.enabled", "checkpoint.dir", "checkpoint.frequency", "auto_resume.enabled"),
+    *("resume_from_checkpoint", "seed", "strategy", "precision", "num_nodes", "accumulate_grad_batches"),
+    *("performance.compile", "performance.cuda_graph", "performance.matmul_precision"),
+)
+"""What of ``scripts/pretrain/base.yaml`` each config says itself there; the rest is solo-learn's default."""
+
+WANDB = {"wandb": "private.yaml"}
+OTHERS = {"accelerator": "gpu", "devices": [0]}
+"""What all of solo-learn's configs have so, and ours otherwise."""
 
 DROPPED_KEYS = ("evaluation", "wandb", "protocol")
 DROPPED_LINES = (r"main_(linear|knn|foreground)\.py", r"data\.train_path may also be", r"docs/\w+\.md")
@@ -45,9 +58,9 @@ def configs(ours: Path, theirs: Path, data_sets: tuple[str, ...]) -> Iterator[tu
             elif group == "views":
                 yield f"pretrain/{data_set}/views/{path.name}", path.read_text()
             else:
-                yield f"pretrain/{data_set}/{path.name}", _pretrain(path.read_text(), path.name)
+                yield f"pretrain/{data_set}/{path.name}", _pretrain(path, ours / "pretrain")
         for path in sorted((ours / "linear" / data_set).glob("*.yaml")):
-            yield f"linear/{data_set}/{path.name}", _linear(path.read_text(), path.name)
+            yield f"linear/{data_set}/{path.name}", _linear(path)
         for stage in ("pretrain", "linear"):
             if not (theirs / stage / data_set / "wandb").exists():
                 for path in sorted((theirs / "pretrain" / "cifar" / "wandb").glob("private.yaml")):
@@ -60,34 +73,42 @@ def _shared(text: str) -> str:
     return _commands(text)
 
 
-def _pretrain(text: str, name: str) -> str:
-    text = _shared(_common(text, name))
-    for old, new in AUGMENTATIONS.items():
-        text = text.replace(f"- augmentations: {old}\n", f"- augmentations: {new}\n")
-    text = re.sub(r"^  searchpath:.*\n", "", text, flags=re.M)
-    search = f"  searchpath: [file://scripts/pretrain/{SHARED}] # seen from solo-learn's root\n"
-    text = _once(r"^(  run:\n    dir: \.\n)", rf"\1{search}", text, name)
-    text = _once(r"^(  - optional views@augmentations: .*\n)", r"\1  - wandb: private.yaml\n", text, name)
-    return text.replace("# ours: solo-learn's own schedules are not the paper's", "# the paper's")
+def _pretrain(path: Path, root: Path) -> str:
+    """One file in the place of three: solo-learn's configs stand alone."""
+    own, base = OmegaConf.load(path), OmegaConf.load(root / "base.yaml")
+    method = OmegaConf.load(root / f"{own.defaults[0].removeprefix('/')}.yaml")
+    (_, task, *overrides), (_, _, *first), (_, _, *then) = (
+        node.pop("defaults") for node in (base, method, own)
+    )
+    for entry in then:
+        if entry.get("augmentations") in AUGMENTATIONS:
+            entry.augmentations = AUGMENTATIONS[entry.augmentations]
+    cfg = OmegaConf.merge({"name": None, "method": None, "backbone": None}, method, own)  # in this order
+    for key in FROM_BASE:
+        if OmegaConf.select(cfg, key) is None:
+            OmegaConf.update(cfg, key, OmegaConf.select(base, key), force_add=True)
+    base.hydra.searchpath = [f"file://scripts/pretrain/{SHARED}"]
+    return _shared(_header(path)) + _alone([task, "_self_", *first, *then, WANDB, *overrides], base.hydra, cfg)
 
 
-def _linear(text: str, name: str) -> str:
+def _linear(path: Path) -> str:
     """With a header of its own: ours speaks of ``protocol``, which solo-learn does not have."""
-    text = _common(text, name)
-    header, body = text[: text.index("defaults:\n")], text[text.index("defaults:\n") :]
-    title = header.partition("\n")[0].partition(", with")[0].rstrip(".")
-    command = next(line for line in header.splitlines() if "main_linear.py" in line)
+    title, *lines = _header(path).splitlines()
+    command = next(line for line in lines if "main_linear.py" in line)
     command = command.replace(" pretrained_feature_extractor", " \\\n#       pretrained_feature_extractor")
-    body = _once(r"^(  - _self_\n)", r"\1  - wandb: private.yaml\n", body, name)
-    return f"{title}.\n#\n{_commands(command)}\n{body}"
+    cfg = OmegaConf.load(path)
+    _, *overrides = cfg.pop("defaults")
+    body = _alone(["_self_", WANDB, *overrides], cfg.pop("hydra"), cfg)
+    return f"{title.partition(', with')[0].rstrip('.')}.\n#\n{_commands(command)}\n{body}"
 
 
-def _common(text: str, name: str) -> str:
-    text = text.removeprefix("# @package _global_\n")
-    for key in DROPPED_KEYS:
-        text = re.sub(rf"^{key}:.*\n(?: +.*\n)*", "", text, flags=re.M)
-    text = _once(r'^devices: "1"$', "devices: [0]", text, name)
-    return _once(r"^accelerator: auto$", 'accelerator: "gpu"', text, name)
+def _header(path: Path) -> str:
+    return path.read_text().partition("defaults:\n")[0].removeprefix("# @package _global_\n")
+
+
+def _alone(defaults: list[Any], hydra: DictConfig, cfg: DictConfig) -> str:
+    content = {key: value for key, value in {**cfg, **OTHERS}.items() if key not in DROPPED_KEYS}
+    return "\n".join(OmegaConf.to_yaml(part) for part in ({"defaults": defaults}, {"hydra": hydra}, content))
 
 
 def _commands(text: str) -> str:
@@ -97,10 +118,3 @@ def _commands(text: str) -> str:
         r"python3 main_\1.py --config-path scripts/\1/\2 --config-name \3.yaml",
         text,
     )
-
-
-def _once(pattern: str, replacement: str, text: str, name: str) -> str:
-    text, count = re.subn(pattern, replacement, text, flags=re.M)
-    if count != 1:
-        raise Refusal(f"{name}: {count} places for {pattern!r}, expected one; correct upstream/configs.py")
-    return text

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from configs import configs
 from refusal import Refusal
 from rewrite import Rewriting, definition
 from solo_copy import Copy
@@ -244,6 +243,8 @@ def _dotted(path: str) -> str:
 
 def lay_in(copy: Copy) -> None:
     """Everything, unformatted."""
+    from configs import configs  # brings OmegaConf, which may be as missing as black
+
     paths = sources()
     rewriting = Rewriting(modules(paths), NAMES, WORDING)
     for ours, theirs in paths.items():

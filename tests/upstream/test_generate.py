@@ -234,7 +234,7 @@ def test_solo_learns_script_trains(inside, images, tmp_path, config, overrides, 
     assert state["meta_optimizer"]["state"], "no meta step was made"
 
 
-OTHERS = {"evaluation", "wandb", "accelerator", "devices"}
+OTHERS = {"evaluation", "wandb", "accelerator", "devices", "defaults", "hydra"}
 """What our scripts and solo-learn's have differently."""
 
 
@@ -260,7 +260,9 @@ def test_configs_say_the_same_as_ours(copy, monkeypatch, data_set, name, overrid
         monkeypatch.chdir(root)
         with initialize_config_dir(str(root / folder), version_base="1.2"):
             configs.append(OmegaConf.to_container(compose(config, overrides), resolve=True))
-    ours, theirs = ({key: value for key, value in c.items() if key not in OTHERS} for c in configs)
+    base = OmegaConf.load(REPOSITORY / "scripts" / "pretrain" / "base.yaml")
+    laid_over = [configs[0], OmegaConf.to_container(OmegaConf.merge(base, configs[1]))]
+    ours, theirs = ({key: value for key, value in c.items() if key not in OTHERS} for c in laid_over)
     assert ours == theirs
     assert configs[1]["wandb"].keys() == {"enabled", "entity", "project"} and configs[1]["devices"] == [0]
 
