@@ -244,7 +244,7 @@ def test_flags(capsys, flags, message):
 HYDRA_SLIPS = {
     "no such choice": ("task=byool", "task must be one of", "did you mean 'byol'?"),
     "no such key": ("optimzer.lr=1", "did you mean 'optimizer.lr'?"),
-    "not in this config": ("data.fraction=0.1", "add it with ++data.fraction=..."),
+    "not in this config": ("dali.device=cpu", "add it with ++dali.device=..."),
     "grammar": ("a==b", "must be key=value as Hydra reads it"),
     "open bracket": ("evaluation.knn.k=[5", "must be key=value as Hydra reads it"),
     "no such group": ("ablatio=none", "did you mean 'ablation'?"),
