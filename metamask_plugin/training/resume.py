@@ -342,7 +342,7 @@ def asked_for(path: Path, model: nn.Module, experiment: Mapping[str, Any], short
     if shorter:
         tell(
             f"note: going on from {path}, which differs in {in_words(found)}; its learning rates followed "
-            "the shorter schedule (++auto_resume.extend=False begins anew)"
+            "the shorter schedule (auto_resume.extend=False begins anew)"
         )
     elif found:
         tell(f"warning: {path} was trained with other settings: {in_words(found)}; from here on these apply")

@@ -93,8 +93,8 @@ def test_trains(name, image_folder, tmp_path):
         "accelerator=cpu",
         "data.num_workers=0",
         f"checkpoint.dir={tmp_path / 'out'}",
-        "++evaluation.enabled=False",
-        "++limit_train_batches=2",
+        "evaluation.enabled=False",
+        "limit_train_batches=2",
     ]
     if "/" in name:
         overrides += [f"data.train_path={image_folder / 'train'}", f"data.val_path={image_folder / 'val'}"]
@@ -140,8 +140,8 @@ def test_ablations_train(method, ablation, tmp_path):
         "max_epochs=1",
         "optimizer.batch_size=16",
         f"checkpoint.dir={tmp_path}",
-        "++evaluation.enabled=False",
-        "++limit_train_batches=2",
+        "evaluation.enabled=False",
+        "limit_train_batches=2",
     )
     metrics = (run(cfg).path / "metrics.csv").read_text()
     assert ("train_outer_loss" in metrics) == (ablation not in ("no_meta", "simclr", "barlow", "no_msr"))
@@ -152,8 +152,8 @@ def test_ablations_train(method, ablation, tmp_path):
 
 
 def test_a_learned_mask_is_held(tmp_path):
-    short = ["accelerator=cpu", "max_epochs=1", "optimizer.batch_size=16", "++limit_train_batches=2"]
-    short += [f"checkpoint.dir={tmp_path}", "++evaluation.enabled=False"]
+    short = ["accelerator=cpu", "max_epochs=1", "optimizer.batch_size=16", "limit_train_batches=2"]
+    short += [f"checkpoint.dir={tmp_path}", "evaluation.enabled=False"]
     learned = run(composed("metamask_barlow", "method_kwargs.meta.every_n_steps=1", *short))
     held = run(
         composed(

@@ -274,6 +274,8 @@ def test_knn_is_the_releases(release_modules):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_recipe_over_every_config(name):
     cfg = official(name)
+    cfg.data.num_classes = 10
+    cfg = MetaMask.add_and_assert_specific_cfg(cfg)
     optimizer, scheduler, meta = cfg.optimizer, cfg.scheduler, cfg.method_kwargs.meta
     assert (optimizer.name, optimizer.weight_decay, optimizer.kwargs) == ("sgd", 5e-4, {"momentum": 0.9})
     assert optimizer.lr / optimizer.batch_size == pytest.approx(1e-3 / 512)
@@ -281,8 +283,7 @@ def test_the_recipe_over_every_config(name):
     assert (meta.get("inner_lr"), meta.every_n_steps, meta.update_statistics) == (None, 1, True)
     assert cfg.evaluation.knn.every_n_epochs == 1
     assert (list(cfg.data.mean), list(cfg.data.std)) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    cfg.data.num_classes = 10
-    stem = MetaMask.add_and_assert_specific_cfg(cfg).backbone.kwargs.get("stem")
+    stem = cfg.backbone.kwargs.get("stem")
     assert stem == ("release" if name == "cifar/metamask_barlow" else None)
 
 
