@@ -88,7 +88,9 @@ def _pretrain(path: Path, root: Path) -> str:
         if OmegaConf.select(cfg, key) is None:
             OmegaConf.update(cfg, key, OmegaConf.select(base, key), force_add=True)
     base.hydra.searchpath = [f"file://scripts/pretrain/{SHARED}"]
-    return _shared(_header(path)) + _alone([task, "_self_", *first, *then, WANDB, *overrides], base.hydra, cfg)
+    return _shared(_header(path)) + _alone(
+        [task, "_self_", *first, *then, WANDB, *overrides], base.hydra, cfg
+    )
 
 
 def _linear(path: Path) -> str:

@@ -1,62 +1,49 @@
-"""``scripts/pretrain/base.yaml``: every key, and what a config without it means."""
+"""``scripts/pretrain/base.yaml``: every key, with the model's default."""
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from metamask_plugin import SCRIPTS
-from metamask_plugin.cli.config import DEFAULTS, complete
-from metamask_plugin.cli.schema import BLOCKS, REQUIRED, RUN
+from metamask_plugin.cli.config import complete, for_method
+from metamask_plugin.config.pretraining import WITHOUT_EFFECT, Pretraining
+from metamask_plugin.config.read import keys_of, with_defaults
 from metamask_plugin.methods import METHODS
-from metamask_plugin.training.experiment import experiment_digest, experiment_of
+from metamask_plugin.training.experiment import experiment_digest, experiment_of, leaves
 
 PRETRAIN = SCRIPTS / "pretrain"
 BASE = OmegaConf.load(PRETRAIN / "base.yaml")
-OF_SOLO_LEARN = {
-    "auto_resume.max_hours",
-    "auto_umap.dir",
-    "auto_umap.frequency",
-    "momentum.base_tau",
-    "momentum.final_tau",
+SAID_BY_CONFIGS = {
+    *("method", "backbone.name", "data.dataset", "augmentations"),
+    *("optimizer.name", "optimizer.batch_size", "optimizer.lr", "scheduler.name"),
 }
-"""Keys that are solo-learn's alone and for which neither null nor False is the default."""
 LEFT_OUT = {
-    *REQUIRED,
+    *SAID_BY_CONFIGS,
     *("host", "data.num_classes", "data.num_large_crops", "data.num_small_crops"),  # written by a run
     "dali.device",  # solo-learn's default is the GPU, ours the device of the run
-    *OF_SOLO_LEARN,
 }
 
 
 def _has(key):
-    *blocks, last = key.split(".")
-    node = BASE
-    for block in blocks:
-        node = node.get(block, {})
-    return last in node
-
-
-def _leaves(node, path=""):
-    for key, value in node.items():
-        name = f"{path}{key}"
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{name}.")
-        else:
-            yield name, value
+    block, _, last = key.rpartition(".")
+    return last in (OmegaConf.select(BASE, block) if block else BASE)
 
 
 def test_it_has_every_key():
-    assert {key for key in {**RUN, **BLOCKS} if not _has(key)} == LEFT_OUT
+    assert {key for key in keys_of(Pretraining) if not _has(key)} == LEFT_OUT
 
 
 def test_it_has_no_other():
-    node = {key: value for key, value in OmegaConf.to_container(BASE).items() if key not in ("hydra", "defaults")}
-    assert {key for key, _ in _leaves(node)} - {"method_kwargs"} <= {**RUN, **BLOCKS}.keys()
+    found = [key for key, _ in leaves(OmegaConf.to_container(BASE))]
+    found = [key for key in found if not key.startswith(("hydra", "defaults"))]
+    ours = (*keys_of(Pretraining), *WITHOUT_EFFECT)
+    assert not [key for key in found if not any(f"{key}.".startswith(f"{other}.") for other in ours)]
 
 
 def test_its_values_are_the_defaults():
-    differing = {key for key, value in DEFAULTS.items() if OmegaConf.select(BASE, key) != value}
-    assert differing == {"auto_resume.enabled"}  # on in every config that is shipped
+    defaults = OmegaConf.create(with_defaults(Pretraining, {}))
+    for key in set(keys_of(Pretraining)) - LEFT_OUT:
+        assert OmegaConf.select(BASE, key) == OmegaConf.select(defaults, key), key
 
 
 @pytest.mark.parametrize("name", ["metamask_barlow", "icl_msr_simclr", "imagenet/icl_msr_simclr"])
@@ -66,16 +53,15 @@ def test_it_changes_no_run(name):
         cfg = compose(name)
     OmegaConf.set_struct(cfg, False)
     without = cfg.copy()
-    for key, value in _leaves(OmegaConf.to_container(BASE)):
+    for key, value in leaves(OmegaConf.to_container(BASE)):
         block, _, last = key.rpartition(".")
         node = OmegaConf.select(without, block) if block else without
-        if node is not None and last in node and node[last] == value:
+        if OmegaConf.is_dict(node) and last in node and node[last] == value:
             del node[last]
     assert len(without) < len(cfg)
     assert _digest(without) == _digest(cfg)
 
 
 def _digest(cfg):
-    cfg.data.num_classes = 10
-    cfg = METHODS[cfg.method].add_and_assert_specific_cfg(complete(cfg))
+    cfg = METHODS[cfg.method].add_and_assert_specific_cfg(for_method(complete(cfg), 10))
     return experiment_digest(experiment_of(cfg, 1, "cpu", "torchvision", images_fingerprint="x"))
