@@ -57,7 +57,10 @@ def names() -> list[str]:
     """Of every shipped pretraining config, probe and study: ``pretrain/cifar/metamask_barlow``."""
     others = [*(SCRIPTS / "linear").rglob("*.yaml"), *(SCRIPTS / "study").glob("*.yaml")]
     found = sorted(path.relative_to(SCRIPTS).with_suffix("").as_posix() for path in others)
-    return [*(f"pretrain/{name}" for name in shipped("pretrain")), *(n for n in found if n != "study/base")]
+    return [
+        *(f"pretrain/{name}" for name in shipped("pretrain")),
+        *(n for n in found if not n.endswith("/base")),
+    ]
 
 
 def source() -> tuple[str, list[dict[str, Any]]]:

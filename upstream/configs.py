@@ -20,6 +20,10 @@ OURS_ALONE = {"confounded_digits"}
 AUGMENTATIONS = {"symmetric": "metamask"}
 """solo-learn has ``symmetric`` with other strengths."""
 
+FROM_LINEAR_BASE = (
+    *("pretrained_feature_extractor", "optimizer.weight_decay", "max_epochs", "strategy", "precision"),
+    *("checkpoint.enabled", "checkpoint.dir", "checkpoint.frequency", "auto_resume.enabled"),
+)
 FROM_BASE = (
     *("data.format", "optimizer.classifier_lr"),
     *("checkpoint.enabled", "checkpoint.dir", "checkpoint.frequency", "auto_resume.enabled"),
@@ -60,7 +64,7 @@ def configs(ours: Path, theirs: Path, data_sets: tuple[str, ...]) -> Iterator[tu
             else:
                 yield f"pretrain/{data_set}/{path.name}", _pretrain(path, ours / "pretrain")
         for path in sorted((ours / "linear" / data_set).glob("*.yaml")):
-            yield f"linear/{data_set}/{path.name}", _linear(path)
+            yield f"linear/{data_set}/{path.name}", _linear(path, ours / "linear")
         for stage in ("pretrain", "linear"):
             if not (theirs / stage / data_set / "wandb").exists():
                 for path in sorted((theirs / "pretrain" / "cifar" / "wandb").glob("private.yaml")):
@@ -84,24 +88,30 @@ def _pretrain(path: Path, root: Path) -> str:
         if entry.get("augmentations") in AUGMENTATIONS:
             entry.augmentations = AUGMENTATIONS[entry.augmentations]
     cfg = OmegaConf.merge({"name": None, "method": None, "backbone": None}, method, own)  # in this order
-    for key in FROM_BASE:
-        if OmegaConf.select(cfg, key) is None:
-            OmegaConf.update(cfg, key, OmegaConf.select(base, key), force_add=True)
+    _fill(cfg, base, FROM_BASE)
     base.hydra.searchpath = [f"file://scripts/pretrain/{SHARED}"]
     return _shared(_header(path)) + _alone(
         [task, "_self_", *first, *then, WANDB, *overrides], base.hydra, cfg
     )
 
 
-def _linear(path: Path) -> str:
+def _linear(path: Path, root: Path) -> str:
     """With a header of its own: ours speaks of ``protocol``, which solo-learn does not have."""
     title, *lines = _header(path).splitlines()
     command = next(line for line in lines if "main_linear.py" in line)
     command = command.replace(" pretrained_feature_extractor", " \\\n#       pretrained_feature_extractor")
-    cfg = OmegaConf.load(path)
-    _, *overrides = cfg.pop("defaults")
-    body = _alone(["_self_", WANDB, *overrides], cfg.pop("hydra"), cfg)
+    cfg, base = OmegaConf.load(path), OmegaConf.load(root / "base.yaml")
+    _, *overrides = base.defaults
+    del cfg["defaults"]
+    _fill(cfg, base, FROM_LINEAR_BASE)
+    body = _alone(["_self_", WANDB, *overrides], base.hydra, cfg)
     return f"{title.partition(', with')[0].rstrip('.')}.\n#\n{_commands(command)}\n{body}"
+
+
+def _fill(cfg: DictConfig, base: DictConfig, keys: tuple[str, ...]) -> None:
+    for key in keys:
+        if OmegaConf.select(cfg, key) is None:
+            OmegaConf.update(cfg, key, OmegaConf.select(base, key), force_add=True)
 
 
 def _header(path: Path) -> str:

@@ -37,7 +37,7 @@ class MetaMaskSearchPath(SearchPathPlugin):
         kind = script.removeprefix("main_") if script in HERE else os.environ.get(COMMAND)
         configs = SCRIPTS / ("linear" if kind == "linear" else "pretrain")
         main = [element.path or "" for element in search_path.get_path() if element.provider == "main"]
-        if any(Path(path.removeprefix("file://")).is_relative_to(SCRIPTS) for path in main):
+        if any(Path(path.removeprefix("file://")).parent == SCRIPTS for path in main):
             return  # our own command, whose configs are there already
         brings_its_own = bool(main)
         for folder in (configs,) if brings_its_own else (configs / "cifar", configs):
