@@ -262,7 +262,7 @@ def test_finished_trials_that_the_report_leaves_out_are_said(study, capsys):
             "measures.confounder_audit.classifier must be knn<k> or linear, got 'knn0'",
         ),
         ([], {"small": [*SMALL, "optimizer.name=adamm"]}, "did you mean 'adam"),
-        ([], {"small": [*SMALL, "data.train_path=/d"]}, "add it with -- ++data.train_path=/d"),
+        ([], {"small": [*SMALL, "dali.device=cpu"]}, "add it with -- ++dali.device=cpu"),
         ([], {"small": [*SMALL, "optimiser.lr=1"]}, "did you mean 'optimizer.lr'"),
         (
             [],
