@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "host": {"errors", "modules", "evaluation", "tasks"},
     "methods": {"errors", "bilevel", "host", "losses", "modules", "tasks"},
     "training": {"errors", "retry", "signals", "data", "evaluation", "modules"},
-    "studies": {"errors", "retry", "data", "evaluation", "host", "modules", "training"},
+    "studies": {"config", "errors", "retry", "data", "evaluation", "host", "modules", "training"},
     "cli": {
         "config",
         "errors",

@@ -16,10 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from metamask_plugin import SCRIPTS
+from metamask_plugin.config.pretraining import Pretraining
+from metamask_plugin.config.read import with_defaults
 from metamask_plugin.errors import UserError, shown
 from metamask_plugin.evaluation.checksums import content_digest
 from metamask_plugin.studies.spec import Study, Trial
-from metamask_plugin.training.experiment import NOT_THE_EXPERIMENT
+from metamask_plugin.training.experiment import NOT_THE_EXPERIMENT, leaves
 
 
 def pretraining_config(study: Study, trial: Trial) -> DictConfig:
@@ -58,9 +60,15 @@ def digest(study: Study, trial: Trial, cfg: DictConfig | None) -> str:
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
-    """What of a config decides what is trained."""
-    container = OmegaConf.to_container(cfg, resolve=True)
-    return {key: value for key, value in container.items() if key not in NOT_THE_EXPERIMENT}
+    """What of a config decides what is trained: it says the same with and without a key's default."""
+    defaults = dict(leaves(with_defaults(Pretraining, {})))
+    found = leaves(OmegaConf.to_container(cfg, resolve=True))
+    aside = tuple(f"{key}." for key in NOT_THE_EXPERIMENT)
+    return {
+        key: value
+        for key, value in found
+        if not f"{key}.".startswith(aside) and value != defaults.get(key, ...)
+    }
 
 
 def check_different(trials: Iterable[tuple[Trial, DictConfig | None]]) -> None:
