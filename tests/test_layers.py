@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "evaluation": {"errors", "retry", "modules", "data"},
     "host": {"errors", "modules", "evaluation", "tasks"},
     "methods": {"errors", "bilevel", "host", "losses", "modules", "tasks"},
-    "training": {"errors", "retry", "signals", "data", "evaluation", "modules"},
+    "training": {"config", "errors", "retry", "signals", "data", "evaluation", "modules"},
     "studies": {"config", "errors", "retry", "data", "evaluation", "host", "modules", "training"},
     "cli": {
         "config",

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterable, Mapping
-from functools import reduce
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -37,12 +36,12 @@ def checked_pretraining(cfg: DictConfig, quiet: bool = False) -> Node:
     if own is not None:
         kwargs = read(own, found["method_kwargs"], "method_kwargs")
         found["method_kwargs"] = without_nulls(own, kwargs)
-    asked = [key for key, value in aside.items() if _asks(value)]
+    asked = [key for key, value in aside.items() if value and value != pretraining.SOLO_LEARN.get(key)]
     if asked and not quiet:
         print(f"note: {', '.join(asked)}: solo-learn's, without effect here", file=sys.stderr)
     for key, value in aside.items():
-        *blocks, last = key.split(".")
-        reduce(dict.__getitem__, blocks, found)[last] = value
+        block, _, last = key.rpartition(".")
+        (found.setdefault(block, {}) if block else found)[last] = value
     return found
 
 
@@ -74,12 +73,9 @@ def _split(cfg: DictConfig, keys: Iterable[str]) -> tuple[Node, Node]:
         inner = node.get(block) if block else node
         if isinstance(inner, dict) and last in inner:
             aside[key] = inner.pop(last)
+        if block and node.get(block) == {}:
+            del node[block]
     return node, aside
-
-
-def _asks(value: Any) -> bool:
-    """Whether the user asks for something with a value; False, zero and null ask for nothing."""
-    return any(map(_asks, value.values())) if isinstance(value, dict) else bool(value)
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

@@ -35,13 +35,13 @@ from metamask_plugin.config.views import LinearView
 Head = Literal["linear", "mlp"]
 WITHOUT_EFFECT = (
     *pretraining.WITHOUT_EFFECT,
-    *("accumulate_grad_batches", "auto_resume", "checkpoint.frequency", "dali", "data.on_device"),
-    *("data.pipeline", "devices", "num_nodes", "optimizer.exclude_bias_n_norm_wd", "performance"),
-    *("precision", "resume_from_checkpoint", "scheduler.interval", "scheduler.warmup_epochs"),
-    *("scheduler.warmup_start_lr", "strategy", "sync_batchnorm", "wandb.entity", "wandb.offline"),
-    "wandb.project",
+    *("accumulate_grad_batches", "auto_resume.enabled", "checkpoint.frequency", "dali.device"),
+    *("data.on_device", "data.pipeline", "devices", "num_nodes", "optimizer.exclude_bias_n_norm_wd"),
+    *("performance.disable_channel_last", "precision", "resume_from_checkpoint", "scheduler.interval"),
+    *("scheduler.warmup_epochs", "scheduler.warmup_start_lr", "strategy", "sync_batchnorm"),
+    *("wandb.entity", "wandb.offline", "wandb.project"),
 )
-"""Keys and blocks of solo-learn alone: accepted and not checked; one device does it all here."""
+"""Keys of solo-learn alone: accepted and not checked; one device does it all here."""
 
 
 class Backbone(Block):

@@ -55,10 +55,22 @@ Precision = Literal[
 """Lightning's."""
 WITH_BOXES = ("confounded_digits", "tiny_imagenet", "coco")
 DOWNLOADS = ("cifar10", "cifar100", "stl10")
-WITHOUT_EFFECT = (
-    *("auto_resume.max_hours", "auto_umap", "checkpoint.keep_prev", "dali.encode_indexes_into_labels"),
-    *("debug_augmentations", "momentum", "optimizer.layer_decay"),
-    # of Lightning's Trainer, through solo-learn
+SOLO_LEARN = {
+    "auto_resume.max_hours": 36,
+    "auto_umap.dir": "auto_umap",
+    "auto_umap.enabled": False,
+    "auto_umap.frequency": 1,
+    "checkpoint.keep_prev": False,
+    "dali.encode_indexes_into_labels": False,
+    "debug_augmentations": False,
+    "optimizer.layer_decay": 0.0,
+}
+"""Keys of its own scripts and their defaults: accepted, handed on, and not checked."""
+
+OF_ITS_METHODS = ("momentum.base_tau", "momentum.classifier", "momentum.final_tau")
+"""Likewise, of its momentum methods."""
+
+LIGHTNING = (
     *("barebones", "callbacks", "check_val_every_n_epoch", "default_root_dir", "detect_anomaly"),
     *("enable_autolog_hparams", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"),
     *("fast_dev_run", "inference_mode", "limit_predict_batches", "limit_test_batches", "limit_val_batches"),
@@ -66,7 +78,9 @@ WITHOUT_EFFECT = (
     *("num_sanity_val_steps", "overfit_batches", "plugins", "profiler", "reload_dataloaders_every_n_epochs"),
     *("use_distributed_sampler", "val_check_interval"),
 )
-"""Keys and blocks of solo-learn alone: accepted, handed on to its methods, and not checked."""
+"""Of Lightning's Trainer: solo-learn hands them on; here they have no effect."""
+
+WITHOUT_EFFECT = (*SOLO_LEARN, *OF_ITS_METHODS, *LIGHTNING)
 
 
 class Backbone(Block):

@@ -8,6 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from metamask_plugin.config.pretraining import SOLO_LEARN
+
 NOT_THE_EXPERIMENT = (
     "auto_resume",
     "checkpoint",
@@ -43,16 +45,13 @@ RAISABLE = ("max_epochs", "max_steps")
 
 PRECISIONS = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 DEFAULTS = {
+    **SOLO_LEARN,
     "accumulate_grad_batches": 1,
-    "auto_umap.enabled": False,
     "benchmark": False,
-    "dali.encode_indexes_into_labels": False,
     "deterministic": False,
     "gradient_clip_val": 0,
     "limit_train_batches": 1.0,
     "max_steps": -1,
-    "momentum.classifier": False,
-    "optimizer.layer_decay": 0,
     "performance.compile": False,
     "performance.cuda_graph": False,
     "sync_batchnorm": False,

@@ -330,7 +330,7 @@ def test_what_is_solo_learns_is_accepted_and_said(monkeypatch, tmp_path, capsys)
 
     monkeypatch.setattr(pl.Trainer, "fit", start)
     monkeypatch.chdir(tmp_path)
-    cfg = config("accelerator=cpu", "++evaluation.enabled=False", "++auto_resume.max_hours=36")
+    cfg = config("accelerator=cpu", "++evaluation.enabled=False", "auto_resume.max_hours=24")
     cfg = OmegaConf.merge(
         OmegaConf.create(OmegaConf.to_container(cfg)),
         {
