@@ -220,6 +220,10 @@ FAST = {
     "list": ["list", "configs"],
     "a slip in a key": [*PRETRAIN, "optimzer.lr=1"],
     "a slip in a value": [*PRETRAIN, "task=byool"],
+    "another word": [*PRETRAIN, "data.dataset=cifar11"],
+    "another kind of value": [*PRETRAIN, "optimizer.lr=fast"],
+    "an added key": [*PRETRAIN, "++wandb.projct=mine"],
+    "what cannot be together": [*PRETRAIN, "scheduler.name=step"],
     "a path that is not there": [*PRETRAIN, "data.train_path=gone"],
     "no such checkpoint": ["knn", "--pretrained_checkpoint_dir", "gone"],
 }
