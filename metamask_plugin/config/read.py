@@ -197,6 +197,8 @@ def _remedy(schema: Node, value: Any) -> str:
                 number = float(value)
             except ValueError:
                 return ""
+            if number.is_integer() and "number" not in kinds:
+                number = int(number)
             return f"this is text, not a number: write {number!r} without quotes" * math.isfinite(number)
     if "boolean" in kinds and str(value).lower() in ("true", "false"):
         return "write it without quotes"

@@ -1,4 +1,4 @@
-"""What a model says of a config: one line for the first fault, defaults where it is silent, values as given."""
+"""What a model says of a config: one line for the first fault; what it leaves to the defaults."""
 
 from typing import Literal
 
@@ -46,12 +46,12 @@ REFUSED = {
     "a key of another block": ({"rate": 1}, "did you mean 'inner.rate'"),
     "a key that is no text": (
         {"inner": {"free": {"a": {1: 2}}}},
-        "inner.free must be a block whose keys are text",
+        "a block whose keys are text",
     ),
     "nothing": ({"needed": None}, "needed must be set, got None"),
     "text for a number": (
         {"steps": "3"},
-        "steps must be an integer >= 1 or -1, got '3'; .* write 3.0 without",
+        "steps must be an integer >= 1 or -1, got '3'.* write 3 without",
     ),
     "a float for an integer": ({"needed": 4.0}, "needed must be an integer >= 1, got 4.0; write 4"),
     "a switch": ({"needed": True}, "a switch is no number"),
