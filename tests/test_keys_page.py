@@ -11,8 +11,9 @@ import pytest
 from metamask_plugin.cli.known import keys
 from metamask_plugin.config import methods, studies
 from metamask_plugin.config.linear import Linear
+from metamask_plugin.config.messages import choices, schema_at
 from metamask_plugin.config.pretraining import Pretraining
-from metamask_plugin.config.read import choices, keys_of, schema_at
+from metamask_plugin.config.read import keys_of
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "keys_page.py"
 spec = importlib.util.spec_from_file_location("keys_page", TOOL)

@@ -11,9 +11,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from metamask_plugin.config.linear import Linear
+from metamask_plugin.config.messages import limits, schema_at, schema_of
 from metamask_plugin.config.methods import ICLMSR, Baseline, DataKwargs, MetaMask, TaskKwargs
 from metamask_plugin.config.pretraining import Pretraining
-from metamask_plugin.config.read import keys_of, limits, schema_at, schema_of
+from metamask_plugin.config.read import keys_of
 from metamask_plugin.config.studies import MEASURES, Study
 from metamask_plugin.config.views import View
 from metamask_plugin.methods import icl_msr, metamask

@@ -11,8 +11,8 @@ import torchvision
 from torch import nn
 
 from metamask_plugin import host
+from metamask_plugin.config.messages import unknown_key
 from metamask_plugin.config.methods import DataKwargs, TaskKwargs
-from metamask_plugin.config.read import unknown_key
 from metamask_plugin.config.signatures import check_keywords
 from metamask_plugin.data.coco import coco_splits
 from metamask_plugin.data.confounded_digits import confounded_digits
