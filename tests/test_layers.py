@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "modules": {"errors"},
     "data": {"config", "errors", "retry", "signals"},
     "tasks": {"errors", "losses", "modules"},
-    "evaluation": {"errors", "retry", "modules", "data"},
+    "evaluation": {"config", "errors", "retry", "modules", "data"},
     "host": {"errors", "modules", "evaluation", "tasks"},
     "methods": {"errors", "bilevel", "host", "losses", "modules", "tasks"},
     "training": {"config", "errors", "retry", "signals", "data", "evaluation", "modules"},

@@ -11,12 +11,13 @@ from pydantic import Field, model_validator
 from metamask_plugin.config.fields import (
     Anything,
     Block,
+    Channels,
     Count,
+    Deviations,
     FolderName,
     Keywords,
     Natural,
     NonNegative,
-    Number,
     Path,
     Pixels,
     Positive,
@@ -107,10 +108,8 @@ class Data(Block):
     region_form: RegionForm | None = key(None, "a foreground in its place, or enlarged")
     verify: Literal["none", "header", "decode"] | None = key(None, "what is looked at in every file")
     invalid_images: Literal["stop", "skip"] | None = key(None, "what a file that cannot be read does")
-    mean: list[Number] | None = key(
-        None, "per channel, subtracted from images in [0, 1]; null: the data set's"
-    )
-    std: list[Positive] | None = key(None, "what they are then divided by")
+    mean: Channels | None = key(None, "per channel, subtracted from images in [0, 1]; null: the data set's")
+    std: Deviations | None = key(None, "what they are then divided by")
     bits: Annotated[int, Field(ge=8, le=16)] | None = key(
         None, "bits that 16-bit grey uses, e.g. 12; null: 16"
     )
@@ -318,7 +317,7 @@ class Pretraining(Block):
     deterministic: bool | Literal["warn"] | None = key(
         None, "deterministic algorithms alone; warn where there is none"
     )
-    augmentations: list[View] = key(
+    augmentations: Annotated[list[View], Field(min_length=1)] = key(
         ..., "solo-learn's list: how the views are made", expected="a list with at least one entry"
     )
     host: Literal["solo", "embedded"] | None = key(None, "written by a run: which host trained it")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from metamask_plugin.config.fields import Block, NonNegative, Number, PositiveShare, Share, key
+from metamask_plugin.config.fields import Block, Channels, Deviations, NonNegative, PositiveShare, Share, key
 from metamask_plugin.errors import check
 
 Turns = Annotated[float, Field(ge=0, le=0.5)]
@@ -51,8 +51,8 @@ class Appearance(Block):
     solarization: Chance = Chance()
     equalization: Chance = Chance()
     horizontal_flip: Chance = Chance()
-    mean: list[Number] | None = key(None, "per channel, where data.mean is not given")
-    std: list[Number] | None = key(None, "likewise")
+    mean: Channels | None = key(None, "per channel, where data.mean is not given")
+    std: Deviations | None = key(None, "likewise")
 
 
 class View(Appearance):
