@@ -16,7 +16,7 @@ from metamask_plugin.errors import UserError, check
 READ = ("augmentations", "backbone", "data", "evaluation", "method", "method_kwargs", "name", "seed")
 """Blocks and keys that evaluators and studies read. One that is missing or null is left to its reader."""
 
-LEFT_TO_ITS_READER = ("extra_forbidden", "missing", "value_error")
+LEFT_TO_ITS_READER = ("extra_forbidden", "missing", "refused", "value_error")
 """Faults that a config of solo-learn, or of another version, may have; other words are no fault either."""
 
 
