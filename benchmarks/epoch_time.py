@@ -30,9 +30,9 @@ CANDIDATES: dict[str, dict[str, Any] | None] = {
     "MetaMask, k = 1": {},
     "MetaMask, k = 8": {"every_n_steps": 8},
     "MetaMask, k = 4": {"every_n_steps": 4},
-    "MetaMask, shared forward, k = 1": {"schedule": "shared"},
-    "MetaMask, shared forward, k = 8": {"schedule": "shared", "every_n_steps": 8},
-    "MetaMask, shared forward, k = 4": {"schedule": "shared", "every_n_steps": 4},
+    "MetaMask, shared forward, k = 1": {"when": "before_step"},
+    "MetaMask, shared forward, k = 8": {"when": "before_step", "every_n_steps": 8},
+    "MetaMask, shared forward, k = 4": {"when": "before_step", "every_n_steps": 4},
 }
 """Settings of ``method_kwargs.meta``; None: without one. In the order in which time is spent on them."""
 
@@ -146,7 +146,7 @@ def summary(
         }
         settings = CANDIDATES[name]
         # the counter has seen the plain schedule; a shared forward pass saves one of the encoder
-        if work is not None and (settings is None or "schedule" not in settings):
+        if work is not None and (settings is None or "when" not in settings):
             plain, meta = (work[key]["flops"] for key in (UNIT, "MetaMask, k = 1"))
             every = 0 if settings is None else 1 / settings.get("every_n_steps", 1)
             rate = run.steps * (plain + every * (meta - plain)) / spread.median

@@ -74,7 +74,7 @@ def icl_msr_config(backbone="conv4", crop_size=32, **overrides):
         "method_kwargs": {
             "task_kwargs": {"proj_hidden_dim": 24, "proj_output_dim": 16},
             "regularizer": {"n": 3, "kwargs": {"width": 8, "norm": "group"}},
-            "meta": {"schedule": "iteration"},
+            "meta": {"when": "after_step"},
         },
     }
     return method_config(backbone, crop_size, **{**settings, **overrides})

@@ -67,7 +67,7 @@ REGISTRIES = {
     (methods.MetaMask, "meta.trial"): "methods.trial_steps:TRIALS",
     (methods.MetaMask, "meta.trial_on"): "methods.meta_update:TRIAL_ON",
     (methods.MetaMask, "meta.outer_batch"): "methods.meta_update:OUTER_BATCHES",
-    (methods.MetaMask, "meta.schedule"): "methods.meta_update:SCHEDULES",
+    (methods.MetaMask, "meta.when"): "methods.meta_update:WHEN",
     (methods.MetaMask, "meta.precision"): "methods.meta_update:PRECISIONS",
     (methods.ICLMSR, "preset"): "methods.icl_msr:PRESETS",
     (methods.ICLMSR, "level"): "tasks.interventional:LEVELS",

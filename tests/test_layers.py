@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "metamask_plugin"
 
 MAY_IMPORT = {
     "errors": set(),
+    "renamed": {"errors"},
     "config": {"errors"},
     "retry": set(),
     "signals": set(),
@@ -20,12 +21,13 @@ MAY_IMPORT = {
     "tasks": {"errors", "losses", "modules"},
     "evaluation": {"config", "errors", "retry", "modules", "data"},
     "host": {"errors", "modules", "evaluation", "tasks"},
-    "methods": {"errors", "bilevel", "host", "losses", "modules", "tasks"},
-    "training": {"config", "errors", "retry", "signals", "data", "evaluation", "modules"},
-    "studies": {"config", "errors", "retry", "data", "evaluation", "host", "modules", "training"},
+    "methods": {"errors", "renamed", "bilevel", "host", "losses", "modules", "tasks"},
+    "training": {"config", "errors", "renamed", "retry", "signals", "data", "evaluation", "modules"},
+    "studies": {"config", "errors", "renamed", "retry", "data", "evaluation", "host", "modules", "training"},
     "cli": {
         "config",
         "errors",
+        "renamed",
         "signals",
         "bilevel",
         "data",

@@ -97,6 +97,11 @@ SUBSTITUTIONS = {
     "metamask_plugin/methods/task_method.py": [
         (r"^from metamask_plugin import host\n", ""),
         (r"^ *cfg\.host = host\.name.*\n", ""),
+        # names of keys that were never solo-learn's
+        (r"^import copy\n", ""),
+        (r"^from metamask_plugin\.renamed import .*\n", ""),
+        (r"with_new_names\((super\(.*\)\.add_and_assert_specific_cfg\(cfg\))\)$", r"\1"),
+        (r"^ *if found is not None:  # of an earlier version\n.*\n", ""),
     ],
     # the release's stem, which solo-learn's ResNets have not
     "metamask_plugin/methods/metamask.py": [

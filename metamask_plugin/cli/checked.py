@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -12,6 +13,7 @@ from metamask_plugin.config import linear, pretraining
 from metamask_plugin.config.methods import METHOD_KWARGS, Baseline, TaskKwargs
 from metamask_plugin.config.read import Node, keys_of, read, without_nulls
 from metamask_plugin.errors import UserError
+from metamask_plugin.renamed import with_new_names
 
 METHOD_KEYS = [
     *keys_of(Baseline, "method_kwargs."),
@@ -25,12 +27,13 @@ def checked_pretraining(cfg: DictConfig, quiet: bool = False) -> Node:
 
     Args:
         cfg: as composed; it stays as it is.
-        quiet: whether keys without effect are passed over in silence.
+        quiet: whether keys without effect, and old names, are passed over in silence.
 
     Raises:
         UserError: for an unknown or missing key, a value that cannot be, or values that cannot be together.
     """
     node, aside = _split(cfg, pretraining.WITHOUT_EFFECT)
+    with_new_names(node, _typed(), quiet)
     found = read(pretraining.Pretraining, node, also=METHOD_KEYS)
     own = METHOD_KWARGS.get(found["method"])
     if own is not None:
@@ -76,6 +79,12 @@ def _split(cfg: DictConfig, keys: Iterable[str]) -> tuple[Node, Node]:
         if block and node.get(block) == {}:
             del node[block]
     return node, aside
+
+
+def _typed() -> set[str]:
+    """Keys on the command line that Hydra has read."""
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    return {word.lstrip("+").partition("=")[0] for word in words}
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

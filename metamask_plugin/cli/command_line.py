@@ -15,6 +15,7 @@ from metamask_plugin.cli.aliases import BLOCKS, PRECISIONS
 from metamask_plugin.cli.known import FREE, PARTS, as_a_path, keys, names_of, shipped
 from metamask_plugin.cli.paths import near_path
 from metamask_plugin.errors import UserError, check, choose, nearest, shown
+from metamask_plugin.renamed import OLD_NAMES
 
 FLAGS = (
     *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run"),
@@ -195,7 +196,8 @@ def _addable(kind: str, word: str) -> str:
     if value.startswith("~"):
         word = f"{key}={value!r}"
     within = any(key == block or key.startswith(f"{block}.") for block in FREE[kind])
-    known = within or any(other == key or other.startswith(f"{key}.") for other in keys(kind))
+    there = [*keys(kind), *(OLD_NAMES if kind == "pretrain" else ())]
+    known = within or any(other == key or other.startswith(f"{key}.") for other in there)
     return f"++{word}" if sign and known and key not in PARTS else word
 
 

@@ -140,10 +140,10 @@ def _meta(cfg: DictConfig, meta: DictConfig) -> None:
         meta.trial,
     )
     check(
-        meta.schedule != "shared" or str(cfg.precision) not in ("16", "16-mixed"),
-        f"{name}.schedule",
-        "iteration or epoch with precision=16-mixed, whose scaled gradients it would have to share",
-        meta.schedule,
+        meta.when != "before_step" or str(cfg.precision) not in ("16", "16-mixed"),
+        f"{name}.when",
+        "after_step or epoch_end with precision=16-mixed, whose scaled gradients it would have to share",
+        meta.when,
     )
     processes = device_count(cfg) * cfg.num_nodes
     check(

@@ -60,10 +60,10 @@ class Meta(Block):
     outer_batch: Literal["same", "next"] | None = key(None, "which batch the outer loss is of")
     accumulate: Count | None = key(None, "meta-gradients that a meta step is the mean of")
     every_n_steps: Count | None = key(None, "a meta step every n-th iteration")
-    schedule: Literal["iteration", "shared", "epoch"] | None = key(None, "when a meta step is made")
+    when: Literal["after_step", "before_step", "epoch_end"] | None = key(None, "when a meta step is made")
     batch_share: PositiveShare | None = key(None, "of each batch that the meta step sees")
     precision: Literal["full", "bf16"] | None = key(None, "of the encoder in the meta step")
-    follow_schedule: bool | None = key(None, "the meta learning rate decays with the main one")
+    decay_lr: bool | None = key(None, "the meta learning rate decays with the main one")
     update_statistics: bool | None = key(None, "the meta step moves BatchNorm's running statistics, too")
     optimizer: MetaOptimizer = MetaOptimizer()
 

@@ -225,11 +225,11 @@ class AutoResume(Block):
     extend: bool = key(True, "goes on from a run that was to be shorter")
 
 
-class Numbers(Block):
+class Numerics(Block):
     """NaN, infinity, collapse."""
 
-    nonfinite: Literal["stop", "skip"] = key("stop", "what a loss or gradient that is not finite does")
-    max_skipped: Natural = key(10, "steps of a run that may be skipped")
+    on_nonfinite: Literal["stop", "skip"] = key("stop", "what a loss or gradient that is not finite does")
+    max_skipped_steps: Natural = key(10, "steps of a run that may be skipped")
     collapse_below: NonNegative = key(0.01, "spread of the features below which a warning is due")
 
 
@@ -328,7 +328,7 @@ class Pretraining(Block):
     scheduler: Scheduler
     checkpoint: Checkpoint = Checkpoint()
     auto_resume: AutoResume = AutoResume()
-    numbers: Numbers = Numbers()
+    numerics: Numerics = Numerics()
     evaluation: Evaluation = Evaluation()
     knn_eval: KNNEval = KNNEval()
     performance: Performance = Performance()

@@ -41,12 +41,12 @@ class BilevelMethod(TaskMethod):
     """A method whose regular step Lightning optimises, and a meta step on other parameters.
 
     The regular step is ``training_step``'s loss under automatic optimisation, so that precision,
-    clipping, accumulation and schedules work as everywhere. ``meta.schedule`` says where the meta step is:
+    clipping, accumulation and schedules work as everywhere. ``meta.when`` says where the meta step is:
 
-    - ``iteration``: right after the optimiser's, on the same batch: MetaMask's Algorithm 1;
-    - ``shared``: right before the regular step of the same batch, with which it shares the forward pass
+    - ``after_step``: right after the optimiser's, on the same batch: MetaMask's Algorithm 1;
+    - ``before_step``: right before the regular step of the same batch, with which it shares the forward pass
       through the encoder: still a meta step and a regular step in turn;
-    - ``epoch``: for all batches after the epoch's last: ICL-MSR's Algorithm 1.
+    - ``epoch_end``: for all batches after the epoch's last: ICL-MSR's Algorithm 1.
 
     Several processes solve one problem, that of their joint batch (:mod:`metamask_plugin.bilevel.processes`).
 
@@ -76,7 +76,7 @@ class BilevelMethod(TaskMethod):
             batch: as the data module gives it, or a part of it.
             target_feats: the target network's features of the joint batch's large crops, where the regular
                 step has them already.
-            encoded: the regular step's pass through the encoder, for ``meta.schedule: shared``.
+            encoded: the regular step's pass through the encoder, for ``meta.when: before_step``.
             outer: what the outer loss is of, where that is another batch.
         """
 
@@ -256,7 +256,7 @@ class BilevelMethod(TaskMethod):
     def before_regular_loss(
         self, batch: list, out: dict[str, Any], target_feats: list[torch.Tensor] | None, batch_idx: int
     ) -> None:
-        """The meta step of ``meta.schedule: shared``."""
+        """The meta step of ``meta.when: before_step``."""
         if self._due_before(batch_idx):
             params = {name: p for name, p in self.backbone.named_parameters() if p.requires_grad}
             encoded = EncoderPass(torch.stack(list(out["feats"])), params, self._tape, shared=True)

@@ -37,7 +37,7 @@ PAPER: dict[str, Any] = {
     },
     "meta": {
         **DEFAULTS,
-        "schedule": "epoch",  # Algorithm 1: all regular steps, then all meta steps
+        "when": "epoch_end",  # Algorithm 1: all regular steps, then all meta steps
         # beta is not in the paper
         "optimizer": {"name": "adam", "lr": 1e-3, "weight_decay": 0.0, "kwargs": {}},
     },
@@ -100,9 +100,9 @@ class ICLMSR(BilevelMethod):
                 self.backbone, OmegaConf.select(self.cfg, "augmentations[0].crop_size", default=32)
             )
         check(
-            self.split is None or kwargs.meta.schedule != "shared",
+            self.split is None or kwargs.meta.when != "before_step",
             "method_kwargs.level",
-            "features or projection with meta.schedule=shared, whose pass is recorded up to the features",
+            "features or projection with meta.when=before_step, whose pass is recorded up to the features",
             kwargs.level,
         )
         check(

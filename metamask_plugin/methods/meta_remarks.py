@@ -20,7 +20,7 @@ def missing_meta_steps(cfg: DictConfig, trainer: pl.Trainer) -> str | None:
         cfg: ``method_kwargs.meta``.
         trainer: about to train.
     """
-    every, per_epoch = cfg.every_n_steps, cfg.schedule == "epoch"
+    every, per_epoch = cfg.every_n_steps, cfg.when == "epoch_end"
     batches, steps = trainer.num_training_batches, trainer.estimated_stepping_batches
     of_an_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
     cut = per_epoch and steps % of_an_epoch != 0
@@ -44,7 +44,7 @@ def missing_meta_steps(cfg: DictConfig, trainer: pl.Trainer) -> str | None:
     if cut:
         return (
             f"warning: max_steps={trainer.max_steps} ends within an epoch of {of_an_epoch} steps, whose meta "
-            f"steps ({KEY}.schedule=epoch) are not made; take a multiple"
+            f"steps ({KEY}.when=epoch_end) are not made; take a multiple"
         )
     return None
 

@@ -15,7 +15,7 @@ from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.host.optimizers import build_optimizer
 from metamask_plugin.methods.trial_steps import AUTO, TRIALS, check_trial, resolved, trial_step
 
-SCHEDULES = ("iteration", "shared", "epoch")
+WHEN = ("after_step", "before_step", "epoch_end")
 TRIAL_ON = ("all", "heads")
 PRECISIONS = ("full", "bf16")
 OUTER_BATCHES = ("same", "next")
@@ -28,15 +28,15 @@ DEFAULTS: dict[str, Any] = {
     "trial_on": "all",
     "inner_lr": None,
     "every_n_steps": 1,
-    "schedule": "iteration",
+    "when": "after_step",
     "outer_batch": "same",
     "accumulate": 1,
     "batch_share": 1.0,
     "precision": "full",
-    "follow_schedule": False,
+    "decay_lr": False,
     "update_statistics": False,
 }
-"""Of ``method_kwargs.meta``; each method's preset adds its ``optimizer``, ICL-MSR's also its ``schedule``."""
+"""Of ``method_kwargs.meta``; each method's preset adds its ``optimizer``, ICL-MSR's also ``when``."""
 
 
 def build_estimator(name: str, kwargs: dict[str, Any]) -> Estimator:
@@ -64,14 +64,15 @@ class MetaUpdate:
             learning rate, ``auto`` for a plain step whose length follows the adaptive one's;
             ``outer_batch``: ``same``, or ``next``, the outer loss is then of the batch after the one of the
             trial step; ``accumulate``: how many meta-gradients one meta step is the mean of; ``trial_on``:
-            ``all``, or ``heads``, the encoder then takes no trial step; ``schedule``: ``iteration``, a meta
-            step after a regular step, ``shared``, before it and with its forward pass through the encoder, or
-            ``epoch``, all meta steps after the epoch's last regular step; ``every_n_steps``: of these only
-            every n-th; ``batch_share``, of each batch, in (0, 1]; ``precision``, of the encoder's arithmetic:
-            ``full``, the parameters' own, or ``bf16`` (heads and losses always have the parameters' own);
-            ``optimizer`` (name, lr, weight_decay, kwargs); ``follow_schedule``, whether the meta learning
-            rate decays with the main one; ``update_statistics``, whether the meta step moves BatchNorm's
-            running statistics, too, as in MetaMask's release: by a forward pass at the new weights.
+            ``all``, or ``heads``, the encoder then takes no trial step; ``when``: ``after_step``, a meta
+            step after a regular step, ``before_step``, before it and with its forward pass through the
+            encoder, or ``epoch_end``, all meta steps after the epoch's last regular step; ``every_n_steps``:
+            of these only every n-th; ``batch_share``, of each batch, in (0, 1]; ``precision``, of the
+            encoder's arithmetic: ``full``, the parameters' own, or ``bf16`` (heads and losses always have the
+            parameters' own); ``optimizer`` (name, lr, weight_decay, kwargs); ``decay_lr``, whether the meta
+            learning rate decays with the main one; ``update_statistics``, whether the meta step moves
+            BatchNorm's running statistics, too, as in MetaMask's release: by a forward pass at the new
+            weights.
 
     Attributes:
         per_iteration: whether a meta step follows a regular step.
@@ -81,28 +82,28 @@ class MetaUpdate:
 
     def __init__(self, cfg: DictConfig):
         choose("method_kwargs.meta.trial", cfg.trial, TRIALS)
-        choose("method_kwargs.meta.schedule", cfg.schedule, SCHEDULES)
+        choose("method_kwargs.meta.when", cfg.when, WHEN)
         choose("method_kwargs.meta.trial_on", cfg.trial_on, TRIAL_ON)
         choose("method_kwargs.meta.precision", cfg.precision, PRECISIONS)
         choose("method_kwargs.meta.outer_batch", cfg.outer_batch, OUTER_BATCHES)
         name = "method_kwargs.meta"
         check(0 < cfg.batch_share <= 1, f"{name}.batch_share", "in (0, 1]", cfg.batch_share)
         check(
-            cfg.schedule != "shared" or cfg.batch_share == 1,
+            cfg.when != "before_step" or cfg.batch_share == 1,
             f"{name}.batch_share",
-            "1 with schedule=shared, whose forward pass is of the whole batch",
+            "1 with when=before_step, whose forward pass is of the whole batch",
             cfg.batch_share,
         )
         check(
-            cfg.schedule != "shared" or not cfg.update_statistics,
+            cfg.when != "before_step" or not cfg.update_statistics,
             f"{name}.update_statistics",
-            "False with schedule=shared, whose forward pass is the regular step's",
+            "False with when=before_step, whose forward pass is the regular step's",
             cfg.update_statistics,
         )
         check(
-            cfg.schedule != "shared" or cfg.estimator != "unrolled",
+            cfg.when != "before_step" or cfg.estimator != "unrolled",
             f"{name}.estimator",
-            "another than unrolled with schedule=shared, whose forward pass is differentiated once",
+            "another than unrolled with when=before_step, whose forward pass is differentiated once",
             cfg.estimator,
             "exact is equal to it",
         )
@@ -123,9 +124,9 @@ class MetaUpdate:
             length,
         )
         check(
-            cfg.schedule != "shared" or cfg.outer_batch == "same",
+            cfg.when != "before_step" or cfg.outer_batch == "same",
             f"{name}.outer_batch",
-            "same with schedule=shared, whose forward pass is of one batch",
+            "same with when=before_step, whose forward pass is of one batch",
             cfg.outer_batch,
         )
         check(
@@ -135,9 +136,9 @@ class MetaUpdate:
             cfg.precision,
         )
         self.cfg = cfg
-        self.per_iteration: bool = cfg.schedule == "iteration"
-        self.shared: bool = cfg.schedule == "shared"
-        self.per_epoch: bool = cfg.schedule == "epoch"
+        self.per_iteration: bool = cfg.when == "after_step"
+        self.shared: bool = cfg.when == "before_step"
+        self.per_epoch: bool = cfg.when == "epoch_end"
         self.estimator = build_estimator(cfg.estimator, OmegaConf.to_container(cfg.estimator_kwargs))
         self.optimizer: torch.optim.Optimizer | None = None
         self._state: dict[str, Any] | None = None
@@ -155,9 +156,9 @@ class MetaUpdate:
         """
         check(
             not (self.shared and precision == "16-mixed"),
-            "method_kwargs.meta.schedule",
-            "iteration or epoch with precision=16-mixed, whose scaled gradients it would have to share",
-            self.cfg.schedule,
+            "method_kwargs.meta.when",
+            "after_step or epoch_end with precision=16-mixed, whose scaled gradients it would have to share",
+            self.cfg.when,
             "take precision=bf16-mixed",
         )
 
@@ -188,7 +189,7 @@ class MetaUpdate:
         (group,) = self.optimizer.param_groups
         wanted = {key: value for key, value in group.items() if key != "params"}
         self.optimizer.load_state_dict(self._state["meta_optimizer"])
-        if not cfg.follow_schedule:  # the checkpoint has settings of its own; the config's apply
+        if not cfg.decay_lr:  # the checkpoint has settings of its own; the config's apply
             self.optimizer.param_groups[0] |= wanted
         if "meta_gradients" in self._state:  # of this version on
             gradients = _moved(self._state["meta_gradients"], group["params"][0].device)
@@ -253,7 +254,7 @@ class MetaUpdate:
 
         With ``accumulate: m`` on the mean of m of them, once they are there.
         """
-        if self.cfg.follow_schedule:
+        if self.cfg.decay_lr:
             group = main.param_groups[0]
             decay = group["lr"] / group.get("initial_lr", group["lr"])
             for meta_group in self.optimizer.param_groups:

@@ -67,7 +67,7 @@ OFFICIAL: dict[str, Any] = {
         "estimator_kwargs": {"r": 1e-2},
         "trial": "momentum",
         "optimizer": {"name": "sgd", "lr": 1e-3, "weight_decay": 5e-4, "kwargs": {"momentum": 0.9}},
-        "follow_schedule": True,
+        "decay_lr": True,
         "update_statistics": True,
     },
 }

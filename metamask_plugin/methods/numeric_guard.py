@@ -15,8 +15,8 @@ POLICIES = ("stop", "skip")
 NAMED = 5
 """Tensors that a message names."""
 
-DEFAULTS = {"nonfinite": "stop", "max_skipped": 10, "collapse_below": 0.01}
-"""The config's block ``numbers``."""
+DEFAULTS = {"on_nonfinite": "stop", "max_skipped_steps": 10, "collapse_below": 0.01}
+"""The config's block ``numerics``."""
 
 
 class NumericGuard:
@@ -24,19 +24,19 @@ class NumericGuard:
 
     What is found ends the run, or leaves the step out:
 
-    - ``numbers.nonfinite: stop``: a :class:`~metamask_plugin.errors.NonFiniteError` with what was seen. On
-      the CPU nothing has been changed by then but the running statistics of BatchNorm. On a GPU the answer
-      is read one look later, so that no step waits for the device, and one step has been made with these
-      numbers. No checkpoint is saved before the answer is known.
+    - ``numerics.on_nonfinite: stop``: a :class:`~metamask_plugin.errors.NonFiniteError` with what was seen.
+      On the CPU nothing has been changed by then but the running statistics of BatchNorm. On a GPU the
+      answer is read one look later, so that no step waits for the device, and one step has been made with
+      these numbers. No checkpoint is saved before the answer is known.
     - ``skip``: no parameter moves, BatchNorm's statistics go back to what they were, and there is no meta
-      step and no update of queues and target networks. After more than ``numbers.max_skipped`` of them in a
-      run it stops. Each look waits for the device.
+      step and no update of queues and target networks. After more than
+      ``numerics.max_skipped_steps`` of them in a run it stops. Each look waits for the device.
 
     Gradients that overflow in float16 are no error: the gradient scaler skips that step and scales less. The
     meta step and what follows an optimiser's step are left out then, too.
 
     Args:
-        cfg: the host's configuration; of it the block ``numbers``.
+        cfg: the host's configuration; of it the block ``numerics``.
 
     Attributes:
         passed_over: whether the optimiser's latest step changed nothing.
@@ -44,9 +44,9 @@ class NumericGuard:
     """
 
     def __init__(self, cfg: DictConfig):
-        settings = {**DEFAULTS, **(OmegaConf.select(cfg, "numbers") or {})}
-        self.skips = choose("numbers.nonfinite", settings["nonfinite"], POLICIES) == "skip"
-        self.max_skipped: int = settings["max_skipped"]
+        settings = {**DEFAULTS, **(OmegaConf.select(cfg, "numerics") or {})}
+        self.skips = choose("numerics.on_nonfinite", settings["on_nonfinite"], POLICIES) == "skip"
+        self.max_skipped: int = settings["max_skipped_steps"]
         self.skipped = 0
         self.passed_over = False
         self._losses: dict[str, torch.Tensor] = {}

@@ -32,9 +32,9 @@ def recorded(encoder: nn.Module, tape: Tape) -> Iterator[None]:
         recording.__exit__(None, None, None)
         check(
             output is None or torch.equal(state, _random_state(args[0])),
-            "method_kwargs.meta.schedule",
-            "iteration or epoch with an encoder that draws random numbers (dropout, stochastic depth)",
-            "shared",
+            "method_kwargs.meta.when",
+            "after_step or epoch_end with an encoder that draws random numbers (dropout, stochastic depth)",
+            "before_step",
         )
 
     hooks = [

@@ -1,5 +1,6 @@
 """What every method of this package shares: a task on the host's encoder, and what happens to it when."""
 
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,11 +16,12 @@ from metamask_plugin.host import BaseMethod
 from metamask_plugin.host.optimizers import build_warmup_step
 from metamask_plugin.host.solo_settings import is_solo_task, own_settings
 from metamask_plugin.host.solo_task import SoloTask
-from metamask_plugin.methods.numeric_guard import DEFAULTS as NUMBERS
+from metamask_plugin.methods.numeric_guard import DEFAULTS as NUMERICS
 from metamask_plugin.methods.numeric_guard import NumericGuard
 from metamask_plugin.methods.schedule_position import SchedulePosition
 from metamask_plugin.modules.compiled import MODES, CompiledForward
 from metamask_plugin.modules.feature_spread import feature_std
+from metamask_plugin.renamed import with_new_names
 from metamask_plugin.tasks import Projections, Task, build_task
 
 MATMUL_PRECISIONS = ("highest", "high", "medium")
@@ -61,7 +63,7 @@ class TaskMethod(BaseMethod):
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
         """Adds the host's defaults, and a task's own where that is a method of solo-learn."""
-        cfg = super(TaskMethod, TaskMethod).add_and_assert_specific_cfg(cfg)
+        cfg = with_new_names(super(TaskMethod, TaskMethod).add_and_assert_specific_cfg(cfg))
         choose("performance.compile", str(OmegaConf.select(cfg, "performance.compile") or False), MODES)
         precision = OmegaConf.select(cfg, "performance.matmul_precision")
         if precision is not None:
@@ -276,11 +278,11 @@ class TaskMethod(BaseMethod):
         """Warns of a collapse: an encoder that gives all images the same features."""
         super().on_train_epoch_end()
         spread = self.trainer.callback_metrics.get("feature_std")
-        below = {**NUMBERS, **(OmegaConf.select(self.cfg, "numbers") or {})}["collapse_below"]
+        below = {**NUMERICS, **(OmegaConf.select(self.cfg, "numerics") or {})}["collapse_below"]
         if below is not None and spread is not None and spread < below and self.trainer.is_global_zero:
             print(
                 f"warning: the features have collapsed in epoch {self.trainer.current_epoch + 1}: their "
-                f"standard deviation is {float(spread):.2g} of what it can be (numbers.collapse_below="
+                f"standard deviation is {float(spread):.2g} of what it can be (numerics.collapse_below="
                 f"{below}); lower optimizer.lr, or look at the loss and its augmentations",
                 flush=True,
             )
@@ -333,6 +335,8 @@ class TaskMethod(BaseMethod):
             self.position.load(self.trainer, checkpoint, by_step)
         mine = OmegaConf.to_container(self.cfg.method_kwargs, resolve=True)
         found = checkpoint.get("method_kwargs")
+        if found is not None:  # of an earlier version
+            found = with_new_names({"method_kwargs": copy.deepcopy(found)}, quiet=True)["method_kwargs"]
         by_itself = "resume_from_checkpoint" in self.cfg and self.cfg.resume_from_checkpoint is None
         if found is not None and by_itself:
             different = sorted(key for key in {*mine, *found} if mine.get(key) != found.get(key))

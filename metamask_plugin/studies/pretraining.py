@@ -20,6 +20,7 @@ from metamask_plugin.config.pretraining import Pretraining
 from metamask_plugin.config.read import with_defaults
 from metamask_plugin.errors import UserError, shown
 from metamask_plugin.evaluation.checksums import content_digest
+from metamask_plugin.renamed import OLD_NAMES, with_new_names
 from metamask_plugin.studies.spec import Study, Trial
 from metamask_plugin.training.experiment import NOT_THE_EXPERIMENT, leaves
 
@@ -62,7 +63,7 @@ def digest(study: Study, trial: Trial, cfg: DictConfig | None) -> str:
 def _settings(cfg: DictConfig) -> dict[str, Any]:
     """What of a config decides what is trained: it says the same with and without a key's default."""
     defaults = dict(leaves(with_defaults(Pretraining, {})))
-    found = leaves(OmegaConf.to_container(cfg, resolve=True))
+    found = leaves(with_new_names(OmegaConf.to_container(cfg, resolve=True), quiet=True))
     aside = tuple(f"{key}." for key in NOT_THE_EXPERIMENT)
     return {
         key: value
@@ -110,12 +111,17 @@ def _identity(checkpoint: str) -> list[str]:
 def _composed(config: str, overrides: tuple[str, ...]) -> DictConfig:
     with _own_hydra():
         try:
-            return compose(config, list(overrides))
+            return compose(config, [_composable(word) for word in overrides])
         except (HydraException, OmegaConfBaseException) as error:
             reason = " ".join(str(error).split())
             raise UserError(
                 f"the pretraining config {config} with {shlex.join(overrides)} must compose, got: {reason}"
             ) from error
+
+
+def _composable(word: str) -> str:
+    """An old name is in no config any more: it is added."""
+    return f"++{word}" if word.partition("=")[0] in OLD_NAMES else word
 
 
 @contextmanager

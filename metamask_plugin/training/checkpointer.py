@@ -84,7 +84,7 @@ class Checkpointer(pl.Callback):
         self._restore_rng()
         batches = trainer.fit_loop.epoch_loop.batch_progress.current
         if batches.ready != batches.completed:
-            return  # not between two of the epoch's batches: the meta steps of meta.schedule=epoch draw these
+            return  # not between two of the epoch's batches: the meta steps of meta.when=epoch_end draw these
         accumulating = batches.completed % trainer.accumulate_grad_batches != 0
         if accumulating:  # gradients are not saved
             return

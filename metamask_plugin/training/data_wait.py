@@ -14,7 +14,7 @@ class DataWait(pl.Callback):
     w / (w + s), with w the seconds from the question to the batch's first hook and s those from there to the
     end of its last, the meta step included. Validation, kNN and checkpoints are in neither. An epoch's first
     batch counts: workers start while it is waited for. Of several processes it is the largest share. What
-    ``meta.schedule: epoch`` fetches anew after the epoch's last batch counts to s.
+    ``meta.when: epoch_end`` fetches anew after the epoch's last batch counts to s.
 
     On the CPU w is mostly the views that ``data.pipeline: kornia`` makes in this gap, which is computation as
     much as waiting. On CUDA the host only launches them, and runs ahead, so that its clock tells nothing: the

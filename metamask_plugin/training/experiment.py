@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin.config.pretraining import SOLO_LEARN
+from metamask_plugin.renamed import in_new_names, with_earlier_names
 
 NOT_THE_EXPERIMENT = (
     "auto_resume",
@@ -64,6 +65,8 @@ def experiment_of(
 ) -> dict[str, Any]:
     """What of a run decides what is trained, as plain values; values that mean the same are the same.
 
+    Renamed keys have their old names here, and the old values: so runs of earlier versions are found.
+
     Args:
         cfg: the complete config, with the method's defaults in it.
         devices: how many devices of each machine the run uses.
@@ -71,7 +74,7 @@ def experiment_of(
         pipeline: what makes the views, see :class:`~metamask_plugin.data.PretrainDataModule`.
         images_fingerprint: of the training images.
     """
-    node = OmegaConf.to_container(cfg, resolve=True)
+    node = with_earlier_names(OmegaConf.to_container(cfg, resolve=True))
     for key in WITHOUT_EFFECT:
         _take(node, key)
     for key, default in DEFAULTS.items():
@@ -124,9 +127,14 @@ SHOWN = 6
 
 def in_words(found: Mapping[str, tuple[Any, Any]]) -> str:
     """Differences, as a message shows them."""
-    texts = [f"{key} {there!r} there, {here!r} here" for key, (there, here) in found.items()]
+    texts = [_difference(key, there, here) for key, (there, here) in found.items()]
     more = f", and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
     return "; ".join(texts[:SHOWN]) + more
+
+
+def _difference(key: str, there: Any, here: Any) -> str:
+    name, there = in_new_names(key, there)
+    return f"{name} {there!r} there, {in_new_names(key, here)[1]!r} here"
 
 
 def leaves(tree: Any, path: Sequence[str] = ()) -> list[tuple[str, Any]]:

@@ -28,9 +28,9 @@ def test_flops_of_the_meta_step_are_those_of_the_arithmetic():
     plain = flops()
     # the first convolution's input needs no gradient; heads are small against the encoder, though not nothing
     assert plain / forward == pytest.approx(3, rel=0.12)
-    meta = flops(schedule="iteration") - plain
+    meta = flops(when="after_step") - plain
     assert meta / forward == pytest.approx(8, rel=0.05)
-    assert (flops(schedule="shared") - plain) / forward == pytest.approx(7, rel=0.05)
+    assert (flops(when="before_step") - plain) / forward == pytest.approx(7, rel=0.05)
     assert (flops(trial_on="heads") - plain) / forward == pytest.approx(1, rel=0.25)
 
 

@@ -27,7 +27,7 @@ def views(batch=8):
     [
         {},
         {"method_kwargs__meta__every_n_steps": 2},
-        {"method_kwargs__meta__schedule": "shared"},
+        {"method_kwargs__meta__when": "before_step"},
         task_settings("moco"),
     ],
     ids=["iteration", "every second step", "shared", "target network and queue"],

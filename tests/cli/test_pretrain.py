@@ -93,13 +93,13 @@ def test_a_run_of_icl_msr(finished_msr):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "task"), [("iteration", "simclr"), ("epoch", "simclr"), ("iteration", "moco")]
+    ("when", "task"), [("after_step", "simclr"), ("epoch_end", "simclr"), ("after_step", "moco")]
 )
-def test_icl_msr_interrupted_and_resumed_is_as_if_nothing_had_happened(tmp_path, monkeypatch, schedule, task):
+def test_icl_msr_interrupted_and_resumed_is_as_if_nothing_had_happened(tmp_path, monkeypatch, when, task):
     overrides = [
         "method_kwargs.regularizer.kwargs.width=8",
         "++evaluation.enabled=False",
-        f"method_kwargs.meta.schedule={schedule}",
+        f"method_kwargs.meta.when={when}",
         f"task={task}",
     ]
 

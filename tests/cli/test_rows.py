@@ -111,7 +111,7 @@ def test_lambda_and_gamma_of_every_row():
         for task, (lamb, gamma) in rows.items():
             kwargs = composed(f"{folder}/icl_msr_simclr", f"task={task}").method_kwargs
             assert (kwargs.lamb, kwargs.gamma, kwargs.regularizer.n) == (lamb, gamma, 6), (folder, task)
-            assert kwargs.meta.schedule == "epoch"  # Algorithm 1
+            assert kwargs.meta.when == "epoch_end"  # Algorithm 1
 
 
 def test_table_1_of_metamask_has_its_batch_bank_and_encoder():

@@ -499,7 +499,7 @@ def test_a_whole_run_of_icl_msr_with_its_unaugmented_view(photographs, tmp_path)
 
 
 def test_icl_msr_interrupted_and_resumed_is_as_if_nothing_had_happened(photographs, tmp_path, monkeypatch):
-    overrides = ["++evaluation.enabled=False", "method_kwargs.meta.schedule=epoch"]
+    overrides = ["++evaluation.enabled=False", "method_kwargs.meta.when=epoch_end"]
 
     def weights(folder):
         return torch.load(folder.last_checkpoint, weights_only=True)["state_dict"]

@@ -93,13 +93,13 @@ def test_settings_are_checked(options, message):
         module(**options)
 
 
-@pytest.mark.parametrize("schedule", ["iteration", "epoch"])
-def test_a_training_is_the_same_bit_for_bit(schedule):
-    """With the schedule ``epoch`` the method itself asks for the epoch's batches once more."""
+@pytest.mark.parametrize("when", ["after_step", "epoch_end"])
+def test_a_training_is_the_same_bit_for_bit(when):
+    """With ``when: epoch_end`` the method itself asks for the epoch's batches once more."""
 
     def weights(on_device):
         seed_everything(0)
-        model = MetaMask(method_config(method_kwargs__meta={"schedule": schedule}))
+        model = MetaMask(method_config(method_kwargs__meta={"when": when}))
         data = module({**CROPPED, "crop_size": 32}, on_device=on_device)
         trainer = Trainer(
             max_epochs=2,

@@ -146,7 +146,7 @@ def test_the_matmul_precision_is_that_of_the_training_alone(precision, convoluti
 
 
 def test_a_shared_pass_is_not_compiled_and_the_others_are(traced):
-    meta = {"method_kwargs__meta": {"schedule": "shared", "every_n_steps": 2}}
+    meta = {"method_kwargs__meta": {"when": "before_step", "every_n_steps": 2}}
     plain, compiled = build(**meta), build(**meta, performance__compile=True)
     for model in (plain, compiled):
         train(model, steps=3)

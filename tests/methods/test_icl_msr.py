@@ -214,7 +214,7 @@ def test_a_missing_unaugmented_view_is_named(augmentations):
 
 
 def test_per_epoch_all_meta_steps_follow_the_last_regular_step():
-    model, watch = build(method_kwargs__meta={"schedule": "epoch"}), Watch()
+    model, watch = build(method_kwargs__meta={"when": "epoch_end"}), Watch()
     counted = []
     model.meta_step = lambda batch, *_, step=model.meta_step, **__: (
         counted.append(batch[0].tolist()),
@@ -229,7 +229,7 @@ def test_per_epoch_all_meta_steps_follow_the_last_regular_step():
 
 
 def test_per_epoch_every_nth_batch_and_limited_epochs():
-    model, counted = build(method_kwargs__meta={"schedule": "epoch", "every_n_steps": 2}), []
+    model, counted = build(method_kwargs__meta={"when": "epoch_end", "every_n_steps": 2}), []
     model.meta_step = lambda batch, *_, step=model.meta_step, **__: (
         counted.append(len(batch[0])),
         step(batch),
@@ -309,7 +309,7 @@ def test_warmup_step_is_the_papers_schedule():
         ({"regularizer": {"n": 0}}, "regularizer.n must be an integer >= 1"),
         ({"regularizer": {"name": "conv5"}}, "method_kwargs.regularizer.name must be one of"),
         ({"regularizer": {"depth": 4}}, "a key of method_kwargs.regularizer must be one of"),
-        ({"meta": {"schedule": "step"}}, "meta.schedule must be one of epoch, iteration"),
+        ({"meta": {"when": "step"}}, "meta.when must be one of after_step, before_step"),
         ({"preset": "official"}, "preset must be one of paper"),
         ({"alpha": 1}, "a key of method_kwargs must be one of"),
     ],

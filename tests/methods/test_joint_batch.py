@@ -21,7 +21,7 @@ from metamask_plugin.methods import ICLMSR, Bare, MetaMask, Supervised
 NORM_FREE = {"backbone__kwargs": {"norm": "group"}, "optimizer__lr": 0.01}
 RUNS = {
     "metamask": (MetaMask, method_config, "simclr", {}),
-    "metamask, shared": (MetaMask, method_config, "simclr", {"schedule": "shared"}),
+    "metamask, shared": (MetaMask, method_config, "simclr", {"when": "before_step"}),
     "metamask, finite difference": (
         MetaMask,
         method_config,
@@ -31,7 +31,7 @@ RUNS = {
     "metamask over moco": (MetaMask, method_config, "moco", {}),
     "metamask over swav": (MetaMask, method_config, "swav", {"trial_on": "heads"}),
     "icl_msr": (ICLMSR, icl_msr_config, "simclr", {}),
-    "icl_msr over byol, shared": (ICLMSR, icl_msr_config, "byol", {"schedule": "shared"}),
+    "icl_msr over byol, shared": (ICLMSR, icl_msr_config, "byol", {"when": "before_step"}),
     "bare barlow_twins": (Bare, bare_config, "barlow_twins", None),
     "bare wmse": (Bare, bare_config, "wmse", None),
     "supervised": (Supervised, bare_config, "simclr", None),

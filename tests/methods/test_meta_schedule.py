@@ -41,7 +41,7 @@ class Gradients(pl.Callback):
 @pytest.mark.parametrize("msr", [False, True])
 @pytest.mark.parametrize("task", ["simclr", "moco", "swav", "byol"])
 def test_shared_is_the_meta_gradient_at_the_weights_before_the_regular_step(task, msr):
-    model = build({"schedule": "shared"}, task, msr)
+    model = build({"when": "before_step"}, task, msr)
     start = copy.deepcopy(model.state_dict())
     gradients = Gradients(model)
     train(model, steps=1, original=msr)
@@ -49,7 +49,7 @@ def test_shared_is_the_meta_gradient_at_the_weights_before_the_regular_step(task
     trained = [name for name, _ in model.named_parameters() if not name.startswith("task.target")]
     assert all(torch.equal(weights[name], start[name]) for name in trained)
 
-    again = build({"schedule": "iteration"}, task, msr)
+    again = build({"when": "after_step"}, task, msr)
     batch = next(iter(_batches(msr)))
     views, original = again.separate(batch[1])
     arguments = (views, again.regularizer(original).detach()) if msr else (views,)
@@ -66,18 +66,18 @@ def _batches(original):
 
 
 def test_shared_spares_the_encoder_a_forward_pass():
-    def calls(schedule):
-        model, count = build({"schedule": schedule}), []
+    def calls(when):
+        model, count = build({"when": when}), []
         model.backbone.register_forward_hook(lambda *args: count.append(1))
         train(model, steps=1)
         return len(count)
 
     # two views each: regular, outer, forward mode; and the inner pass where it is not shared
-    assert calls("shared") == 2 * 3 and calls("iteration") == 2 * 4
+    assert calls("before_step") == 2 * 3 and calls("after_step") == 2 * 4
 
 
 def test_shared_moves_the_mask_before_the_regular_step_of_the_same_batch():
-    model = build({"schedule": "shared"})
+    model = build({"when": "before_step"})
     seen = []
     regular = model.regular_loss
     model.regular_loss = lambda *args: (seen.append(model.mask.values().clone()), regular(*args))[1]
@@ -94,14 +94,14 @@ def test_shared_leaves_the_regular_step_as_it_is():
 
     # a mask that does not move: then the shared meta step changes nothing at all
     still = {"optimizer": {"name": "sgd", "lr": 1e-30, "weight_decay": 0.0, "kwargs": {}}}
-    shared, without = weights({**still, "schedule": "shared"}), weights({"enabled": False})
+    shared, without = weights({**still, "when": "before_step"}), weights({"enabled": False})
     assert all(torch.equal(value, without[name]) for name, value in shared.items())
 
 
 def test_every_second_step_and_accumulation():
     for kwargs, steps in (({"every_n_steps": 2}, 1), ({}, 2)):
         accumulate = 2 if not kwargs else 1
-        model = build({"schedule": "shared", **kwargs}, accumulate_grad_batches=accumulate)
+        model = build({"when": "before_step", **kwargs}, accumulate_grad_batches=accumulate)
         masks = []
         regular = model.regular_loss
         model.regular_loss = lambda *args: (masks.append(model.mask.values().clone()), regular(*args))[1]  # noqa: B023
@@ -111,9 +111,9 @@ def test_every_second_step_and_accumulation():
         assert moved == ([False, True, False] if kwargs else [False, True, True]), steps
 
 
-@pytest.mark.parametrize("schedule", ["iteration", "shared"])
-def test_clipping_reaches_the_regular_step_alone(schedule):
-    model = build({"schedule": schedule}, optimizer__weight_decay=0.0, optimizer__kwargs={"momentum": 0.0})
+@pytest.mark.parametrize("when", ["after_step", "before_step"])
+def test_clipping_reaches_the_regular_step_alone(when):
+    model = build({"when": when}, optimizer__weight_decay=0.0, optimizer__kwargs={"momentum": 0.0})
     start = copy.deepcopy(model.state_dict())
     train(model, steps=1, gradient_clip_val=1e-6)
     shift = max((p - start[name]).abs().max() for name, p in model.named_parameters() if p.requires_grad)
@@ -121,10 +121,10 @@ def test_clipping_reaches_the_regular_step_alone(schedule):
     assert (model.mask.values() - 1).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("schedule", ["iteration", "shared", "epoch"])
+@pytest.mark.parametrize("when", ["after_step", "before_step", "epoch_end"])
 @pytest.mark.parametrize("msr", [False, True])
-def test_under_mixed_precision(schedule, msr):
-    model = build({"schedule": schedule}, msr=msr)
+def test_under_mixed_precision(when, msr):
+    model = build({"when": when}, msr=msr)
     gradients = Gradients(model)
     train(model, steps=2, original=msr, precision="bf16-mixed")
     assert len(gradients.seen) == 2
@@ -154,25 +154,25 @@ def test_half_of_the_batch(task):
     assert problem.encode(problem.encoder_params).shape[:2] == (2, 4)
 
 
-@pytest.mark.parametrize("schedule", ["iteration", "shared"])
-def test_a_trial_step_on_the_heads_alone(schedule):
-    model = build({"trial_on": "heads", "schedule": schedule})
+@pytest.mark.parametrize("when", ["after_step", "before_step"])
+def test_a_trial_step_on_the_heads_alone(when):
+    model = build({"trial_on": "heads", "when": when})
     calls = []
     model.backbone.register_forward_hook(lambda *args: calls.append(1))
     train(model, steps=1)
-    assert len(calls) == (2 if schedule == "shared" else 4)  # the regular step's, and one more
+    assert len(calls) == (2 if when == "before_step" else 4)  # the regular step's, and one more
     assert not torch.equal(model.mask.values(), torch.ones(256))
 
 
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        ({"schedule": "before"}, "meta.schedule"),
+        ({"when": "before"}, "meta.when"),
         ({"trial_on": "encoder"}, "meta.trial_on"),
         ({"precision": "fp16"}, "meta.precision"),
         ({"batch_share": 0.0}, r"meta.batch_share must be in \(0, 1\], got 0.0"),
-        ({"batch_share": 0.5, "schedule": "shared"}, "meta.batch_share must be 1 with schedule=shared"),
-        ({"estimator": "unrolled", "schedule": "shared"}, "meta.estimator must be another than unrolled"),
+        ({"batch_share": 0.5, "when": "before_step"}, "meta.batch_share must be 1 with when=before_step"),
+        ({"estimator": "unrolled", "when": "before_step"}, "meta.estimator must be another than unrolled"),
         (
             {"estimator": "unrolled", "precision": "bf16"},
             "meta.precision must be full with estimator=unrolled",
@@ -185,12 +185,12 @@ def test_what_cannot_be_is_said_in_a_line(meta, message):
 
 
 def test_what_cannot_be_shared():
-    with pytest.raises(UserError, match="level must be features or projection with meta.schedule=shared"):
-        build({"schedule": "shared"}, msr=True, method_kwargs__level="feature_map")
-    model = build({"schedule": "shared"})
+    with pytest.raises(UserError, match="level must be features or projection with meta.when=before_step"):
+        build({"when": "before_step"}, msr=True, method_kwargs__level="feature_map")
+    model = build({"when": "before_step"})
     model.backbone.layers.append(nn.Dropout(0.1))
     with pytest.raises(
-        UserError, match="meta.schedule must be iteration or epoch with an encoder that draws"
+        UserError, match="meta.when must be after_step or epoch_end with an encoder that draws"
     ):
         train(model, steps=1)
 

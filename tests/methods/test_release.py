@@ -299,13 +299,13 @@ def build(**overrides):
     return MetaMask(method_config(method_kwargs__preset="official", **overrides))
 
 
-@pytest.mark.parametrize("schedule", ["iteration", "epoch"])
-def test_both_steps_have_the_epochs_rate(schedule):
+@pytest.mark.parametrize("when", ["after_step", "epoch_end"])
+def test_both_steps_have_the_epochs_rate(when):
     """CosineAnnealingLR's by epoch, which the epoch's last meta step has, too."""
     model = build(
         max_epochs=3,
         scheduler={"name": "warmup_cosine", "warmup_epochs": 0, "interval": "epoch"},
-        method_kwargs__meta={"schedule": schedule},
+        method_kwargs__meta={"when": when},
     )
     regular, trials, mask = [], [], []
 
@@ -347,8 +347,8 @@ def test_the_meta_step_moves_the_statistics_at_the_new_weights_and_nothing_else(
 
 
 def test_statistics_cannot_move_in_a_shared_pass():
-    with pytest.raises(UserError, match="update_statistics must be False with schedule=shared"):
-        build(method_kwargs__meta={"schedule": "shared", "update_statistics": True})
+    with pytest.raises(UserError, match="update_statistics must be False with when=before_step"):
+        build(method_kwargs__meta={"when": "before_step", "update_statistics": True})
 
 
 @pytest.mark.parametrize(("method", "config"), [(MetaMask, method_config), (ICLMSR, icl_msr_config)])

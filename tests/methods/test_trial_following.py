@@ -36,7 +36,7 @@ OPTIMIZERS = {
 def build(msr=False, meta=None, **overrides):
     torch.manual_seed(0)
     constructor, config = (ICLMSR, icl_msr_config) if msr else (MetaMask, method_config)
-    schedule = {"schedule": "iteration"} if msr else {}
+    schedule = {"when": "after_step"} if msr else {}
     return constructor(config(**overrides, method_kwargs__meta={**schedule, **(meta or {})}))
 
 
@@ -190,7 +190,11 @@ def test_an_adaptive_trial_step_is_that_of_the_weighted_loss():
             {"outer_batch": "last"},
             r"method_kwargs.meta.outer_batch must be one of next, same, got 'last'",
         ),
-        ({}, {"outer_batch": "next", "schedule": "shared"}, r"outer_batch must be same with schedule=shared"),
+        (
+            {},
+            {"outer_batch": "next", "when": "before_step"},
+            r"outer_batch must be same with when=before_step",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(overrides, meta, message):
@@ -301,9 +305,9 @@ def test_the_next_batch_can_judge(double, task, msr):
     assert not torch.allclose(frozen.weights[0], heads.weights[0], rtol=0.1)
 
 
-@pytest.mark.parametrize("schedule", ["iteration", "epoch"])
-def test_the_first_batch_of_an_epoch_has_none_before_it(schedule):
-    model, calls = build(meta={"outer_batch": "next", "schedule": schedule}), []
+@pytest.mark.parametrize("when", ["after_step", "epoch_end"])
+def test_the_first_batch_of_an_epoch_has_none_before_it(when):
+    model, calls = build(meta={"outer_batch": "next", "when": when}), []
     inner = model.meta_step
 
     def meta_step(batch, target_feats=None, encoded=None, outer=None):

@@ -114,7 +114,7 @@ def test_no_step_waits_for_the_gpu(gpu, config, task, precision):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("meta", [{"schedule": "shared"}, {"estimator": "finite_difference"}])
+@pytest.mark.parametrize("meta", [{"when": "before_step"}, {"estimator": "finite_difference"}])
 def test_no_other_meta_step_waits_for_the_gpu(gpu, meta):
     model = build(method_config, "simclr")
     model.meta.cfg.update(meta)

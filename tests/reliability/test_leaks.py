@@ -138,9 +138,9 @@ class Census(pl.Callback):
             self.stock.append((*live_tensors(), resident_bytes()))
 
 
-def assert_flat_training(method, schedule, steps, settled):
+def assert_flat_training(method, when, steps, settled):
     model = build(method, "exact")
-    model.meta.shared, model.meta.per_iteration = schedule == "shared", schedule == "iteration"
+    model.meta.shared, model.meta.per_iteration = when == "before_step", when == "after_step"
     sizes = [16, 16, 20] if method == "icl_msr" else [16, 16]
     census = Census(settled, steps - 1)
     trainer = pl.Trainer(
@@ -159,19 +159,19 @@ def assert_flat_training(method, schedule, steps, settled):
     assert late[2] - early[2] < RESIDENT_BOUND
 
 
-SCHEDULES = [("metamask", "iteration"), ("icl_msr", "iteration"), ("icl_msr", "shared")]
+WHEN = [("metamask", "after_step"), ("icl_msr", "after_step"), ("icl_msr", "before_step")]
 
 
-@pytest.mark.parametrize(("method", "schedule"), SCHEDULES)
-def test_memory_is_flat_over_a_training(method, schedule):
-    assert_flat_training(method, schedule, steps=20, settled=10)
+@pytest.mark.parametrize(("method", "when"), WHEN)
+def test_memory_is_flat_over_a_training(method, when):
+    assert_flat_training(method, when, steps=20, settled=10)
 
 
 @pytest.mark.slow
 @pytest.mark.load("1,000 regular and meta steps under a Trainer")
-@pytest.mark.parametrize(("method", "schedule"), SCHEDULES)
-def test_memory_is_flat_over_a_training_of_a_thousand_steps(method, schedule):
-    assert_flat_training(method, schedule, STEPS, SETTLED)
+@pytest.mark.parametrize(("method", "when"), WHEN)
+def test_memory_is_flat_over_a_training_of_a_thousand_steps(method, when):
+    assert_flat_training(method, when, STEPS, SETTLED)
 
 
 @pytest.mark.parametrize("method", ["metamask", "icl_msr"])

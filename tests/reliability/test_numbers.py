@@ -201,7 +201,7 @@ class Snapshots(pl.Callback):
 @pytest.mark.parametrize("task", ["simclr", "moco", "swav", "byol"])
 @pytest.mark.parametrize("build", [method_config, icl_msr_config])
 def test_a_step_that_is_left_out_changes_nothing(monkeypatch, capsys, build, task):
-    cfg = build(**task_settings(task), numbers={"nonfinite": "skip", "max_skipped": 1})
+    cfg = build(**task_settings(task), numerics={"on_nonfinite": "skip", "max_skipped_steps": 1})
     model, seen = METHODS[cfg.method](cfg), Snapshots()
     spoil_the_classifier(monkeypatch)
     trainer = train(model, steps=3, callbacks=[seen], original=build is icl_msr_config)
@@ -224,7 +224,7 @@ def test_one_step_too_many_stops(monkeypatch):
         self.classifier.weight.grad[0, 0] = math.nan
 
     monkeypatch.setattr(TaskMethod, "on_after_backward", on_after_backward)
-    model = METHODS["metamask"](method_config(numbers={"nonfinite": "skip", "max_skipped": 2}))
+    model = METHODS["metamask"](method_config(numerics={"on_nonfinite": "skip", "max_skipped_steps": 2}))
     with pytest.raises(NonFiniteError, match="2 steps were left out before"):
         train(model, steps=3)
 
@@ -289,7 +289,7 @@ def test_a_collapse_is_said(capsys):
     train(METHODS["metamask"](method_config()), callbacks=[Constant()])
     out = capsys.readouterr().out
     assert (
-        out.count("warning: the features have collapsed in epoch 1") == 1 and "numbers.collapse_below" in out
+        out.count("warning: the features have collapsed in epoch 1") == 1 and "numerics.collapse_below" in out
     )
 
 

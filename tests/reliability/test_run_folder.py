@@ -347,8 +347,8 @@ SAME = [
     ("++data.on_device=False",),
     ("++data.train_path=/elsewhere",),
     ("data.num_workers=7",),
-    ("++numbers.max_skipped=20",),
-    ("++numbers.nonfinite=skip",),
+    ("++numerics.max_skipped_steps=20",),
+    ("++numerics.on_nonfinite=skip",),
     ("++process_timeout=60",),
     ("++optimizer.weight_decay=0.0001",),
     ("evaluation.knn.every_n_epochs=1",),
@@ -555,10 +555,10 @@ def test_what_is_over_before_it_begins_is_refused(tmp_path, shorter, capsys, ove
 
 
 @pytest.mark.fault("resume", source="anemoi-training#183, speculators#898, Lightning#11979")
-@pytest.mark.parametrize("schedule", ["iteration", pytest.param("epoch", marks=pytest.mark.slow)])
-def test_max_steps_within_an_epoch(tmp_path, schedule, capsys):
+@pytest.mark.parametrize("when", ["after_step", pytest.param("epoch_end", marks=pytest.mark.slow)])
+def test_max_steps_within_an_epoch(tmp_path, when, capsys):
     """The epoch is evaluated, and a run that goes on is the uninterrupted one to the last bit."""
-    words = (*UNREPORTED, "scheduler.name=none", f"method_kwargs.meta.schedule={schedule}")
+    words = (*UNREPORTED, "scheduler.name=none", f"method_kwargs.meta.when={when}")
     words = (*words, "evaluation.knn.every_n_epochs=5", "max_epochs=9")
     cut = pretrain.run(config(tmp_path / "runs", *words, "++max_steps=6")).path
     assert (cut / "best" / "best.ckpt").exists() and rows(cut)[-1]["knn5"]
@@ -576,10 +576,10 @@ def test_max_steps_within_an_epoch(tmp_path, schedule, capsys):
     [
         (("method_kwargs.meta.every_n_steps=1000",), "makes no meta step in the run's 12 steps"),
         (
-            ("method_kwargs.meta.schedule=epoch", "method_kwargs.meta.every_n_steps=5"),
+            ("method_kwargs.meta.when=epoch_end", "method_kwargs.meta.every_n_steps=5"),
             "makes no meta step in an epoch's 4 batches",
         ),
-        (("method_kwargs.meta.schedule=epoch", "++max_steps=6"), "ends within an epoch of 4 steps"),
+        (("method_kwargs.meta.when=epoch_end", "++max_steps=6"), "ends within an epoch of 4 steps"),
         ((), None),
     ],
 )

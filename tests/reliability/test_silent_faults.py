@@ -240,7 +240,7 @@ class TrialRates(Rates):
 
 
 @pytest.mark.fault("numbers", source="Lightning-AI/pytorch-lightning#7737, facebookresearch/deit#145")
-@pytest.mark.parametrize("schedule", ["iteration", "shared", "epoch"])
+@pytest.mark.parametrize("when", ["after_step", "before_step", "epoch_end"])
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -250,15 +250,13 @@ class TrialRates(Rates):
         {"name": "warmup_cosine", "warmup_epochs": 0, "interval": "epoch"},
     ],
 )
-def test_the_trial_step_is_as_long_as_the_regular_one(schedule, scheduler):
+def test_the_trial_step_is_as_long_as_the_regular_one(when, scheduler):
     """Lightning has moved the schedule by then: at a cosine's end the trial step had length 0."""
-    model = MetaMask(
-        method_config(max_epochs=3, scheduler=scheduler, method_kwargs__meta={"schedule": schedule})
-    )
+    model = MetaMask(method_config(max_epochs=3, scheduler=scheduler, method_kwargs__meta={"when": when}))
     rates = TrialRates(model)
     train(model, steps=2, callbacks=[rates], max_epochs=3)
     last_of_epoch = [rate for rate in rates.rates[1::2] for _ in range(2)]
-    assert rates.trials == (last_of_epoch if schedule == "epoch" else rates.rates)
+    assert rates.trials == (last_of_epoch if when == "epoch_end" else rates.rates)
     assert min(rates.trials) > 0
 
 
@@ -391,7 +389,7 @@ def test_every_weight_has_a_gradient_under_autocast(task):
             missing.extend(n for n, p in trained if p.grad is None or not p.grad.abs().sum() > 0)
 
     torch.manual_seed(0)
-    model = MetaMask(method_config(**task_settings(task), method_kwargs__meta={"schedule": "shared"}))
+    model = MetaMask(method_config(**task_settings(task), method_kwargs__meta={"when": "before_step"}))
     train(model, steps=2, callbacks=[Look()], precision="bf16-mixed")
     assert not missing
 
