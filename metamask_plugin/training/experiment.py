@@ -34,7 +34,7 @@ WITHOUT_EFFECT = (
     "data.verify",
     "debug_augmentations",
     "knn_eval",
-    "numbers",
+    "numerics",
 )
 """Keys that cannot change the bits of a training; of images the fingerprint counts, and not the place."""
 
@@ -74,9 +74,10 @@ def experiment_of(
         pipeline: what makes the views, see :class:`~metamask_plugin.data.PretrainDataModule`.
         images_fingerprint: of the training images.
     """
-    node = with_earlier_names(OmegaConf.to_container(cfg, resolve=True))
+    node = OmegaConf.to_container(cfg, resolve=True)
     for key in WITHOUT_EFFECT:
         _take(node, key)
+    with_earlier_names(node)
     for key, default in DEFAULTS.items():
         value = _take(node, key)
         one_batch = key == "limit_train_batches" and type(value) is int  # 1, where 1.0 is all of them
