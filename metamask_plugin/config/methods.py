@@ -45,26 +45,43 @@ class MetaOptimizer(Block):
 class Meta(Block):
     """The meta step."""
 
-    enabled: bool | None = key(None, "whether there is a meta step")
-    estimator: Literal["exact", "unrolled", "finite_difference", "first_order", "permuted"] | None = key(
-        None, "of the meta-gradient"
+    enabled: bool | None = key(
+        None, "False: without meta-learning, M stays 1, and f_msr as it was initialised"
     )
-    estimator_kwargs: Keywords | None = key(None, "the estimator's settings")
+    estimator: Literal["exact", "unrolled", "finite_difference", "first_order", "permuted"] | None = key(
+        None, "of the meta-gradient; `permuted` is a control"
+    )
+    estimator_kwargs: Keywords | None = key(None, "the estimator's settings: `r` of `finite_difference`")
     trial: Literal["auto", "plain", "adaptive", "momentum"] | None = key(
-        None, "plain, scaled as the main optimiser's, or with its momentum"
+        None,
+        "the trial step: plain, scaled as the main optimiser's, or with its momentum (SGD's, without "
+        "`nesterov` and `dampening`); `auto` is adaptive for Adam, AdamW and LARS unless `inner_lr` is a "
+        "length, else plain",
     )
     trial_on: Literal["all", "heads"] | None = key(None, "heads: the encoder takes no trial step")
     inner_lr: Rate | Literal["auto"] | None = key(
-        None, "length of the trial step; null: the main learning rate; auto: a share of the adaptive step's"
+        None,
+        "length of the trial step; null: the main optimiser's current learning rate; `auto`: a plain step of "
+        "2 % of the length of the adaptive one",
     )
-    outer_batch: Literal["same", "next"] | None = key(None, "which batch the outer loss is of")
+    outer_batch: Literal["same", "next"] | None = key(
+        None, "which batch the outer loss is of; a run with `next` is resumed at an epoch's start"
+    )
     accumulate: Count | None = key(None, "meta-gradients that a meta step is the mean of")
-    every_n_steps: Count | None = key(None, "a meta step every n-th iteration")
-    when: Literal["after_step", "before_step", "epoch_end"] | None = key(None, "when a meta step is made")
-    batch_share: PositiveShare | None = key(None, "of each batch that the meta step sees")
-    precision: Literal["full", "bf16"] | None = key(None, "of the encoder in the meta step")
+    every_n_steps: Count | None = key(None, "of the meta steps only every n-th")
+    when: Literal["after_step", "before_step", "epoch_end"] | None = key(
+        None,
+        "a meta step after each optimiser step; before the regular step of the same batch, whose forward pass "
+        "it shares; or all of them after the epoch's last",
+    )
+    batch_share: PositiveShare | None = key(None, "the meta step sees this first part of a batch")
+    precision: Literal["full", "bf16"] | None = key(
+        None, "of the encoder in the meta step; heads and losses keep the parameters' own"
+    )
     decay_lr: bool | None = key(None, "the meta learning rate decays with the main one")
-    update_statistics: bool | None = key(None, "the meta step moves BatchNorm's running statistics, too")
+    update_statistics: bool | None = key(
+        None, "the meta step moves BatchNorm's running statistics, too; one more forward pass"
+    )
     optimizer: MetaOptimizer = MetaOptimizer()
 
 
@@ -73,7 +90,9 @@ class Redundancy(Block):
 
     weight: NonNegative | None = key(None, "of L_drr; 0 leaves it out")
     lamb: NonNegative | None = key(None, "weight of the off-diagonal, Eq. (2)")
-    form: Form | None = key(None, "of the cross-correlation, Eq. (3)")
+    form: Form | None = key(
+        None, "of the cross-correlation, Eq. (3); `centred` is Barlow Twins', `official` the release's"
+    )
     proj_hidden_dim: Width | None = key(None, "width of its head")
     proj_output_dim: Width | None = key(None, "output of its head")
     final_norm: bool | None = key(None, "BatchNorm behind its head")
@@ -117,7 +136,7 @@ class Task(Block):
     """What every method has."""
 
     task: Text | None = key(
-        None, "what fills the task's loss: see metamask-ssl list tasks, or solo:<method of solo-learn>"
+        None, "what fills the task's loss: see metamask-ssl list tasks, or `solo:<method of solo-learn>`"
     )
     task_kwargs: Keywords | None = key(None, "the task's settings")
 
@@ -127,7 +146,9 @@ class MetaMask(Task):
 
     preset: Literal["paper", "official"] | None = key(None, "what the rest defaults to")
     alpha: NonNegative | None = key(None, "weight of the task's loss, Eq. (5)")
-    scale_loss: Positive | None = key(None, "factor on the whole regular loss")
+    scale_loss: Positive | None = key(
+        None, "factor on the whole regular loss; below 1 for large learning rates and LARS"
+    )
     redundancy: Redundancy = Redundancy()
     mask: Mask = Mask()
     meta: Meta = Meta()
