@@ -71,8 +71,8 @@ class Meta(Block):
     every_n_steps: Count | None = key(None, "of the meta steps only every n-th")
     when: Literal["after_step", "before_step", "epoch_end"] | None = key(
         None,
-        "a meta step after each optimiser step; before the regular step of the same batch, whose forward pass "
-        "it shares; or all of them after the epoch's last",
+        "a meta step after each optimiser step; before the regular step of the same batch, whose forward "
+        "pass it shares; or all of them after the epoch's last",
     )
     batch_share: PositiveShare | None = key(None, "the meta step sees this first part of a batch")
     precision: Literal["full", "bf16"] | None = key(
