@@ -34,6 +34,11 @@ def device_count(cfg: DictConfig) -> int:
         raise wanted from None
 
 
+def processes(cfg: DictConfig) -> int:
+    """How many processes train, on all machines together."""
+    return device_count(cfg) * cfg.num_nodes
+
+
 def device_type(accelerator: str) -> str:
     """``cuda``, ``cpu`` or ``mps`` (Apple's GPUs): what is meant by a value of ``accelerator``.
 

@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from metamask_plugin.bilevel import ESTIMATORS
+from metamask_plugin.cli.devices import processes
 from metamask_plugin.cli.kwargs_checks import (
     check_data_kwargs,
     check_encoder,
@@ -20,8 +21,10 @@ from metamask_plugin.config.signatures import check_keywords
 from metamask_plugin.data.memory import check_generated, memory
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.methods import METHODS
+from metamask_plugin.methods.bilevel_method import BilevelMethod
 from metamask_plugin.methods.icl_msr import needs_regularizer
 from metamask_plugin.methods.task_method import original_pipeline
+from metamask_plugin.methods.trial_steps import check_trial, resolved
 
 COPIES = 2
 """Of the weights, in the machine's memory: the method, and as it was before training."""
@@ -38,7 +41,7 @@ def dry_run(cfg: DictConfig, own: DictConfig) -> None:
         UserError: for what cannot be built, cannot go together, or is too large for this machine.
     """
     check_data_kwargs(cfg.data.dataset, _plain(cfg, "data.kwargs"))
-    check_optimizer_kwargs(cfg.optimizer.name, _plain(cfg, "optimizer.kwargs"), "optimizer")
+    main = check_optimizer_kwargs(cfg.optimizer.name, _plain(cfg, "optimizer.kwargs"), "optimizer")
     if cfg.method not in METHOD_KWARGS:  # solo-learn's methods, and those of others, check theirs themselves
         check_together(cfg, own, None)
         return
@@ -52,10 +55,12 @@ def dry_run(cfg: DictConfig, own: DictConfig) -> None:
         check_optimizer_kwargs(
             meta.optimizer.name, _plain(meta, "optimizer.kwargs"), "method_kwargs.meta.optimizer"
         )
+        if meta.enabled:
+            check_trial(resolved(meta.trial, meta.inner_lr, main), meta.inner_lr, main)
     check_together(cfg, own, kwargs)
     encoders = _encoders(cfg, own)
     patches = [check_encoder(*encoder) for encoder in encoders]
-    _check_memory(own)
+    _check_method(own)
     for encoder, patch in zip(encoders, patches):  # it takes memory and time, which whole patches save
         sides = encoder[-1]
         if patch is None or any(side % patch for side in sides):
@@ -77,7 +82,8 @@ def _encoders(cfg: DictConfig, own: DictConfig) -> list[tuple[str, str, dict[str
     return found
 
 
-def _check_memory(cfg: DictConfig) -> None:
+def _check_method(cfg: DictConfig) -> None:
+    """Builds the method without memory: what it refuses, and whether its weights fit into this machine."""
     try:
         with torch.device("meta"):
             model: nn.Module = METHODS[cfg.method](cfg.copy())
@@ -85,6 +91,9 @@ def _check_memory(cfg: DictConfig) -> None:
         raise
     except Exception:  # not everything can be built so; where it cannot be at all, training says it
         return
+    if isinstance(model, BilevelMethod) and model.meta is not None:
+        model.meta.check(str(cfg.precision))
+        model.check_processes(processes(cfg))
     tensors = [*model.parameters(), *model.buffers()]
     needed = COPIES * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     there = memory()

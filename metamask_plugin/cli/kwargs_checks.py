@@ -46,13 +46,16 @@ def check_data_kwargs(dataset: str, given: Mapping[str, Any]) -> None:
         check_keywords("data.kwargs", given, GENERATED[dataset], DataKwargs, ("train_path", "val_path"))
 
 
-def check_optimizer_kwargs(name: str, kwargs: Mapping[str, Any], block: str) -> None:
+def check_optimizer_kwargs(name: str, kwargs: Mapping[str, Any], block: str) -> torch.optim.Optimizer:
     """Builds the optimiser for two small parameters, and steps it.
 
     Args:
         name: the optimiser's.
         kwargs: as in the config.
         block: ``optimizer``, or another's name.
+
+    Returns:
+        The optimiser.
     """
     groups = [{"params": [torch.nn.Parameter(torch.ones(size)) for size in ((3, 2), (2,))]}]
     try:
@@ -64,6 +67,7 @@ def check_optimizer_kwargs(name: str, kwargs: Mapping[str, Any], block: str) -> 
             optimizer.step()
     except Exception as error:  # whatever torch says of the user's values
         raise _do_not_fit(block, name, kwargs, error) from None
+    return optimizer
 
 
 def check_encoder(block: str, name: str, kwargs: Mapping[str, Any], sizes: Iterable[int]) -> int | None:

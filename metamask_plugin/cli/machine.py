@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import StrategyRegistry
 from omegaconf import DictConfig, OmegaConf
 
-from metamask_plugin.cli.devices import device_count, device_type
+from metamask_plugin.cli.devices import device_count, device_type, processes
 from metamask_plugin.data.registry import evaluation_resize
 from metamask_plugin.errors import check, nearest
 from metamask_plugin.host.solo_settings import is_solo_task
@@ -16,8 +16,6 @@ from metamask_plugin.tasks import TASKS
 from metamask_plugin.tasks.base import MomentumTask
 
 HALF = ("bf16-true", "16-true")
-WITH_MOMENTUM = ("sgd", "lars")
-"""Optimisers that keep a momentum buffer."""
 MOST_PROCESSES = 1024
 
 
@@ -35,8 +33,13 @@ def check_together(cfg: DictConfig, own: DictConfig, kwargs: DictConfig | None) 
     _folder(cfg)
     if kwargs is not None:
         _task(cfg, kwargs, own.data.num_large_crops)
-        if "meta" in kwargs and kwargs.meta.enabled:
-            _meta(cfg, kwargs.meta)
+        check(
+            not ("meta" in kwargs and kwargs.meta.enabled and cfg.sync_batchnorm and processes(cfg) > 1),
+            "sync_batchnorm",
+            "False with a meta step",
+            True,
+            "SyncBatchNorm has no second derivative; the heads see the joint batch without it",
+        )
 
 
 def _machine(cfg: DictConfig) -> None:
@@ -112,7 +115,7 @@ def _task(cfg: DictConfig, kwargs: DictConfig, large: int) -> None:
     if kwargs.task == "cmc":
         check(large == 2, "augmentations", "pipelines of 2 large crops together for the task cmc", large)
     if kwargs.task == "wmse" and settings.get("eps") == 0:
-        batch = cfg.optimizer.batch_size * max(1, device_count(cfg) * cfg.num_nodes)
+        batch = cfg.optimizer.batch_size * processes(cfg)
         size = min(batch, settings.get("whitening_size", 128))
         dims = settings.get("proj_output_dim", 64)
         check(
@@ -121,42 +124,3 @@ def _task(cfg: DictConfig, kwargs: DictConfig, large: int) -> None:
             f"smaller than the {size} images of a slice (whitening_size, optimizer.batch_size) with eps 0",
             dims,
         )
-
-
-def _meta(cfg: DictConfig, meta: DictConfig) -> None:
-    name, main = "method_kwargs.meta", cfg.optimizer.name
-    check(
-        meta.trial != "plain" or meta.inner_lr is not None or main == "sgd",
-        f"{name}.inner_lr",
-        f"set for trial=plain when optimizer.name is {main}: its learning rate is not the length of a "
-        "gradient step",
-        None,
-        f"set ++{name}.inner_lr=auto",
-    )
-    check(
-        meta.trial != "momentum" or main in WITH_MOMENTUM,
-        f"{name}.trial",
-        f"plain when optimizer.name is {main}; only SGD and LARS keep a momentum buffer",
-        meta.trial,
-    )
-    check(
-        meta.when != "before_step" or str(cfg.precision) not in ("16", "16-mixed"),
-        f"{name}.when",
-        "after_step or epoch_end with precision=16-mixed, whose scaled gradients it would have to share",
-        meta.when,
-    )
-    processes = device_count(cfg) * cfg.num_nodes
-    check(
-        processes == 1 or meta.estimator != "unrolled",
-        f"{name}.estimator",
-        "another than unrolled where several processes train",
-        meta.estimator,
-        "exact is equal to it",
-    )
-    check(
-        processes == 1 or not cfg.get("sync_batchnorm"),
-        "sync_batchnorm",
-        "False with a meta step",
-        True,
-        "SyncBatchNorm has no second derivative; the heads see the joint batch without it",
-    )

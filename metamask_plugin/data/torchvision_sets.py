@@ -19,7 +19,7 @@ from metamask_plugin.data.unreadable import raise_if_machines
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.retry import retried
 
-SET_PATH = "set ++data.train_path=<folder>, or --train_data_path of a command with flags"
+SET_PATH = "set data.train_path=<folder>, or --train_data_path of a command with flags"
 
 Splits = tuple[ImageSplit, ImageSplit | None]
 

@@ -58,13 +58,13 @@ def overshoot(cfg: DictConfig, gain: float, epoch: int) -> str:
         epoch: from 0.
     """
     if cfg.inner_lr is None:  # as long as the main optimiser's own
-        remedy = f"lower optimizer.lr, or give it a length of its own: ++{KEY}.inner_lr=1e-3"
+        remedy = f"lower optimizer.lr, or give it a length of its own: {KEY}.inner_lr=1e-3"
     elif cfg.inner_lr == AUTO:
-        remedy = f"set ++{KEY}.inner_lr=1e-3"
+        remedy = f"set {KEY}.inner_lr=1e-3"
     elif cfg.trial in ("auto", "plain"):
-        remedy = f"set ++{KEY}.inner_lr=auto, or ++{KEY}.inner_lr=null ++{KEY}.trial=adaptive"
+        remedy = f"set {KEY}.inner_lr=auto, or {KEY}.inner_lr=null {KEY}.trial=adaptive"
     else:
-        remedy = f"lower ++{KEY}.inner_lr, or set ++{KEY}.inner_lr=auto ++{KEY}.trial=plain"
+        remedy = f"lower {KEY}.inner_lr, or set {KEY}.inner_lr=auto {KEY}.trial=plain"
     return (
         f"warning: in epoch {epoch + 1} the trial step raised the loss that it is to lower, by {-gain:.2g} "
         f"on average (train_trial_gain): what is meta-learned follows a step that overshoots; {remedy}"

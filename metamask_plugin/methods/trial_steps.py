@@ -58,7 +58,7 @@ def check_trial(trial: str, inner_lr: float | str | None, main: torch.optim.Opti
     known = is_sgd(main) or is_lars(main) or is_adam(main)
     if trial == "plain" and inner_lr is None and not is_sgd(main):
         name = "method_kwargs.meta"
-        remedy = f"set ++{name}.trial=auto, or ++{name}.inner_lr=auto" if known else "try 1e-3"
+        remedy = f"set {name}.trial=auto, or {name}.inner_lr=auto" if known else "try 1e-3"
         raise UserError(
             f"method_kwargs.meta.inner_lr must be set for trial=plain when the main optimiser is {kind}: "
             f"its learning rate is not the length of a gradient step; {remedy}"
@@ -66,13 +66,13 @@ def check_trial(trial: str, inner_lr: float | str | None, main: torch.optim.Opti
     if trial == "adaptive" or inner_lr == AUTO:
         check(known, "optimizer.name", "sgd, lars, adam or adamw, whose scaling is known", kind)
         amsgrad = group.get("amsgrad", False)
-        remedy = "set ++method_kwargs.meta.inner_lr=1e-3"
+        remedy = "set method_kwargs.meta.inner_lr=1e-3"
         check(not amsgrad, "optimizer.kwargs.amsgrad", "False with an adaptive trial step", amsgrad, remedy)
     if trial != "momentum":
         return
     if "momentum" not in group:
         raise UserError(
-            f"method_kwargs.meta.trial must be 'plain' when the main optimiser is {kind}, got 'momentum'; "
+            f"method_kwargs.meta.trial must be plain when the main optimiser is {kind}, got 'momentum'; "
             "only SGD and LARS keep a momentum buffer"
         )
     other = [key for key in ("nesterov", "dampening") if group.get(key)]

@@ -176,7 +176,7 @@ def test_an_adaptive_trial_step_is_that_of_the_weighted_loss():
         (
             ADAMW,
             {"trial": "momentum"},
-            "trial must be 'plain' when the main optimiser is AdamW, got 'momentum'",
+            "trial must be plain when the main optimiser is AdamW, got 'momentum'",
         ),
         (
             {},
