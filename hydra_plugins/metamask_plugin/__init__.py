@@ -34,11 +34,15 @@ class MetaMaskSearchPath(SearchPathPlugin):
         from metamask_plugin import SCRIPTS
         from metamask_plugin.cli.main import COMMAND
 
-        kind = script.removeprefix("main_") if script in HERE else os.environ.get(COMMAND)
-        configs = SCRIPTS / ("linear" if kind == "linear" else "pretrain")
         main = [element.path or "" for element in search_path.get_path() if element.provider == "main"]
-        if any(Path(path.removeprefix("file://")).parent == SCRIPTS for path in main):
+        folders = [Path(path.removeprefix("file://")) for path in main]
+        if any(folder.parent == SCRIPTS for folder in folders):
             return  # our own command, whose configs are there already
+        kind = script.removeprefix("main_") if script in HERE else os.environ.get(COMMAND)
+        probes = SCRIPTS / "linear"
+        if any(folder.resolve().is_relative_to(probes.resolve()) for folder in folders):
+            kind = "linear"  # whatever the script's name
+        configs = probes if kind == "linear" else SCRIPTS / "pretrain"
         brings_its_own = bool(main)
         for folder in (configs,) if brings_its_own else (configs / "cifar", configs):
             search_path.append("metamask_plugin", f"file://{folder}")

@@ -128,8 +128,8 @@ def test_a_run_says_the_same_twice(run_folder):
         ({"data__fraction": 2}, "data.fraction must be between 0 and 1"),
         ({"data__subset_file": "none.txt"}, "data.subset_file must be left out where images lie in memory"),
         ({"optimizer__batch_size": 1}, "optimizer.batch_size must be >= 2 to fine-tune"),
-        ({"optimizer__lr": 1e30}, "optimizer.lr must keep the loss of fine-tuning finite"),
-        ({"data__augmentations__rrc__crop_min_scale": 3}, "crop_min_scale must be a share of the area"),
+        ({"optimizer__lr": 1e9}, "optimizer.lr must keep the loss of fine-tuning finite"),
+        ({"data__augmentations__rrc__crop_min_scale": 3}, "crop_min_scale must be a number > 0 and <= 1"),
         ({"finetune": "yes"}, "finetune must be True or False"),
     ],
 )

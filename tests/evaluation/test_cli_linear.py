@@ -11,12 +11,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from metamask_plugin.cli.known import shipped
 from metamask_plugin.cli.linear import run
 from metamask_plugin.evaluation.linear import PROTOCOLS, LinearProtocol, build_head
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "scripts" / "linear"
-NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+NAMES = shipped("linear")
 FINETUNED = [name for name in NAMES if name.endswith("semi_supervised")]
 
 
@@ -191,8 +192,8 @@ def test_a_run_says_the_same_twice(run_folder):
         ({"protocol": "papers"}, "did you mean 'paper'"),
         ({"head": "tree"}, "head must be one of linear, mlp"),
         ({"optimizer__name": "lars"}, "optimizer.name must be one of adam, adamw, sgd"),
-        ({"optimizer__lr": "fast"}, "optimizer.lr must be a float"),
-        ({"optimizer__batch_size": 2.5}, "optimizer.batch_size must be an int"),
+        ({"optimizer__lr": "fast"}, "optimizer.lr must be a number > 0, got 'fast'"),
+        ({"optimizer__batch_size": 2.5}, "optimizer.batch_size must be an integer"),
         ({"scheduler__name": "warmup"}, "scheduler.name must be one of"),
         ({"accelerator": "tpu"}, "accelerator must be one of"),
         ({"data__augmentations__crop_size": 0}, "data.augmentations.crop_size must be an integer >= 1"),
