@@ -7,7 +7,9 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from omegaconf import OmegaConf
 
+from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.known import keys
 from metamask_plugin.config import methods, studies
 from metamask_plugin.config.linear import Linear
@@ -36,6 +38,22 @@ def test_an_editor_finds_what_a_run_would_refuse():
     for wrong in ({"sede": 5}, {"seed": -1}, {"method_kwargs": {"meta": {"estimator": "exat"}}}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(wrong, schema)
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "linear", "study"])
+def test_every_shipped_file_is_what_an_editor_takes(kind):
+    validator = jsonschema.Draft202012Validator(json.loads(keys_page.schemas()[kind]))
+    aside = ("augmentations", "views", "reference")  # parts that are lists, and the papers' numbers
+    files = [path for path in (SCRIPTS / kind).rglob("*.yaml") if not {*aside} & {*path.parts}]
+    found = {path: OmegaConf.to_container(OmegaConf.load(path)) for path in files if _is_global(path)}
+    assert len(found) > 10
+    for path, node in found.items():
+        assert not list(validator.iter_errors(node)), path
+
+
+def _is_global(path):
+    text = path.read_text()
+    return "@package" not in text or "@package _global_" in text
 
 
 def test_every_key_is_on_it():

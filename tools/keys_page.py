@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from metamask_plugin.config import linear, pretraining
 from metamask_plugin.config.linear import Linear
 from metamask_plugin.config.messages import limits, schema_at, schema_of
 from metamask_plugin.config.methods import ICLMSR, Baseline, DataKwargs, MetaMask, TaskKwargs
@@ -26,7 +27,7 @@ HEAD = """# Every key
 What a config may hold, which values each key takes, and what it means where the config is silent. Made by
 `make keys` from the models that configs are checked against (`metamask_plugin/config`). Explanations with
 examples are in [configuration](configuration.md). Keys of solo-learn or Lightning alone are accepted and not
-listed; `null` stands for the default.
+listed. `null` stands for the default, but within `kwargs`, where it is a value.
 
 An editor that knows JSON schema completes and checks keys: put
 `# yaml-language-server: $schema=<clone>/docs/schemas/pretrain.json` (or `linear.json`, `study.json`) into the
@@ -43,23 +44,45 @@ def page() -> str:
 def schemas() -> dict[str, str]:
     """JSON schemas by name, of configs that are laid over others: no key is required in them."""
     method = [_part(model) for model in (MetaMask, ICLMSR, Baseline)]
-    pretraining = _part(Pretraining)
-    pretraining["properties"]["method_kwargs"]["anyOf"] = [
-        {"$ref": f"#/$defs/{node['title']}"} for node in method
-    ]
+    found = {"pretrain": _part(Pretraining), "linear": _part(Linear), "study": _part(Study)}
+    found["pretrain"]["properties"]["method_kwargs"] = {
+        "description": "of the method",
+        "anyOf": [*({"$ref": f"#/$defs/{node['title']}"} for node in method), *SILENT],
+    }
     for node in method:
-        pretraining["$defs"] |= {**node.pop("$defs"), node["title"]: node}
-    for name in ("defaults", "hydra"):
-        pretraining["properties"][name] = {"description": "Hydra's"}
-    found = {"pretrain": pretraining, "linear": _part(Linear), "study": _part(Study)}
+        found["pretrain"]["$defs"] |= {**node.pop("$defs"), node["title"]: node}
+    for name, ignored in (("pretrain", pretraining.WITHOUT_EFFECT), ("linear", linear.WITHOUT_EFFECT)):
+        for key in ignored:
+            _accept(found[name], key)
+    found["study"]["additionalProperties"] = True  # keys of its own, which others refer to
     return {name: json.dumps(node, indent=1) + "\n" for name, node in found.items()}
+
+
+SILENT: list[dict[str, Any]] = [{"type": "null"}, {"type": "string", "pattern": r"\$\{|^\?\?\?$"}]
+"""What any key of a file may be: null, for its default; an interpolation; left to the command line."""
 
 
 def _part(model: type[BaseModel]) -> dict[str, Any]:
     schema = json.loads(json.dumps(schema_of(model)))
     for node in (schema, *schema.get("$defs", {}).values()):
         node.pop("required", None)
+        for key, inner in node["properties"].items():
+            about = {name: inner.pop(name) for name in ("description", "default") if name in inner}
+            node["properties"][key] = {**about, "anyOf": [inner, *SILENT]}
+    for name in ("defaults", "hydra"):
+        schema["properties"][name] = {"description": "Hydra's"}
     return schema
+
+
+def _accept(schema: dict[str, Any], key: str) -> None:
+    """Enters a key of solo-learn's, whose values are not checked."""
+    block, _, last = key.rpartition(".")
+    node = schema
+    if block:
+        other = {"anyOf": [{"type": "object", "properties": {}}]}
+        option = schema["properties"].setdefault(block, other)["anyOf"][0]
+        node = schema["$defs"][option["$ref"].rpartition("/")[2]] if "$ref" in option else option
+    node["properties"].setdefault(last, {"description": "solo-learn's"})
 
 
 def _sections() -> Iterator[tuple[str, str]]:

@@ -76,7 +76,7 @@ def _split(cfg: DictConfig, keys: Iterable[str]) -> tuple[Node, Node]:
         inner = node.get(block) if block else node
         if isinstance(inner, dict) and last in inner:
             aside[key] = inner.pop(last)
-        if block and node.get(block) == {}:
+        if block and block in node and node[block] in (None, {}):
             del node[block]
     return node, aside
 

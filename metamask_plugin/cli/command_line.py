@@ -69,10 +69,13 @@ def understood(kind: str, words: Sequence[str]) -> list[str]:
     if folder is not None and "://" not in folder:
         words = [*words, "--config-path", _config_folder(kind, folder)]
     named = flags.config_name
-    if named and Path(named).is_file():
-        folder = _as_yaml(Path(named)) if named.endswith(".json") else Path(named).parent
-        named = Path(named).stem
-        flags.config_dir = str(folder.absolute())
+    file = _config_file(named)
+    if file is not None and file.is_relative_to((SCRIPTS / kind).resolve()):
+        named = file.relative_to((SCRIPTS / kind).resolve()).with_suffix("").as_posix()
+        words = [*words, "--config-name", named]
+    elif file is not None:
+        folder = _as_yaml(file, flags.overrides) if file.suffix == ".json" else file.parent
+        flags.config_dir, named = str(folder), file.stem
         words = [*words, "--config-dir", flags.config_dir, "--config-name", named]
     if flags.config_dir and named in shipped(kind) and (Path(flags.config_dir) / f"{named}.yaml").is_file():
         check(False, "--config-name", "another than that of a shipped config", named, "rename your file")
@@ -84,22 +87,38 @@ def understood(kind: str, words: Sequence[str]) -> list[str]:
     return words
 
 
-def _as_yaml(args: Path) -> Path:
+def _config_file(named: str | None) -> Path | None:
+    """The file that ``--config-name`` names by its path: a YAML, or a run's ``args.json`` or folder."""
+    path = Path(named or "").resolve()
+    path = path / "args.json" if named and path.is_dir() else path
+    return path if named and path.is_file() and path.suffix in (".yaml", ".json") else None
+
+
+def _as_yaml(args: Path, overrides: Sequence[str]) -> Path:
     """A folder with the ``args.json`` of a run as a config that Hydra takes; it goes when the command ends.
 
+    Args:
+        args: the file.
+        overrides: what is laid over it: keys, and no parts, of which it has none.
+
     Raises:
-        UserError: where the file is none.
+        UserError: where the file, or an override, cannot be.
     """
+    for word in overrides:
+        key, _, value = word.lstrip("+").partition("=")
+        remedy = "name the config that the run was started with"
+        check(key not in PARTS, key, "left out with a run's args.json", value, remedy)
     try:
-        node = json.loads(args.read_text())
-        check(isinstance(node, dict), "--config-name", "a run's args.json", str(args))
-    except (OSError, ValueError) as error:
-        check(False, "--config-name", "a run's args.json", str(args), str(error))
+        node = json.loads(args.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--config-name must be a run's args.json, got {str(args)!r}: {error}") from None
+    check(isinstance(node, dict), "--config-name", "a run's args.json", str(args))
     disabled = [{f"override /hydra/{name}": "disabled"} for name in ("hydra_logging", "job_logging")]
     node |= {"defaults": ["_self_", *disabled], "hydra": {"output_subdir": None, "run": {"dir": "."}}}
     folder = Path(tempfile.mkdtemp(prefix="metamask_ssl_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    (folder / f"{args.stem}.yaml").write_text(json.dumps(node))  # JSON is YAML
+    text = json.dumps(node, ensure_ascii=False)  # JSON is YAML
+    (folder / f"{args.stem}.yaml").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -141,9 +160,10 @@ def with_pretraining_overrides(words: Sequence[str]) -> list[str]:
     if "--" not in words:
         return words
     place = words.index("--")
-    quoted = ",".join(
-        "'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in words[place + 1 :]
-    )
+    for word in words[place + 1 :]:
+        _check_override("pretrain", word)
+    of_trials = [_addable("pretrain", word) for word in words[place + 1 :]]
+    quoted = ",".join("'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'" for word in of_trials)
     return [*words[:place], f"overrides=[{quoted}]"]
 
 
@@ -172,7 +192,7 @@ def _check_override(kind: str, word: str) -> None:
         check(False, key, "a block of keys", value, f"did you mean {BLOCKS[key]}={value}?")
     if key == "precision" and value.lower() in PRECISIONS:
         check(False, key, "one of Lightning's", value, f"did you mean {PRECISIONS[value.lower()]!r}?")
-    if kind == "pretrain" and key in PARTS and value[:1] in ("[", "{"):
+    if kind == "pretrain" and key in PARTS and (value[:1] in ("[", "{") or value.lower() == "null"):
         options = "a name" if key == "augmentations" else f"one of {', '.join(names_of(key))}"
         check(False, key, options, value, f"write {key}=<name>")
     if sign or word.startswith("~"):

@@ -4,6 +4,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from metamask_plugin import host
 from metamask_plugin.cli.checked import checked_pretraining, frozen
 from metamask_plugin.cli.devices import device_count, on_cpu
 from metamask_plugin.cli.dry_run import dry_run
@@ -44,6 +45,10 @@ def complete(cfg: DictConfig) -> DictConfig:
     """
     node = checked_pretraining(cfg)
     choose("method", node["method"], METHODS)
+    trained = node["host"] or host.name  # of a run's args.json
+    check(
+        trained == host.name, "host", f"{host.name}, which is in use", trained, f"set METAMASK_HOST={trained}"
+    )
     optimizer, mask = node["optimizer"], (node["method_kwargs"].get("mask") or {})
     optimizer["kwargs"] = {**OPTIMIZER_KWARGS.get(optimizer["name"], {}), **optimizer["kwargs"]}
     node["name"] = _of_its_data(node["name"], node["data"]["dataset"])

@@ -130,7 +130,7 @@ def _unknown(key: str, kind: str, argv: Sequence[str]) -> UserError:
     """An override of a key that the config does not have."""
     known = keys(kind)
     value = next((word.partition("=")[2] for word in argv if word.lstrip("+").startswith(f"{key}=")), "...")
-    if key in PARTS and value != "...":
+    if kind == "pretrain" and key in PARTS and value != "...":
         return UserError(f"{key} is a group that this config does not mention: add it with +{key}={value}")
     if key in known:
         return UserError(f"{key} is a key that this config does not mention: add it with ++{key}=...")

@@ -160,7 +160,7 @@ def _complete(cfg: DictConfig) -> DictConfig:
                 "alone; solo-learn's own main_linear.py reads our checkpoints and does it"
             )
     if cfg.wandb.enabled:
-        print("wandb.enabled is ignored: the probe's numbers are in summary.json", file=sys.stderr)
+        print("note: wandb.enabled is ignored: the probe's numbers are in summary.json", file=sys.stderr)
     return cfg
 
 

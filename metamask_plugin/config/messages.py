@@ -27,21 +27,21 @@ def schema_at(model: type[BaseModel], path: Iterable[str | int]) -> tuple[Node, 
     root = schema_of(model)
     node, walked = root, []
     for step in path:
-        options = [_resolved(root, option) for option in (node, *node.get("anyOf", ()))]
-        options += [_resolved(root, inner) for option in options for inner in option.get("anyOf", ())]
         inside = "items" if isinstance(step, int) else "properties"
-        found = next((option[inside] for option in options if inside in option), None)
+        found = next((kind[inside] for kind in _kinds(root, node) if inside in kind), None)
         if found is None or not (isinstance(step, int) or step in found):
             break
         node = found if isinstance(step, int) else found[step]
         walked.append(step)
-    return _resolved(root, node), walked
+    # of what may be a block or null, the block: its keys are asked for
+    return next((kind for kind in _kinds(root, node) if "properties" in kind), node), walked
 
 
-def _resolved(root: Node, node: Node) -> Node:
-    if "$ref" not in node:
-        return node
-    return root["$defs"][node["$ref"].rpartition("/")[2]]
+def _kinds(root: Node, node: Node) -> list[Node]:
+    """What a value may be, with references followed: one schema each."""
+    if "$ref" in node:
+        node = root["$defs"][node["$ref"].rpartition("/")[2]]
+    return [kind for option in node["anyOf"] for kind in _kinds(root, option)] if "anyOf" in node else [node]
 
 
 def describe(schema: Node, value: Any = None) -> str:

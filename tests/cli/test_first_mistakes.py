@@ -1,5 +1,6 @@
 """What everybody types wrongly at first: one line, at once, with a remedy that can be pasted."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.command_line import understood
 from metamask_plugin.cli.main import COMMAND, COMMANDS, main
 
@@ -74,6 +76,12 @@ ANSWERED = {
     ),
     "no such run to audit": (["audit", "gone"], "checkpoint must be a path that is there"),
     "a list for a part": ([*PRETRAIN, "augmentations=[{crop_size: 3}]"], "write augmentations=<name>"),
+    "null for a part": ([*PRETRAIN, "task=null"], "write task=<name>"),
+    "null for a study's part": ([*STUDY, "--", "task=null"], "write task=<name>"),
+    "a part of a probe": (
+        ["linear", "--config-name", "confounded_digits", "pretrained_feature_extractor=.", "task=byol"],
+        "a key on the command line must be one of the config's, got 'task'",
+    ),
     "no key": ([*PRETRAIN, "=5"], "an override must be key=value, got '=5'"),
     "a switch with a value": ([*PRETRAIN, "-m=3"], "write -m"),
     "an unknown kind of info": ([*PRETRAIN, "--info", "foo"], "invalid choice: 'foo'"),
@@ -195,6 +203,24 @@ def test_a_run_is_repeated_from_its_pickle(tmp_path):
     file.write_bytes(pickle.dumps(OmegaConf.create({"hydra": {}})))
     words = ["--experimental-rerun", str(file)]
     assert understood("pretrain", words) == words
+
+
+def test_a_run_by_its_folder(typed, tmp_path):
+    run = tmp_path / "a run, \U0001f389"
+    run.mkdir()
+    (run / "args.json").write_text(json.dumps({"name": "\U0001f389", "max_epochs": 7}))
+    for name in (run, run / "args.json"):
+        code, out, err = typed("pretrain", "--config-name", str(name), "--cfg", "job")
+        assert code == 0 and "max_epochs: 7" in out and "\U0001f389" in out, err
+    code, _, err = typed("pretrain", "--config-name", str(run), "task=byol")
+    assert code == 2 and "task must be left out with a run's args.json" in err
+    for text in ("[1]", "{", "[" * 100_000):
+        (run / "args.json").write_text(text)
+        code, _, err = typed("pretrain", "--config-name", str(run))
+        assert code == 2 and err.count("must be a run's args.json") == 1
+    shipped = SCRIPTS / "pretrain" / "cifar" / "metamask_barlow.yaml"
+    code, out, err = typed("pretrain", "--config-name", str(shipped), "--cfg", "job")
+    assert code == 0 and "dataset: cifar10" in out, err
 
 
 def test_help_and_lists(typed):

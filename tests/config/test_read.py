@@ -39,6 +39,7 @@ class Model(Block):
     place: Path | None = key(None, "a place")
     needed: Count = key(..., "a number")
     inner: Inner = Inner()
+    perhaps: Inner | None = key(None, "a block, or none")
 
 
 REFUSED = {
@@ -48,6 +49,11 @@ REFUSED = {
         {"inner": {"free": {"a": {1: 2}}}},
         "a block whose keys are text",
     ),
+    "an unknown key of what may be null": (
+        {"perhaps": {"rat": 1}},
+        "a key of perhaps must be one of free, rate",
+    ),
+    "a value of what may be null": ({"perhaps": {"rate": 0}}, "perhaps.rate must be a number > 0"),
     "nothing": ({"needed": None}, "needed must be set, got None"),
     "text for a number": (
         {"steps": "3"},
@@ -91,6 +97,7 @@ def test_values_stay_as_given_and_null_is_the_default():
         "sizes": None,
         "place": None,
         "needed": 2,
+        "perhaps": None,
         "inner": {"rate": 1, "word": "cold", "free": {}},
     }
     assert type(found["inner"]["rate"]) is int
@@ -108,7 +115,7 @@ def test_nulls_go_where_the_preset_has_the_default():
 
 
 def test_keys_are_dotted():
-    assert keys_of(Model, "x.")[-3:] == ["x.inner.rate", "x.inner.word", "x.inner.free"]
+    assert keys_of(Model, "x.")[5:8] == ["x.inner.rate", "x.inner.word", "x.inner.free"]
 
 
 TOGETHER = {
