@@ -44,7 +44,7 @@ def check_together(cfg: DictConfig, own: DictConfig, kwargs: DictConfig | None) 
 
 def _machine(cfg: DictConfig) -> None:
     kind, count = device_type(cfg.accelerator), device_count(cfg)
-    check(1 <= count <= MOST_PROCESSES, "devices", "at least one", cfg.devices)
+    check(1 <= count <= MOST_PROCESSES, "devices", f"from 1 to {MOST_PROCESSES}", cfg.devices)
     if kind == "cuda":
         there = torch.cuda.device_count()
         check(count <= there, "devices", f"at most the {there} GPUs of this machine", cfg.devices)

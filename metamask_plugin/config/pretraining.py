@@ -6,7 +6,7 @@ memory), and what only building shows, is in :mod:`~metamask_plugin.cli.dry_run`
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from metamask_plugin.config.fields import (
     Anything,
@@ -27,6 +27,7 @@ from metamask_plugin.config.fields import (
     Text,
     Workers,
     key,
+    refuse,
 )
 from metamask_plugin.config.views import View, count_views
 from metamask_plugin.errors import check
@@ -49,10 +50,18 @@ RegionForm = Literal["fill", "zoom"]
 Protocol = Literal["paper", "icl_msr", "solo", "fast"]
 Fraction = Annotated[float, Field(gt=0, lt=1)] | Literal[-1]
 FRACTION = "between 0 and 1 (or -1 for all images)"
+
+
+def _bits(value: int) -> int:
+    if value not in (16, 32, 64):
+        raise refuse("16, 32 or 64, or one of Lightning's names")
+    return value
+
+
 Precision = Literal[
     "64-true", "32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed", "64", "32", "16", "bf16",
-    "transformer-engine", "transformer-engine-float16", 64, 32, 16,
-]  # fmt: skip
+    "transformer-engine", "transformer-engine-float16",
+] | Annotated[int, AfterValidator(_bits)]  # fmt: skip
 """Lightning's."""
 WITH_BOXES = ("confounded_digits", "tiny_imagenet", "coco")
 DOWNLOADS = ("cifar10", "cifar100", "stl10")
