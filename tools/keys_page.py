@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import VERSION, BaseModel
 
 from metamask_plugin.config import linear, pretraining
 from metamask_plugin.config.linear import Linear
@@ -20,6 +20,8 @@ from metamask_plugin.config.studies import MEASURES, Study
 from metamask_plugin.config.views import View
 from metamask_plugin.methods import icl_msr, metamask
 
+PYDANTIC = ".".join(VERSION.split(".")[:2])
+"""Another version writes the same schema otherwise."""
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = DOCS / "keys.md"
 HEAD = """# Every key
@@ -55,7 +57,8 @@ def schemas() -> dict[str, str]:
         for key in ignored:
             _accept(found[name], key)
     found["study"]["additionalProperties"] = True  # keys of its own, which others refer to
-    return {name: json.dumps(node, indent=1) + "\n" for name, node in found.items()}
+    made = {"$comment": f"made by tools/keys_page.py with pydantic {PYDANTIC}"}
+    return {name: json.dumps({**made, **node}, indent=1) + "\n" for name, node in found.items()}
 
 
 SILENT: list[dict[str, Any]] = [{"type": "null"}, {"type": "string", "pattern": r"\$\{|^\?\?\?$"}]

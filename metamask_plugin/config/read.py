@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable, Mapping
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -40,7 +40,7 @@ def with_defaults(model: type[BaseModel], node: Mapping[str, Any] | None) -> Nod
     """A copy with the model's default for each key that is missing or null, block by block."""
     found = dict(node or {})
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if _is_model(field.annotation):
             found[name] = with_defaults(field.annotation, found.get(name))
         elif found.get(name) is None and not field.is_required():
             found[name] = copy.copy(field.default)
@@ -50,10 +50,12 @@ def with_defaults(model: type[BaseModel], node: Mapping[str, Any] | None) -> Nod
 def block_of(annotation: Any) -> type[BaseModel] | None:
     """The model of a block of keys; None for any other kind of value."""
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    for kind in kinds:
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
+    return next((kind for kind in kinds if _is_model(kind)), None)
+
+
+def _is_model(kind: Any) -> TypeGuard[type[BaseModel]]:
+    # Python 3.10 takes dict[str, Any] for a class
+    return get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def keys_of(model: type[BaseModel], within: str = "") -> list[str]:
