@@ -114,8 +114,8 @@ def test_what_stands_behind_the_dashes_wins_over_the_studys_settings():
     )
     assert argv[:2] == ["main_study.py", "size=digits"] and len(argv) == 3
     trial = study("metamask_fig6", *argv[1:]).trials[0]
-    assert trial.overrides[-3:] == ("max_epochs=3", "++name=it's", "~optimizer.kwargs")
-    assert trial.overrides.index("max_epochs=2") < trial.overrides.index("max_epochs=3")
+    assert trial.overrides[-3:] == ("++max_epochs=3", "++name=it's", "~optimizer.kwargs")
+    assert trial.overrides.index("max_epochs=2") < trial.overrides.index("++max_epochs=3")
 
 
 def test_a_checkpoint_takes_the_place_of_the_encoders():
