@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin import host
 from metamask_plugin.cli.checked import checked_pretraining, frozen
-from metamask_plugin.cli.devices import device_count, on_cpu
+from metamask_plugin.cli.devices import device_count, on_cpu, processes
 from metamask_plugin.cli.dry_run import dry_run
 from metamask_plugin.config.views import count_views
 from metamask_plugin.data.registry import DATASETS
@@ -78,7 +78,7 @@ def for_method(cfg: DictConfig, num_classes: int | None = None) -> DictConfig:
     """
     own = OmegaConf.create(_without_nulls(OmegaConf.to_container(cfg)))
     if any(OmegaConf.select(own, key) is None for key in COUNTED):
-        scale = own.optimizer.batch_size * device_count(own) * own.num_nodes / 256
+        scale = own.optimizer.batch_size * processes(own) / 256
         for key in SCALED:
             OmegaConf.update(own, key, OmegaConf.select(own, key) * scale)
     views = count_views([(entry.crop_size, entry.get("num_crops", 1)) for entry in own.augmentations])

@@ -21,7 +21,7 @@ from torch import nn
 from metamask_plugin.cli.ablations import check_ablation
 from metamask_plugin.cli.checked import changed
 from metamask_plugin.cli.config import complete, device_count, for_method, recorded, with_own_task_settings
-from metamask_plugin.cli.devices import device_title, device_type
+from metamask_plugin.cli.devices import device_title, device_type, processes
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.data import PretrainDataModule, load_dataset
 from metamask_plugin.data.batches import EpochPosition
@@ -117,7 +117,7 @@ def prepared(cfg: DictConfig) -> tuple[PretrainDataModule, pl.LightningModule, d
     """
     dataset = load_dataset(cfg.data)
     pl.seed_everything(cfg.seed, workers=True)
-    datamodule = PretrainDataModule(dataset, cfg, device_count(cfg) * cfg.num_nodes)
+    datamodule = PretrainDataModule(dataset, cfg, processes(cfg))
     datamodule.setup("fit")  # what cannot be is found before a run folder is made
     model = METHODS[cfg.method](for_method(cfg, dataset.num_classes))
     if not model.no_channel_last:  # the images are laid out so, and convolutions want their weights alike
@@ -221,7 +221,7 @@ def _callbacks(
 def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: dict[str, pl.Callback]) -> pl.Trainer:
     kwargs = {key: cfg[key] for key in TRAINER_KEYS if cfg.get(key) is not None}
     kwargs["accelerator"] = device_type(cfg.accelerator)  # Lightning's auto and gpu may be another one
-    if device_count(cfg) * cfg.num_nodes > 1:
+    if processes(cfg) > 1:
         kwargs["strategy"] = with_timeout(cfg.strategy, OmegaConf.select(cfg, "process_timeout"))
     if OmegaConf.is_list(cfg.devices):
         kwargs["devices"] = list(cfg.devices)

@@ -8,7 +8,7 @@ from metamask_plugin.config.fields import Block, Count, FolderName, Keywords, Pa
 from metamask_plugin.config.methods import TaskKwargs
 from metamask_plugin.config.pretraining import Pretraining
 from metamask_plugin.config.read import keys_of, read, with_defaults, without_nulls
-from metamask_plugin.config.signatures import check_keywords
+from metamask_plugin.config.signatures import check_keywords, model_of
 from metamask_plugin.errors import UserError
 from metamask_plugin.tasks import TASKS
 
@@ -160,4 +160,7 @@ def test_keywords_are_those_of_the_signature(given, message):
 
 
 def test_null_is_a_keyword_where_the_signature_says_so():
-    check_keywords("task_kwargs", {"pred_hidden_dim": None}, TASKS["byol"], TaskKwargs, ("features_dim",))
+    model = model_of(TASKS["byol"], TaskKwargs, ("features_dim",))
+    assert model.model_validate({"pred_hidden_dim": None}).pred_hidden_dim is None
+    with pytest.raises(UserError, match="proj_hidden_dim must be an integer >= 1, got None"):
+        check_keywords("task_kwargs", {"proj_hidden_dim": None}, TASKS["byol"], TaskKwargs, ("features_dim",))
