@@ -10,12 +10,13 @@ from typing import Any
 
 from pydantic import VERSION, BaseModel
 
-from metamask_plugin.config import linear, pretraining
+from metamask_plugin.config import linear
 from metamask_plugin.config.linear import Linear
 from metamask_plugin.config.messages import limits, schema_at, schema_of
 from metamask_plugin.config.methods import ICLMSR, Baseline, DataKwargs, MetaMask, TaskKwargs
 from metamask_plugin.config.pretraining import Pretraining
 from metamask_plugin.config.read import keys_of
+from metamask_plugin.config.solo_learn import WITHOUT_EFFECT
 from metamask_plugin.config.studies import MEASURES, Study
 from metamask_plugin.config.views import View
 from metamask_plugin.methods import icl_msr, metamask
@@ -29,7 +30,7 @@ HEAD = """# Every key
 What a config may hold, which values each key takes, and what it means where the config is silent. Made by
 `make keys` from the models that configs are checked against (`metamask_plugin/config`). Explanations with
 examples are in [configuration](configuration.md). Keys of solo-learn or Lightning alone are accepted and not
-listed. `null` stands for the default, but within `kwargs`, where it is a value.
+listed. `null` stands for the default.
 
 An editor that knows JSON schema completes and checks keys: put
 `# yaml-language-server: $schema=<clone>/docs/schemas/pretrain.json` (or `linear.json`, `study.json`) into the
@@ -53,7 +54,7 @@ def schemas() -> dict[str, str]:
     }
     for node in method:
         found["pretrain"]["$defs"] |= {**node.pop("$defs"), node["title"]: node}
-    for name, ignored in (("pretrain", pretraining.WITHOUT_EFFECT), ("linear", linear.WITHOUT_EFFECT)):
+    for name, ignored in (("pretrain", WITHOUT_EFFECT), ("linear", linear.WITHOUT_EFFECT)):
         for key in ignored:
             _accept(found[name], key)
     found["study"]["additionalProperties"] = True  # keys of its own, which others refer to

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 SHARED = "bilevel"
-GROUPS = ("task", "task_settings", "setting", "ablation")
+GROUPS = ("task", "setting", "ablation")
 OURS_ALONE = {"confounded_digits"}
 """Settings for a data set that solo-learn does not have."""
 
@@ -50,9 +50,12 @@ def configs(ours: Path, theirs: Path, data_sets: tuple[str, ...]) -> Iterator[tu
     """
     for group in GROUPS:
         for path in sorted((ours / "pretrain" / group).rglob("*.yaml")):
-            name = path.relative_to(ours / "pretrain")
-            if not OURS_ALONE & set(name.parts):
-                yield f"pretrain/{SHARED}/{name}", _shared(path.read_text())
+            yield f"pretrain/{SHARED}/{path.relative_to(ours / 'pretrain')}", _shared(path.read_text())
+    for section, tasks in OmegaConf.load(ours / "pretrain" / "base" / "task_settings.yaml").items():
+        for task, settings in tasks.items():
+            if section not in OURS_ALONE:
+                text = f"# @package method_kwargs\n{OmegaConf.to_yaml(settings)}"
+                yield f"pretrain/{SHARED}/task_settings/{section}/{task}.yaml", text
     for data_set in data_sets:
         for path in sorted((ours / "pretrain" / data_set).rglob("*.yaml")):
             group = path.parent.name

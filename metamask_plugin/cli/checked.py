@@ -12,6 +12,7 @@ from metamask_plugin.cli.paths import expand_paths
 from metamask_plugin.config import linear, pretraining
 from metamask_plugin.config.methods import METHOD_KWARGS, Baseline, TaskKwargs
 from metamask_plugin.config.read import Node, keys_of, read, without_nulls
+from metamask_plugin.config.solo_learn import SOLO_LEARN, WITHOUT_EFFECT
 from metamask_plugin.errors import UserError
 from metamask_plugin.renamed import with_new_names
 
@@ -32,14 +33,14 @@ def checked_pretraining(cfg: DictConfig, quiet: bool = False) -> Node:
     Raises:
         UserError: for an unknown or missing key, a value that cannot be, or values that cannot be together.
     """
-    node, aside = _split(cfg, pretraining.WITHOUT_EFFECT)
+    node, aside = _split(cfg, WITHOUT_EFFECT)
     with_new_names(node, _typed(), quiet)
     found = read(pretraining.Pretraining, node, also=METHOD_KEYS)
     own = METHOD_KWARGS.get(found["method"])
     if own is not None:
         kwargs = read(own, found["method_kwargs"], "method_kwargs")
         found["method_kwargs"] = without_nulls(own, kwargs)
-    asked = [key for key, value in aside.items() if value and value != pretraining.SOLO_LEARN.get(key)]
+    asked = [key for key, value in aside.items() if value and value != SOLO_LEARN.get(key)]
     if asked and not quiet:
         print(f"note: {', '.join(asked)}: solo-learn's, without effect here", file=sys.stderr)
     for key, value in aside.items():

@@ -51,6 +51,7 @@ def keys(kind: str) -> list[str]:
     from metamask_plugin.config import linear, pretraining
     from metamask_plugin.config.methods import Baseline, TaskKwargs
     from metamask_plugin.config.read import keys_of
+    from metamask_plugin.config.solo_learn import WITHOUT_EFFECT
     from metamask_plugin.config.studies import MEASURES, Study
 
     if kind == "study":
@@ -62,4 +63,4 @@ def keys(kind: str) -> list[str]:
         return [*keys_of(linear.Linear), *linear.WITHOUT_EFFECT]
     own = keys_of(Baseline, "method_kwargs.")
     task = keys_of(TaskKwargs, "method_kwargs.task_kwargs.")
-    return [*PARTS, *keys_of(pretraining.Pretraining), *pretraining.WITHOUT_EFFECT, *own, *task]
+    return [*PARTS, *keys_of(pretraining.Pretraining), *WITHOUT_EFFECT, *own, *task]

@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from metamask_plugin.config import pretraining
 from metamask_plugin.config.fields import (
     Anything,
     BelowOne,
@@ -30,11 +29,12 @@ from metamask_plugin.config.pretraining import (
     Region,
     RegionForm,
 )
+from metamask_plugin.config.solo_learn import WITHOUT_EFFECT as OF_PRETRAINING
 from metamask_plugin.config.views import LinearView
 
 Head = Literal["linear", "mlp"]
 WITHOUT_EFFECT = (
-    *pretraining.WITHOUT_EFFECT,
+    *OF_PRETRAINING,
     *("accumulate_grad_batches", "auto_resume.enabled", "checkpoint.frequency", "dali.device"),
     *("data.on_device", "data.pipeline", "devices", "num_nodes", "optimizer.exclude_bias_n_norm_wd"),
     *("performance.disable_channel_last", "precision", "resume_from_checkpoint", "scheduler.interval"),

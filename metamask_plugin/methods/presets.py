@@ -22,7 +22,8 @@ def apply_preset(presets: dict[str, dict[str, Any]], user: DictConfig) -> DictCo
 
     Args:
         presets: defaults by preset name.
-        user: ``method_kwargs`` as written in the config.
+        user: ``method_kwargs`` as written in the config; null stands for the preset's, or for the default of
+            what kwargs are passed to.
 
     Returns:
         The complete ``method_kwargs``.
@@ -32,12 +33,22 @@ def apply_preset(presets: dict[str, dict[str, Any]], user: DictConfig) -> DictCo
     """
     name = choose("method_kwargs.preset", user.get("preset") or "paper", presets)
     defaults = OmegaConf.create({"preset": name, **presets[name]})
+    user = OmegaConf.create(_without_nulls(user))
     _check_keys(defaults, user, "method_kwargs")
     for choice, settings in CHOICES.items():
         own = OmegaConf.select(defaults, choice)
         if OmegaConf.select(user, choice, default=own) != own:
             OmegaConf.update(defaults, settings, {}, merge=False)
     return OmegaConf.merge(defaults, user)
+
+
+def _without_nulls(node: DictConfig) -> dict[str, Any]:
+    items = OmegaConf.to_container(node) if isinstance(node, DictConfig) else node
+    return {
+        key: _without_nulls(value) if isinstance(value, dict) else value
+        for key, value in items.items()
+        if value is not None
+    }
 
 
 def _check_keys(known: DictConfig, given: DictConfig, path: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from metamask_plugin.config.pretraining import SOLO_LEARN
+from metamask_plugin.config.solo_learn import SOLO_LEARN
 from metamask_plugin.renamed import in_new_names, with_earlier_names
 
 NOT_THE_EXPERIMENT = (

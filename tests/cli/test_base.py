@@ -6,16 +6,18 @@ from omegaconf import OmegaConf
 
 from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.config import complete, for_method
-from metamask_plugin.config import linear, pretraining
+from metamask_plugin.config import linear
 from metamask_plugin.config.linear import Linear
+from metamask_plugin.config.methods import ICLMSR, MetaMask
 from metamask_plugin.config.pretraining import Pretraining
 from metamask_plugin.config.read import keys_of, with_defaults
+from metamask_plugin.config.solo_learn import WITHOUT_EFFECT
 from metamask_plugin.config.views import LinearView
 from metamask_plugin.methods import METHODS
 from metamask_plugin.training.experiment import experiment_digest, experiment_of, leaves
 
 PRETRAIN = SCRIPTS / "pretrain"
-MODELS = {"pretrain": (Pretraining, pretraining.WITHOUT_EFFECT), "linear": (Linear, linear.WITHOUT_EFFECT)}
+MODELS = {"pretrain": (Pretraining, WITHOUT_EFFECT), "linear": (Linear, linear.WITHOUT_EFFECT)}
 BASE = {kind: OmegaConf.load(SCRIPTS / kind / "base.yaml") for kind in MODELS}
 LEFT_OUT = {
     "pretrain": {
@@ -38,6 +40,14 @@ def _has(kind, key):
 @each_kind
 def test_it_has_every_key(kind):
     assert {key for key in keys_of(MODELS[kind][0]) if not _has(kind, key)} == LEFT_OUT[kind]
+
+
+@pytest.mark.parametrize(("name", "model"), [("metamask", MetaMask), ("icl_msr", ICLMSR)])
+def test_a_method_s_base_has_every_key_of_it(name, model):
+    kwargs = OmegaConf.load(PRETRAIN / "base" / f"{name}.yaml").method_kwargs
+    known = {key for key in keys_of(model) if not key.startswith("task")}
+    missing = {key for key in known if OmegaConf.select(kwargs, key, default="-") == "-"}
+    assert not missing
 
 
 @each_kind
