@@ -70,7 +70,7 @@ def test_every_key_is_on_it():
 
 
 REGISTRIES = {
-    (Pretraining, "accelerator"): "cli.devices:ACCELERATORS",
+    (Pretraining, "accelerator"): "cli.machine:ACCELERATORS",
     (Pretraining, "data.dataset"): "data.registry:DATASETS",
     (Pretraining, "data.region"): "data.regions:REGIONS",
     (Pretraining, "data.region_form"): "data.regions:FORMS",

@@ -1,6 +1,6 @@
 """Makes a config group ``task_settings/<section>`` of each section of ``base/task_settings.yaml``.
 
-Hydra imports this in every application: so the package itself, which the search path asks for, is not imported.
+Hydra imports this in every application. It does not import the package, which would turn the search path on.
 """
 
 from importlib.util import find_spec

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from metamask_plugin import SCRIPTS
-from metamask_plugin.cli.ablations import methods_of
+from metamask_plugin.cli.checked import methods_of
 from metamask_plugin.cli.known import names_of, shipped
 from metamask_plugin.config.methods import METHOD_KWARGS
 

@@ -1,19 +1,20 @@
 """A composed config, held against its model, before anything heavy is imported."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
+from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.paths import expand_paths
 from metamask_plugin.config import linear, pretraining
 from metamask_plugin.config.methods import METHOD_KWARGS, Baseline, TaskKwargs
-from metamask_plugin.config.read import Node, keys_of, read, without_nulls
+from metamask_plugin.config.read import Node, keys_of, read
 from metamask_plugin.config.solo_learn import SOLO_LEARN, WITHOUT_EFFECT
-from metamask_plugin.errors import UserError
+from metamask_plugin.errors import UserError, check
 from metamask_plugin.renamed import with_new_names
 
 METHOD_KEYS = [
@@ -38,8 +39,7 @@ def checked_pretraining(cfg: DictConfig, quiet: bool = False) -> Node:
     found = read(pretraining.Pretraining, node, also=METHOD_KEYS)
     own = METHOD_KWARGS.get(found["method"])
     if own is not None:
-        kwargs = read(own, found["method_kwargs"], "method_kwargs")
-        found["method_kwargs"] = without_nulls(own, kwargs)
+        found["method_kwargs"] = read(own, found["method_kwargs"], "method_kwargs")
     asked = [key for key, value in aside.items() if value and value != SOLO_LEARN.get(key)]
     if asked and not quiet:
         print(f"note: {', '.join(asked)}: solo-learn's, without effect here", file=sys.stderr)
@@ -139,3 +139,41 @@ def changed(cfg: DictConfig, key: str, value: Any) -> DictConfig:
     OmegaConf.update(copy, key, value, force_add=True)
     OmegaConf.set_readonly(copy, True)
     return copy
+
+
+def methods_of(ablation: str) -> list[str]:
+    """Names of the methods that a file of ``scripts/pretrain/ablation`` can be laid over."""
+    node = OmegaConf.to_container(OmegaConf.load(SCRIPTS / "pretrain" / "ablation" / f"{ablation}.yaml"))
+    if isinstance(node.get("method"), str):
+        return [name for name in METHOD_KWARGS if name != "supervised"]
+    keys = list(_keys(node.get("method_kwargs") or {}))
+    fitting = [
+        name
+        for name, known in METHOD_KWARGS.items()
+        if name not in ("bare", "supervised") and all(_is_known(key, keys_of(known)) for key in keys)
+    ]
+    return fitting or ["bare"]
+
+
+def check_ablation(cfg: DictConfig) -> None:
+    """Raises a UserError where the ablation on the command line is of another method than the config."""
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    ablation = choices.get("ablation")
+    if ablation in (None, "none", "null") or cfg.get("method") not in METHOD_KWARGS:
+        return
+    methods = methods_of(ablation)
+    fits = cfg.method in methods or cfg.method in ("bare", "supervised")
+    check(fits, "ablation", f"one of {cfg.method}", ablation, f"it is of {' and '.join(methods)}")
+
+
+def _keys(node: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _keys(value, f"{within}{key}.")
+        else:
+            yield f"{within}{key}"
+
+
+def _is_known(key: str, known: Sequence[str]) -> bool:
+    block = any(other.startswith(f"{key}.") for other in known)
+    return block or any(key == other or key.startswith(f"{other}.") for other in known)

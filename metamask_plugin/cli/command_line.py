@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from metamask_plugin import SCRIPTS
-from metamask_plugin.cli.aliases import BLOCKS, PRECISIONS
-from metamask_plugin.cli.known import FREE, PARTS, as_a_path, keys, names_of, shipped
+from metamask_plugin.cli.known import BLOCKS, FREE, PARTS, PRECISIONS, as_a_path, keys, names_of, shipped
 from metamask_plugin.cli.paths import near_path
 from metamask_plugin.errors import UserError, check, choose, nearest, shown
 from metamask_plugin.renamed import OLD_NAMES

@@ -6,14 +6,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin import host
 from metamask_plugin.cli.checked import checked_pretraining, frozen
-from metamask_plugin.cli.devices import device_count, on_cpu, processes
 from metamask_plugin.cli.dry_run import dry_run
+from metamask_plugin.cli.machine import device_count, on_cpu, processes
 from metamask_plugin.config.views import count_views
 from metamask_plugin.data.registry import DATASETS
 from metamask_plugin.errors import check, choose
 from metamask_plugin.evaluation.checkpoints import load_mask
 from metamask_plugin.host.solo_settings import is_solo_task
 from metamask_plugin.methods import METHODS
+from metamask_plugin.methods.presets import without_nulls
 from metamask_plugin.tasks import TASKS
 
 __all__ = ["complete", "device_count", "for_method", "on_cpu", "recorded", "with_own_task_settings"]
@@ -76,7 +77,7 @@ def for_method(cfg: DictConfig, num_classes: int | None = None) -> DictConfig:
         cfg: a complete config; it stays as it is.
         num_classes: of the data; None before they are read.
     """
-    own = OmegaConf.create(_without_nulls(OmegaConf.to_container(cfg)))
+    own = OmegaConf.create(without_nulls(OmegaConf.to_container(cfg)))
     if any(OmegaConf.select(own, key) is None for key in COUNTED):
         scale = own.optimizer.batch_size * processes(own) / 256
         for key in SCALED:
@@ -101,15 +102,6 @@ def recorded(cfg: DictConfig, own: DictConfig) -> DictConfig:
         for key in COUNTED:
             found.data.pop(key.removeprefix("data."))
     return found
-
-
-def _without_nulls(node: dict) -> dict:
-    """solo-learn takes a key that is there at its word, null or not; ours take null for the default."""
-    return {
-        key: _without_nulls(value) if isinstance(value, dict) else value
-        for key, value in node.items()
-        if value is not None
-    }
 
 
 def with_own_task_settings(cfg: DictConfig) -> DictConfig:

@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from metamask_plugin.cli.checked import checked_linear, frozen
-from metamask_plugin.cli.devices import device_type
+from metamask_plugin.cli.dry_run import check_data_kwargs
 from metamask_plugin.cli.errors import one_line_errors
-from metamask_plugin.cli.kwargs_checks import check_data_kwargs
+from metamask_plugin.cli.machine import device_type
 from metamask_plugin.data.registry import FRACTION_SEED
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.checkpoints import Pretrained, find_checkpoint, load_pretrained, read_args

@@ -17,9 +17,8 @@ from typing import NoReturn
 
 from metamask_plugin import SCRIPTS, __version__
 from metamask_plugin.cli import parsers
-from metamask_plugin.cli.errors import fail
+from metamask_plugin.cli.errors import fail, surviving_output
 from metamask_plugin.cli.known import shipped
-from metamask_plugin.cli.output import surviving_output
 from metamask_plugin.cli.paths import near_path
 from metamask_plugin.errors import nearest, shown
 

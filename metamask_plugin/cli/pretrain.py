@@ -18,11 +18,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from metamask_plugin.cli.ablations import check_ablation
-from metamask_plugin.cli.checked import changed
+from metamask_plugin.cli.checked import changed, check_ablation
 from metamask_plugin.cli.config import complete, device_count, for_method, recorded, with_own_task_settings
-from metamask_plugin.cli.devices import device_title, device_type, processes
 from metamask_plugin.cli.errors import one_line_errors
+from metamask_plugin.cli.machine import device_title, device_type, processes
 from metamask_plugin.data import PretrainDataModule, load_dataset
 from metamask_plugin.data.batches import EpochPosition
 from metamask_plugin.data.worker_failure import worker_failures

@@ -73,14 +73,3 @@ def keys_of(model: type[BaseModel], within: str = "") -> list[str]:
         else:
             found.append(within + name)
     return found
-
-
-def without_nulls(model: type[BaseModel], node: Node) -> Node:
-    """Without the model's keys that are null, and blocks that are empty then; kwargs stay as they are."""
-    found = {}
-    for name, value in node.items():
-        inner = block_of(model.model_fields[name].annotation)
-        value = without_nulls(inner, value) if inner is not None and value is not None else value
-        if value is not None and (inner is None or value):
-            found[name] = value
-    return found

@@ -33,7 +33,7 @@ def apply_preset(presets: dict[str, dict[str, Any]], user: DictConfig) -> DictCo
     """
     name = choose("method_kwargs.preset", user.get("preset") or "paper", presets)
     defaults = OmegaConf.create({"preset": name, **presets[name]})
-    user = OmegaConf.create(_without_nulls(user))
+    user = OmegaConf.create(without_nulls(OmegaConf.to_container(user)))
     _check_keys(defaults, user, "method_kwargs")
     for choice, settings in CHOICES.items():
         own = OmegaConf.select(defaults, choice)
@@ -42,11 +42,11 @@ def apply_preset(presets: dict[str, dict[str, Any]], user: DictConfig) -> DictCo
     return OmegaConf.merge(defaults, user)
 
 
-def _without_nulls(node: DictConfig) -> dict[str, Any]:
-    items = OmegaConf.to_container(node) if isinstance(node, DictConfig) else node
+def without_nulls(node: dict[str, Any]) -> dict[str, Any]:
+    """A block of a config without its null entries, block by block: null stands for the default."""
     return {
-        key: _without_nulls(value) if isinstance(value, dict) else value
-        for key, value in items.items()
+        key: without_nulls(value) if isinstance(value, dict) else value
+        for key, value in node.items()
         if value is not None
     }
 

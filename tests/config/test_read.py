@@ -7,7 +7,7 @@ import pytest
 from metamask_plugin.config.fields import Block, Count, FolderName, Keywords, Path, Positive, key
 from metamask_plugin.config.methods import TaskKwargs
 from metamask_plugin.config.pretraining import Pretraining
-from metamask_plugin.config.read import keys_of, read, with_defaults, without_nulls
+from metamask_plugin.config.read import keys_of, read, with_defaults
 from metamask_plugin.config.signatures import check_keywords, model_of
 from metamask_plugin.errors import UserError
 from metamask_plugin.tasks import TASKS
@@ -107,11 +107,6 @@ def test_values_stay_as_given_and_null_is_the_default():
 def test_a_default_is_nobodys_own():
     with_defaults(Inner, {})["free"]["a"] = 1
     assert with_defaults(Inner, {})["free"] == {}
-
-
-def test_nulls_go_where_the_preset_has_the_default():
-    node = {"place": None, "inner": {"rate": None, "free": {"a": None}}, "needed": 1}
-    assert without_nulls(Model, node) == {"inner": {"free": {"a": None}}, "needed": 1}
 
 
 def test_keys_are_dotted():

@@ -8,8 +8,8 @@ from test_config_faults import Started, config, refused  # noqa: F401
 
 from metamask_plugin.cli import linear, pretrain
 from metamask_plugin.cli.config import complete
-from metamask_plugin.cli.devices import device_count, device_title, device_type
 from metamask_plugin.cli.known import shipped
+from metamask_plugin.cli.machine import device_count, device_title, device_type
 from metamask_plugin.errors import UserError
 
 PATCHES = "huggingface/pytorch-image-models#597"
