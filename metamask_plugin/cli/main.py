@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from metamask_plugin import SCRIPTS, __version__
 from metamask_plugin.cli import parsers
+from metamask_plugin.cli.command_line import FIRST
 from metamask_plugin.cli.errors import fail, surviving_output
 from metamask_plugin.cli.known import shipped
 from metamask_plugin.cli.paths import near_path
@@ -66,6 +67,9 @@ def _main(argv: Sequence[str] | None) -> None:
     if name == "--version":
         print(f"metamask_plugin {__version__}")
         return
+    if name in ("-sc", "--shell-completion"):
+        _complete(words)
+        return
     if name not in COMMANDS:
         _unknown(name)
     command = COMMANDS[name]
@@ -89,6 +93,32 @@ def _unknown(name: str) -> NoReturn:
     hint = f"{config} --config-name {name}" if config else nearest(name, COMMANDS)
     remedy = f"did you mean {hint!r}?" if hint else "--help shows them"
     fail(f"a command must be one of {', '.join(COMMANDS)}, got {shown(name)}; {remedy}")
+
+
+def _complete(words: list[str]) -> None:
+    """Answers a shell: commands and names of configs from here, keys and values from Hydra."""
+    if not (words and words[0].startswith("query=")):
+        COMMANDS["pretrain"].run(["-sc", *words])  # prints what a shell is to evaluate
+        return
+    _, *typed = os.environ.get("COMP_LINE", "").split(" ")  # the last one is being typed
+    if len(typed) <= 1:
+        print("\n".join(COMMANDS))
+        return
+    name, *typed = typed
+    kind = COMMANDS[name].config if name in COMMANDS else None
+    if kind is None:
+        print("\n".join(parsers.SECTIONS if name == "list" else []))
+        return
+    config = FIRST[kind]
+    if "--config-name" in typed[:-1]:
+        place = typed.index("--config-name")
+        config = typed[place + 1]
+        if len(typed) == place + 2:
+            print("\n".join(shipped(kind)))
+            return
+        del typed[place : place + 2]
+    os.environ["COMP_LINE"] = " ".join(["metamask-ssl", *typed])
+    COMMANDS[name].run(["--config-name", config, "-sc", *words])
 
 
 def overview() -> str:

@@ -88,8 +88,8 @@ def as_line(model: type[BaseModel], fault: Any, where: str, every: Iterable[str]
     """
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, UserError):  # of a rule between keys, which names them
-        place = spelt(fault["loc"], where)
-        entry = place[: place.rfind("]") + 1]
+        places = [index for index, step in enumerate(fault["loc"]) if isinstance(step, int)]
+        entry = spelt(fault["loc"][: places[-1] + 1], where) if places else ""
         return UserError(f"{entry}.{cause}" if entry else str(cause))
     unknown = fault["type"] == "extra_forbidden"
     schema, path = schema_at(model, fault["loc"][:-1] if unknown else fault["loc"])
@@ -132,11 +132,8 @@ def _remedy(schema: Node, value: Any) -> str:
 
 
 def spelt(path: Iterable[str | int], where: str = "") -> str:
-    """A place as the user writes it: ``augmentations[0].crop_size``."""
-    text = where
-    for step in path:
-        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
-    return text
+    """A place as the command line writes it: ``augmentations.0.crop_size``."""
+    return ".".join([where] * bool(where) + [str(step) for step in path])
 
 
 def unknown_key(where: str, key: Any, known: Iterable[str], every: Iterable[str] = ()) -> UserError:

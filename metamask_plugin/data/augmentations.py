@@ -67,7 +67,7 @@ def parse_augmentations(nodes: Iterable[Mapping[str, Any]] | ListConfig) -> list
         "compose one of the augmentations/*.yaml",
     )
     return [
-        node if isinstance(node, Augmentation) else _parse(node, f"augmentations[{i}]")
+        node if isinstance(node, Augmentation) else _parse(node, f"augmentations.{i}")
         for i, node in enumerate(nodes)
     ]
 

@@ -1,6 +1,7 @@
 """What everybody types wrongly at first: one line, at once, with a remedy that can be pasted."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -196,6 +197,28 @@ def test_completion(typed, monkeypatch):
     monkeypatch.setenv("COMP_LINE", "metamask-ssl task=by")
     code, out, err = typed(*PRETRAIN, "-sc", "query=bash")
     assert code == 0 and "task=byol" in out and not err
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("", "pretrain"),
+        ("lin", "linear"),
+        ("pretrain --config-name ci", "cifar/metamask_barlow"),
+        ("pretrain --config-name metamask_barlow task=", "task=byol"),
+        ("linear epo", None),
+        ("study --config-name metamask_fig6 se", "seeds="),
+        ("list ", "tasks"),
+        ("nothing ", None),
+    ],
+)
+def test_the_command_completes_its_own_words(line, offered):
+    line = f"metamask-ssl {line}"
+    command = [sys.executable, "-m", "metamask_plugin", "-sc", "query=bash"]
+    environment = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stderr == ""
+    assert offered is None or offered in done.stdout.split()
 
 
 def test_a_run_is_repeated_from_its_pickle(tmp_path):

@@ -65,7 +65,7 @@ REFUSED = {
     "infinity": ({"inner": {"rate": float("inf")}}, "inner.rate must be a finite number"),
     "zero": ({"inner": {"rate": 0}}, "inner.rate must be a number > 0, got 0"),
     "a word": ({"inner": {"word": "wram"}}, "inner.word must be one of cold, warm, got 'wram'; did you mean"),
-    "an entry": ({"sizes": [1, 0]}, r"sizes\[1\] must be an integer >= 1, got 0"),
+    "an entry": ({"sizes": [1, 0]}, r"sizes\.1 must be an integer >= 1, got 0"),
     "no list": ({"sizes": 3}, "sizes must be a list, got 3"),
     "no block": ({"inner": 3}, "inner must be a block of keys, got 3"),
     "a path": ({"name": "a/b"}, "name must be a folder's name without / and .*; set checkpoint.dir"),
@@ -120,7 +120,7 @@ TOGETHER = {
     "views": ({"augmentations": [{"crop_size": 32}]}, "augmentations must be pipelines .* got 1"),
     "a crop": (
         {"augmentations": [{"crop_size": 32, "num_crops": 2, "rrc": {"crop_max_scale": 0.01}}]},
-        r"augmentations\[0\].rrc.crop_min_scale must be at most crop_max_scale \(0.01\), got 0.08",
+        r"augmentations.0.rrc.crop_min_scale must be at most crop_max_scale \(0.01\), got 0.08",
     ),
 }
 

@@ -41,13 +41,13 @@ def test_a_crop_of_everything_is_no_crop():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"crop_size": None}, r"augmentations\[0\]\.crop_size must be set"),
-        ({"num_crops": 0}, r"augmentations\[0\]\.num_crops must be an integer >= 1, got 0"),
+        ({"crop_size": None}, r"augmentations\.0\.crop_size must be set"),
+        ({"num_crops": 0}, r"augmentations\.0\.num_crops must be an integer >= 1, got 0"),
         ({"rrc": {"enabled": True, "crop_min_scale": 0.0}}, r"crop_min_scale must be a number > 0 and <= 1"),
         ({"rrc": {"enabled": True, "crop_max_scale": 1.1}}, r"crop_max_scale must be a number > 0 and <= 1"),
         ({"rrc": {"crop_min_scale": 0.5, "crop_max_scale": 0.4}}, r"crop_min_scale must be at most"),
         ({"rrc": {"enabled": "yes"}}, r"rrc\.enabled must be True or False"),
-        ({"grayscale": {"prob": 1.5}}, r"augmentations\[0\]\.grayscale\.prob must be a number >= 0 and <= 1"),
+        ({"grayscale": {"prob": 1.5}}, r"augmentations\.0\.grayscale\.prob must be a number >= 0 and <= 1"),
         ({"horizontal_flip": {"prob": "half"}}, r"horizontal_flip\.prob must be a number >= 0 and <= 1"),
         ({"color_jitter": {"hue": 0.6}}, r"color_jitter\.hue must be a number >= 0 and <= 0\.5"),
         ({"color_jitter": {"contrast": -1}}, r"color_jitter\.contrast must be a number >= 0"),
