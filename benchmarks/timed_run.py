@@ -20,7 +20,7 @@ from metamask_plugin import SCRIPTS
 from metamask_plugin.cli import pretrain
 from metamask_plugin.data.registry import DATASETS
 from metamask_plugin.data.splits import MemoryImages
-from metamask_plugin.training.progress import Progress
+from metamask_plugin.training.callbacks import Progress
 
 NOISE = "noise"
 """The data set's name: uint8 noise in the shape of CIFAR-10, ``data.kwargs.images`` of it; no test split."""

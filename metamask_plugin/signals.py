@@ -1,9 +1,10 @@
-"""The signals that ask a process to end, and how a command ends upon one."""
+"""The signals that ask a process to end, and how a command or a training ends upon one."""
 
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +15,12 @@ SIGNALS = tuple(
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
     if hasattr(signal, name)
 )  # Windows has the first two
+
+APART_SECONDS = 1.0
+"""A second signal within this time counts as the first, which a launcher may have forwarded."""
+
+BATCH_SECONDS = 30.0
+"""How long a training that was asked to end waits for its next batch."""
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 """Set by torchrun, Lightning and SLURM to the number of a process."""
@@ -88,6 +95,51 @@ def ended_by_signals() -> Iterator[None]:
 
 def _end(number: int, frame: FrameType | None) -> None:
     raise Preempted(number)
+
+
+class Preemption:
+    """Takes the signals while a training runs. The first is noted, the second ends the training at once.
+
+    After the first signal the training is expected to finish its batch, save and end
+    (:class:`~metamask_plugin.training.checkpoints.Checkpointer` does so). If its next batch does not come
+    within :data:`BATCH_SECONDS`, the training ends without it.
+
+    Args:
+        waiting_for: returns the number of the batch that the training waits for; None while it has one.
+
+    Attributes:
+        received: the first signal, or None.
+    """
+
+    def __init__(self, waiting_for: Callable[[], int | None]) -> None:
+        self.waiting_for = waiting_for
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        self._before = install(self._receive)
+
+    def restore(self) -> None:
+        restore(self._before)
+        self._before = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+            if is_first_process():
+                name = signal.Signals(number).name
+                print(f"{name}: finishing this batch, then saving; again to stop at once", flush=True)
+            timer = threading.Timer(BATCH_SECONDS, self._end_waiting, [self.waiting_for()])
+            timer.daemon = True
+            timer.start()
+        elif time.monotonic() - self._since > APART_SECONDS:
+            self.restore()
+            raise Preempted(number)
+
+    def _end_waiting(self, batch: int | None) -> None:
+        """Repeats the signal if the training still waits for the same batch."""
+        if batch is not None and self._before and self.waiting_for() == batch:
+            signal.pthread_kill(threading.main_thread().ident, self.received)
 
 
 @contextmanager

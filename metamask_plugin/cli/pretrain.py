@@ -2,9 +2,12 @@
 
 import copy
 import logging
+import os
 import secrets
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +26,26 @@ from metamask_plugin.cli.config import complete, device_count, for_method, recor
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.machine import device_title, device_type, processes
 from metamask_plugin.data import PretrainDataModule, load_dataset
-from metamask_plugin.data.batches import EpochPosition
-from metamask_plugin.data.worker_failure import worker_failures
+from metamask_plugin.data.worker_failure import worker_failure, worker_failures
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.knn import within_bank
 from metamask_plugin.methods import METHODS
 from metamask_plugin.signals import Preempted
-from metamask_plugin.training.checkpoint_io import WholeCheckpointIO
-from metamask_plugin.training.checkpointer import BestCheckpoint, Checkpointer
-from metamask_plugin.training.data_wait import DataWait
-from metamask_plugin.training.epoch_means import EpochMeans
+from metamask_plugin.training.callbacks import DataWait, History, NonFiniteReport, OnlineKNN, Progress
+from metamask_plugin.training.checkpoints import (
+    BestCheckpoint,
+    Checkpointer,
+    EpochMeans,
+    SettingsApply,
+    WholeCheckpointIO,
+)
 from metamask_plugin.training.evaluation_data import EvaluationData
 from metamask_plugin.training.experiment import experiment_of
-from metamask_plugin.training.final_report import evaluation_of, final_report
-from metamask_plugin.training.history import History
-from metamask_plugin.training.lock import locked
-from metamask_plugin.training.nonfinite_report import NonFiniteReport
-from metamask_plugin.training.online_knn import OnlineKNN
-from metamask_plugin.training.preemption import Preemption, preemption_told_from_failure
-from metamask_plugin.training.process_group import with_timeout
-from metamask_plugin.training.progress import Progress
-from metamask_plugin.training.rank_failure import watched_ranks
-from metamask_plugin.training.ranks import RankDraws
+from metamask_plugin.training.ranks import RankDraws, SameFolder, watched_ranks, with_timeout
+from metamask_plugin.training.report import evaluation_of, final_report
 from metamask_plugin.training.resume import Start, adopt_best, checkpoint_for, start_of
-from metamask_plugin.training.run_folder import RunFolder, SameFolder
-from metamask_plugin.training.settings_apply import SettingsApply
-from metamask_plugin.training.torch_flags import torch_flags_kept
+from metamask_plugin.training.run_folder import RunFolder, locked
 
 TRAINER_KEYS = (
     "accelerator",
@@ -86,6 +82,27 @@ def run(cfg: DictConfig) -> RunFolder:
             # a sweep over max_epochs compares runs of their own
             cfg = changed(cfg, "auto_resume.extend", False)
         return pretrain(cfg)
+
+
+@contextmanager
+def torch_flags_kept() -> Iterator[None]:
+    """Restores torch's ``deterministic`` and ``benchmark`` settings of the whole process at its end.
+
+    Lightning's Trainer switches torch's deterministic algorithms on and never off: the next run of a sweep
+    would have them, too, and be slower or fail.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, deterministic = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")  # Lightning sets it for cuBLAS
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = benchmark, deterministic
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        if workspace is not None:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
 
 
 def pretrain(cfg: DictConfig, wait: bool = False) -> RunFolder:
@@ -149,7 +166,7 @@ def _completed(
         return folder
 
     initial = copy.deepcopy(model)
-    callbacks = _callbacks(cfg, folder, data, datamodule.position, start.experiment)
+    callbacks = _callbacks(cfg, start, datamodule, data)
     trainer = _trainer(cfg, folder, callbacks)
     checkpoint = checkpoint_for(cfg, start, model)
     if trainer.is_global_zero:
@@ -160,7 +177,7 @@ def _completed(
 
     started = time.monotonic()
     with watched_ranks(trainer, lambda: _way_on(folder)):
-        _fit(trainer, model, datamodule, checkpoint, folder)
+        _fit(trainer, model, datamodule, checkpoint, folder, callbacks["checkpointer"])
     seconds = time.monotonic() - started
     if trainer.is_global_zero:
         if not folder.is_finished:
@@ -182,42 +199,36 @@ def _quiet() -> None:
 
 
 def _callbacks(
-    cfg: DictConfig,
-    folder: RunFolder,
-    data: EvaluationData,
-    position: EpochPosition,
-    identity: dict[str, Any],
-) -> dict[str, pl.Callback]:
+    cfg: DictConfig, start: Start, datamodule: PretrainDataModule, data: EvaluationData
+) -> dict[str, Any]:
     """In the order in which they must run: record, save, measure, show."""
-    callbacks: dict[str, pl.Callback] = {
+    folder, saved = start.folder, cfg.checkpoint if cfg.checkpoint.enabled else {}
+    history = History(folder)
+    callbacks = {
         "same_folder": SameFolder(folder),
         "settings": SettingsApply(),
         "epoch_means": EpochMeans(),
         "data_wait": DataWait(),
-        "history": History(folder),
+        "history": history,
         "nonfinite": NonFiniteReport(folder),
+        "checkpointer": Checkpointer(
+            folder,
+            datamodule.position,
+            start.experiment,
+            saved.get("frequency"),
+            saved.get("every_n_steps"),
+        ),
+        "rank_draws": RankDraws(cfg.seed),
     }
-    if cfg.checkpoint.enabled:
-        callbacks["preemption"] = Preemption(position)
-    callbacks["checkpointer"] = Checkpointer(  # which restores, too, where nothing is to be saved
-        folder,
-        cfg.checkpoint.frequency if cfg.checkpoint.enabled else None,
-        position,
-        callbacks.get("preemption"),
-        cfg.checkpoint.get("every_n_steps") if cfg.checkpoint.enabled else None,
-        identity,
-    )
-    callbacks["rank_draws"] = RankDraws(cfg.seed)
     if cfg.evaluation.enabled and data.available:
         knn = cfg.evaluation.knn
-        callbacks["knn"] = OnlineKNN(data, callbacks["history"], knn.k, knn.every_n_epochs, knn.temperature)
+        callbacks["knn"] = OnlineKNN(data, history, knn.k, knn.every_n_epochs, knn.temperature)
         if cfg.checkpoint.enabled:
             callbacks["best"] = BestCheckpoint(folder, callbacks["knn"])
-    callbacks["progress"] = Progress()
-    return callbacks
+    return callbacks | {"progress": Progress()}
 
 
-def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: dict[str, pl.Callback]) -> pl.Trainer:
+def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: dict[str, Any]) -> pl.Trainer:
     kwargs = {key: cfg[key] for key in TRAINER_KEYS if cfg.get(key) is not None}
     kwargs["accelerator"] = device_type(cfg.accelerator)  # Lightning's auto and gpu may be another one
     if processes(cfg) > 1:
@@ -296,12 +307,17 @@ def _fit(
     data: PretrainDataModule,
     checkpoint: Path | None,
     folder: RunFolder,
+    checkpointer: Checkpointer,
 ) -> None:
     """Trains; an interruption ends with where to go on from, not with a traceback."""
-    kwargs = {"ckpt_path": None if checkpoint is None else str(checkpoint)}
     try:
-        with preemption_told_from_failure(trainer):
-            trainer.fit(model, datamodule=data, **kwargs)
+        try:
+            trainer.fit(model, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint))
+        except Exception as error:
+            received = checkpointer.preemption and checkpointer.preemption.received
+            if received is None or worker_failure(error) is None:
+                raise
+            raise Preempted(received) from None  # the signal has ended a worker, too
     except Preempted as preempted:
         if trainer.is_global_zero:
             epoch = trainer.current_epoch + (not trainer.fit_loop.done)

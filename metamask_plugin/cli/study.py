@@ -47,7 +47,7 @@ from metamask_plugin.studies.pretraining import check_different
 from metamask_plugin.studies.results import write_results
 from metamask_plugin.studies.spec import Study, study_of
 from metamask_plugin.studies.trial import Pretraining, TrialRun, log_file
-from metamask_plugin.training.lock import locked
+from metamask_plugin.training.run_folder import locked
 
 ALIKE = 3
 """Trials that fail alike from the beginning before the study stops."""

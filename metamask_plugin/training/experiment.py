@@ -1,4 +1,4 @@
-"""What defines a run: the settings and the images that decide what is trained, in canonical form."""
+"""The experiment of a run: the settings and images that decide what is trained, in canonical form."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ NOT_THE_EXPERIMENT = (
     "resume_from_checkpoint",
     "wandb",
 )
-"""Top-level config keys that do not change what is trained, and so not which run it is."""
+"""Top-level config keys that do not change what is trained, nor which run it is."""
 
 WITHOUT_EFFECT = (
     *NOT_THE_EXPERIMENT,
@@ -36,13 +36,13 @@ WITHOUT_EFFECT = (
     "knn_eval",
     "numerics",
 )
-"""Keys that cannot change the bits of a training; of images the fingerprint counts, and not the place."""
+"""Keys that cannot change the bits of a training. Of images the fingerprint counts, not the path."""
 
 NOT_IN_THE_DIGEST = ("data.num_workers",)
-"""Keys that change the draws of views alone: a run goes on with another value, and says so."""
+"""Keys that change only the draws of views: a run resumes with another value, with a note."""
 
 RAISABLE = ("max_epochs", "max_steps")
-"""How long a run trains: what was trained for less can be gone on with."""
+"""The length of a run: a longer run can continue a shorter one."""
 
 PRECISIONS = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 DEFAULTS = {
@@ -57,21 +57,21 @@ DEFAULTS = {
     "performance.cuda_graph": False,
     "sync_batchnorm": False,
 }
-"""Of keys that neither the command line nor a method fills in."""
+"""Values of keys that neither the command line nor a method fills in."""
 
 
 def experiment_of(
     cfg: DictConfig, devices: int, device: str, pipeline: str, images_fingerprint: str
 ) -> dict[str, Any]:
-    """What of a run decides what is trained, as plain values; values that mean the same are the same.
+    """The settings that decide what is trained, as plain values; equivalent values become equal.
 
-    Renamed keys have their old names here, and the old values: so runs of earlier versions are found.
+    Renamed keys keep their old names and values here, so that runs of earlier versions are found.
 
     Args:
-        cfg: the complete config, with the method's defaults in it.
-        devices: how many devices of each machine the run uses.
+        cfg: the complete config, with the method's defaults.
+        devices: number of devices that the run uses on each machine.
         device: their kind, ``cpu`` or ``cuda``.
-        pipeline: what makes the views, see :class:`~metamask_plugin.data.PretrainDataModule`.
+        pipeline: makes the views, see :class:`~metamask_plugin.data.PretrainDataModule`.
         images_fingerprint: of the training images.
     """
     node = OmegaConf.to_container(cfg, resolve=True)
@@ -80,7 +80,7 @@ def experiment_of(
     with_earlier_names(node)
     for key, default in DEFAULTS.items():
         value = _take(node, key)
-        one_batch = key == "limit_train_batches" and type(value) is int  # 1, where 1.0 is all of them
+        one_batch = key == "limit_train_batches" and type(value) is int  # 1 batch; 1.0 is all of them
         if value is not None and (value != default or one_batch):
             _put(node, key, value)
     precision = str(node.get("precision"))
@@ -93,62 +93,58 @@ def experiment_of(
     data |= {"pipeline": pipeline, "images_fingerprint": images_fingerprint}
     data["kwargs"] = {key: _name_of(value) for key, value in (data.get("kwargs") or {}).items()}
     if pipeline == "kornia":
-        data.pop("num_workers", None)  # it has none
+        data.pop("num_workers", None)  # kornia has none
     else:
         data.pop("evaluation_resize", None)  # kornia keeps the images in this size
     return _canonical(node)
 
 
 def _name_of(value: Any) -> Any:
-    """Of a path its last part: where files lie decides nothing."""
+    """The last part of a path: the folder decides nothing."""
     return os.path.basename(value) if isinstance(value, str) else value
 
 
 def experiment_digest(experiment: Mapping[str, Any]) -> str:
-    """Eight hex digits that differ whenever two experiments would train something else."""
+    """Eight hex digits that differ whenever two experiments train something else."""
     counted = [(key, value) for key, value in sorted(leaves(experiment)) if key not in NOT_IN_THE_DIGEST]
     return hashlib.sha256(json.dumps(counted, default=str).encode()).hexdigest()[:8]
 
 
 def differences(recorded: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings in which two runs differ, by their dotted keys: there, and here.
+    """Settings in which two runs differ, by dotted key: the recorded value and the wanted one.
 
-    A run that recorded nothing, as those of earlier versions, differs in nothing.
+    A run without a record, as those of earlier versions, differs in nothing.
     """
-    if not recorded:
-        return {}
-    there, here = dict(leaves(recorded)), dict(leaves(wanted))
+    there, here = dict(leaves(recorded or wanted)), dict(leaves(wanted))
     keys = sorted(there.keys() | here.keys())
     return {key: (there.get(key), here.get(key)) for key in keys if there.get(key) != here.get(key)}
 
 
 SHOWN = 6
-"""Differences between two configs that a message names; of the others it says how many there are."""
+"""Number of differences that a message names; it counts the others."""
 
 
 def in_words(found: Mapping[str, tuple[Any, Any]]) -> str:
-    """Differences, as a message shows them."""
-    texts = [_difference(key, there, here) for key, (there, here) in found.items()]
+    """Formats differences for a message, under the keys' present names."""
+    texts = []
+    for key, (there, here) in found.items():
+        (name, there), (_, here) = in_new_names(key, there), in_new_names(key, here)
+        texts.append(f"{name} {there!r} there, {here!r} here")
     more = f", and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
     return "; ".join(texts[:SHOWN]) + more
 
 
-def _difference(key: str, there: Any, here: Any) -> str:
-    name, there = in_new_names(key, there)
-    return f"{name} {there!r} there, {in_new_names(key, here)[1]!r} here"
-
-
 def leaves(tree: Any, path: Sequence[str] = ()) -> list[tuple[str, Any]]:
-    """Leaves of nested mappings and lists, and their dotted keys."""
-    if isinstance(tree, Mapping):
-        return [leaf for key, value in tree.items() for leaf in leaves(value, (*path, str(key)))]
+    """Leaves of nested mappings and lists, with their dotted keys."""
     if isinstance(tree, list | tuple):
-        return [leaf for key, value in enumerate(tree) for leaf in leaves(value, (*path, str(key)))]
-    return [(".".join(path), tree)]
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, Mapping):
+        return [(".".join(path), tree)]
+    return [leaf for key, value in tree.items() for leaf in leaves(value, (*path, str(key)))]
 
 
 def _canonical(value: Any) -> Any:
-    """Without nulls, which leave a key to its default; 1 and 1.0 alike."""
+    """Removes nulls, which leave a key at its default, and makes 1.0 equal to 1."""
     if isinstance(value, Mapping):
         return {key: _canonical(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, list | tuple):
@@ -157,7 +153,7 @@ def _canonical(value: Any) -> Any:
 
 
 def _take(node: Any, key: str) -> Any:
-    """Takes a dotted key out of nested dictionaries; None where it is not there."""
+    """Takes a dotted key out of nested dictionaries; None if it is missing."""
     *path, last = key.split(".")
     for part in path:
         node = node.get(part) if isinstance(node, Mapping) else None

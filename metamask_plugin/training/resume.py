@@ -1,4 +1,4 @@
-"""Where a run is trained, and the checkpoint that it goes on from."""
+"""Where a run is trained, and the checkpoint that it resumes from."""
 
 import contextlib
 import glob
@@ -23,7 +23,6 @@ from metamask_plugin.evaluation.checkpoints import (
     recorded_host,
 )
 from metamask_plugin.evaluation.files import replacing
-from metamask_plugin.training.checkpoint_header import CheckpointHeader, header_of
 from metamask_plugin.training.experiment import (
     NOT_IN_THE_DIGEST,
     RAISABLE,
@@ -31,8 +30,7 @@ from metamask_plugin.training.experiment import (
     experiment_digest,
     in_words,
 )
-from metamask_plugin.training.lock import is_locked
-from metamask_plugin.training.run_folder import RunFolder
+from metamask_plugin.training.run_folder import CheckpointHeader, RunFolder, header_of, is_locked
 
 NAME = "resume_from_checkpoint"
 
@@ -46,7 +44,7 @@ OF_THE_EPOCH = (
     "devices",
     "num_nodes",
 )
-"""What decides which batches an epoch has, in which order."""
+"""Settings that decide an epoch's batches and their order."""
 
 OF_THE_STATE = (
     "method",
@@ -58,13 +56,15 @@ OF_THE_STATE = (
     "scheduler.interval",
     "scheduler.name",
 )
-"""Settings without which the state of optimisers and schedules in a checkpoint has no meaning."""
+"""Settings that must be equal for a checkpoint's optimiser and schedule states to have a meaning."""
 
 IMAGES = "data.images_fingerprint"
 
-
 BEGAN = "began_with"
-"""In an experiment: the checkpoint of another run with which this one began."""
+"""Key of an experiment: the checkpoint of another run that this one began with."""
+
+Differences = dict[str, tuple[Any, Any]]
+"""See :func:`~metamask_plugin.training.experiment.differences`."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Start:
 
     Attributes:
         folder: of the run.
-        experiment: see :func:`~metamask_plugin.training.experiment.experiment_of`; also what it begins with.
-        origin: the checkpoint of another run with which it begins; None at random weights.
+        experiment: see :func:`~metamask_plugin.training.experiment.experiment_of`; with what it begins with.
+        origin: the checkpoint of another run that it begins with; None for random weights.
     """
 
     folder: RunFolder
@@ -84,23 +84,25 @@ class Start:
 
 @rank_zero_only
 def tell(line: str) -> None:
-    """Prints a line, once for all processes of a run."""
+    """Prints a line once for all processes of a run."""
     print(line, flush=True)
 
 
 def start_of(cfg: DictConfig, experiment: dict[str, Any], model: nn.Module) -> Start:
     """Finds the folder of a run, ``<checkpoint.dir>/<method>/<name>-<digest>``.
 
-    Same experiment, same folder: so the same command finds its own run again, finished or not, and a sweep
-    over any setting never resumes a neighbour's. With what checkpoint it begins is part of the experiment. A
-    checkpoint of the run itself that is asked for leads to its folder. With ``auto_resume.extend``, a run
-    that has no folder yet begins with that of a run which differs only in that it was to be shorter. Without
-    auto-resume the folder is a fresh one (``-2``, ``-3`` ...).
+    The same experiment has the same folder: the same command finds its own run again, finished or not, and a
+    sweep never resumes another of its runs. The checkpoint that a run begins with belongs to the experiment.
+
+    - ``resume_from_checkpoint`` of this very experiment leads to the folder of that checkpoint.
+    - With ``auto_resume.extend``, a run without a folder begins with the checkpoint of a run that differs
+      only in being shorter.
+    - Without auto-resume the folder is a fresh one (``-2``, ``-3`` ...).
 
     Args:
         cfg: the complete config.
         experiment: see :func:`~metamask_plugin.training.experiment.experiment_of`.
-        model: the method that is to be trained.
+        model: the method to train.
     """
     if cfg.resume_from_checkpoint is not None:
         named = Path(cfg.resume_from_checkpoint)
@@ -126,7 +128,7 @@ def start_of(cfg: DictConfig, experiment: dict[str, Any], model: nn.Module) -> S
 def _own(
     cfg: DictConfig, named: Path, header: CheckpointHeader | None, experiment: dict[str, Any]
 ) -> Start | None:
-    """The run whose checkpoint the user names, if that is this very experiment."""
+    """The run of the named checkpoint if that is this very experiment."""
     runs, home = Path(cfg.checkpoint.dir) / cfg.method, named.absolute().parent
     if header is None or home.parent != runs.absolute() or _settings_of(header.experiment, experiment):
         return None
@@ -137,14 +139,14 @@ def _own(
 def _begun(
     cfg: DictConfig, experiment: dict[str, Any], origin: Path, header: CheckpointHeader | None
 ) -> Start:
-    """The run of an experiment that begins with a checkpoint, which is known by its run and its name."""
+    """The run that begins with a checkpoint of another run."""
     run = experiment_digest(header.experiment) if header else origin.absolute().parent.name
     experiment = {**experiment, BEGAN: f"{run}/{origin.name}"}
     return Start(RunFolder(_free(cfg, experiment)), experiment, origin)
 
 
 def _free(cfg: DictConfig, experiment: Mapping[str, Any]) -> Path:
-    """The experiment's folder; without auto-resume the first that is not there yet."""
+    """The experiment's folder; without auto-resume the first that does not exist yet."""
     stem = Path(cfg.checkpoint.dir) / cfg.method / f"{cfg.name}-{experiment_digest(experiment)}"
     path, attempt = stem, 1
     while not cfg.auto_resume.enabled and path.exists():
@@ -153,40 +155,11 @@ def _free(cfg: DictConfig, experiment: Mapping[str, Any]) -> Path:
     return path
 
 
-def checkpoint_for(cfg: DictConfig, start: Start, model: nn.Module) -> Path | None:
-    """The checkpoint to go on from, checked before anything starts; None to begin at random weights.
-
-    The folder's own goes first: it is newer than what the run began with.
-
-    Args:
-        cfg: the complete config.
-        start: of the run.
-        model: the method that is to go on.
-
-    Raises:
-        UserError: there are checkpoints, and none is usable.
-    """
-    folder, named = start.folder, cfg.resume_from_checkpoint
-    own = resumable(folder, model, start.experiment)
-    if own is not None:
-        if named is not None and Path(named).absolute() != own.absolute():
-            tell(f"note: going on from {own}, the newest of this run, and not from {named}")
-        return own
-    if start.origin is not None:
-        return asked_for(start.origin, model, start.experiment, named is None)
-    if (folder.path / "metrics.csv").exists():
-        tell(f"note: {folder.path} has no checkpoint: the run is trained anew")
-    elif cfg.auto_resume.enabled:
-        _tell_of_another(cfg, start.experiment)
-    return None
-
-
 def _neighbours(
     cfg: DictConfig, experiment: Mapping[str, Any]
-) -> Iterator[tuple[RunFolder, CheckpointHeader, dict[str, tuple[Any, Any]]]]:
-    """Other runs of the same name that nobody trains now: what is known of them, and how they differ."""
-    runs = Path(cfg.checkpoint.dir) / cfg.method
-    for path in runs.glob(f"{glob.escape(cfg.name)}-*"):
+) -> Iterator[tuple[RunFolder, CheckpointHeader, Differences]]:
+    """Other runs of the same name that no process trains now: header, and differences from this one."""
+    for path in (Path(cfg.checkpoint.dir) / cfg.method).glob(f"{glob.escape(cfg.name)}-*"):
         neighbour = RunFolder(path)
         header = header_of(neighbour.last_checkpoint)
         if header is not None and not is_locked(path):
@@ -195,8 +168,55 @@ def _neighbours(
                 yield neighbour, header, found
 
 
+def _settings_of(recorded: Mapping[str, Any] | None, experiment: Mapping[str, Any]) -> Differences:
+    """Settings in which a checkpoint's run differs from this one; what either began with is no setting."""
+    found = differences(recorded, experiment)
+    return {key: value for key, value in found.items() if key != BEGAN}
+
+
+def _raised(found: Differences, header: CheckpointHeader, experiment: Mapping[str, Any]) -> bool:
+    """Whether two runs differ only in that the second is longer, and it has steps left."""
+    unlimited = {None: float("inf"), -1: float("inf")}
+    limit = experiment.get("max_steps")
+    if header.steps >= unlimited.get(limit, limit) or header.epochs >= experiment["max_epochs"]:
+        return False
+    if not found.keys() <= {*RAISABLE, *NOT_IN_THE_DIGEST} or not found.keys() & set(RAISABLE):
+        return False
+    lengths = [found[key] for key in RAISABLE if key in found]
+    return all(unlimited.get(there, there) < unlimited.get(here, here) for there, here in lengths)
+
+
+def checkpoint_for(cfg: DictConfig, start: Start, model: nn.Module) -> Path | None:
+    """The checkpoint to resume from, checked before anything starts; None to begin at random weights.
+
+    A checkpoint in the run's own folder goes first: it is newer than what the run began with.
+
+    Args:
+        cfg: the complete config.
+        start: of the run.
+        model: the method to train.
+
+    Raises:
+        UserError: there are checkpoints, and none is usable.
+    """
+    folder, named = start.folder, cfg.resume_from_checkpoint
+    own = _resumable(folder, model, start.experiment)
+    if own is not None:
+        if named is not None and Path(named).absolute() != own.absolute():
+            tell(f"note: going on from {own}, the newest of this run, and not from {named}")
+        return own
+    if start.origin is not None:
+        _check_origin(start.origin, model, start.experiment, was_named=named is not None)
+        return start.origin
+    if (folder.path / "metrics.csv").exists():
+        tell(f"note: {folder.path} has no checkpoint: the run is trained anew")
+    elif cfg.auto_resume.enabled:
+        _tell_of_another(cfg, start.experiment)
+    return None
+
+
 def _tell_of_another(cfg: DictConfig, experiment: Mapping[str, Any]) -> None:
-    """Says which run of this name is unfinished, or has ended with other images: the most alike."""
+    """Names the most similar run of this name that is unfinished, or has ended with other images."""
     others = [
         (len(found), header.epochs, neighbour, found)
         for neighbour, header, found in _neighbours(cfg, experiment)
@@ -211,30 +231,8 @@ def _tell_of_another(cfg: DictConfig, experiment: Mapping[str, Any]) -> None:
         )
 
 
-def _settings_of(
-    recorded: Mapping[str, Any] | None, experiment: Mapping[str, Any]
-) -> dict[str, tuple[Any, Any]]:
-    """Settings in which a checkpoint's run differs from this one; what either began with is none."""
-    found = differences(recorded, experiment)
-    return {key: value for key, value in found.items() if key != BEGAN}
-
-
-def _raised(
-    found: Mapping[str, tuple[Any, Any]], header: CheckpointHeader, experiment: Mapping[str, Any]
-) -> bool:
-    """Whether two runs differ only in that the second is to be longer, and has steps left."""
-    unlimited = {None: float("inf"), -1: float("inf")}
-    limit = experiment.get("max_steps")
-    if header.steps >= unlimited.get(limit, limit) or header.epochs >= experiment["max_epochs"]:
-        return False
-    if not found.keys() <= {*RAISABLE, *NOT_IN_THE_DIGEST} or not found.keys() & set(RAISABLE):
-        return False
-    lengths = [found[key] for key in RAISABLE if key in found]
-    return all(unlimited.get(there, there) < unlimited.get(here, here) for there, here in lengths)
-
-
 def adopt_best(checkpoint: Path, folder: RunFolder) -> None:
-    """Copies the best checkpoint from where a run goes on from, if that is still the one of this past."""
+    """Copies the best checkpoint of the run that is resumed from, if it belongs to the same past."""
     theirs = RunFolder(checkpoint.parent).best_checkpoint
     own = checkpoint.parent.absolute() == folder.path.absolute()
     there, best = header_of(checkpoint), None if own else header_of(theirs)
@@ -243,22 +241,14 @@ def adopt_best(checkpoint: Path, folder: RunFolder) -> None:
             shutil.copyfileobj(source, file)
 
 
-def resumable(folder: RunFolder, model: nn.Module, experiment: Mapping[str, Any]) -> Path | None:
-    """The checkpoint from which a run goes on by itself: the last, or the one before where that is unusable.
+def _resumable(folder: RunFolder, model: nn.Module, experiment: Mapping[str, Any]) -> Path | None:
+    """A run's own last checkpoint, or the previous one if the last is unusable; None if there is none yet.
 
-    An unusable one is moved aside (``last.ckpt.unusable``), so that it takes no other's place.
-
-    Args:
-        folder: the run's folder.
-        model: the method that is to go on.
-        experiment: of this run.
-
-    Returns:
-        None where the run has no checkpoint yet.
+    An unusable last one is renamed to ``last.ckpt.unusable``, so that it does not replace the previous one.
 
     Raises:
         UserError: there are checkpoints, and none is usable.
-        OSError: there is one that may not be read.
+        OSError: there is one without permission to read it.
     """
     reasons = []
     for path in (folder.last_checkpoint, folder.previous_checkpoint):
@@ -267,7 +257,7 @@ def resumable(folder: RunFolder, model: nn.Module, experiment: Mapping[str, Any]
                 reasons.append(f"checkpoint {path} must be a file, got a link to {os.readlink(path)}")
             continue
         with contextlib.suppress(IsADirectoryError), path.open("rb"):
-            pass  # a file that may not be read is not a damaged one
+            pass  # missing permission is no damage
         try:
             state = check_resumable(path, model)
             found = differences(state.get("identity"), experiment)
@@ -305,84 +295,64 @@ def _aside(folder: RunFolder) -> str:
     return aside.name
 
 
-def asked_for(path: Path, model: nn.Module, experiment: Mapping[str, Any], shorter: bool = False) -> Path:
-    """The checkpoint of another run to begin with; says where that run has other settings.
+def _check_origin(path: Path, model: nn.Module, experiment: Mapping[str, Any], was_named: bool) -> None:
+    """Checks the checkpoint of another run that this one begins with, and prints how their settings differ.
 
     Args:
         path: the checkpoint.
-        model: the method that is to go on.
+        model: the method to train.
         experiment: of this run.
-        shorter: whether it was chosen, and not named, as that run differs in its length alone.
+        was_named: whether the user named it; else it was found, and its run differs only in its length.
 
     Raises:
-        UserError: it does not fit the model, is of another method or optimiser, has been trained for as long
-            already, or was saved within an epoch that would not have the same batches here.
+        UserError: it does not fit the model, is of another method or optimiser, has already been trained for
+            as long, or was saved within an epoch whose batches are different here.
     """
     state = check_resumable(path, model)
     found = _settings_of(state.get("identity"), experiment)
-    _check_length(path, state, experiment)
+    epochs = state.get("epoch", -1) + (0 if state.get("batches_done") else 1)
+    for key, done in (("max_epochs", epochs), ("max_steps", state.get("global_step", -1))):
+        limit = experiment.get(key, -1)
+        expected = f"more than {done}, the {key.removeprefix('max_')} of the checkpoint {path}"
+        check(limit == -1 or limit > done, key, expected, limit, f"set {key}={done + 1} or more")
     settled = {key: value for key, value in found.items() if key in OF_THE_STATE}
     if settled:
         raise UserError(
             f"{NAME} must be of a run with the same {', '.join(settled)}, got {str(path)!r}: "
             f"{in_words(settled)}; take these settings, or train anew"
         )
-    batches = [
-        key
-        for key in found
-        if any(key == name or key.startswith(f"{name}.") for name in OF_THE_EPOCH)
-        and key not in NOT_IN_THE_DIGEST
-    ]
+    batches = {
+        key: value
+        for key, value in found.items()
+        if f"{key}.".startswith(tuple(f"{name}." for name in OF_THE_EPOCH)) and key not in NOT_IN_THE_DIGEST
+    }
     if batches and state.get("batches_done"):
         raise UserError(
             f"{NAME} must be of a run with the same batches where it was saved within an epoch, got "
-            f"{str(path)!r}: {in_words({key: found[key] for key in batches})}; take these settings, or a "
-            "checkpoint of a whole epoch"
+            f"{str(path)!r}: {in_words(batches)}; take these settings, or a checkpoint of a whole epoch"
         )
-    if shorter:
+    if not was_named:
         tell(
             f"note: going on from {path}, which differs in {in_words(found)}; its learning rates followed "
             "the shorter schedule (auto_resume.extend=False begins anew)"
         )
     elif found:
         tell(f"warning: {path} was trained with other settings: {in_words(found)}; from here on these apply")
-    return path
-
-
-def _check_length(path: Path, state: Mapping[str, Any], experiment: Mapping[str, Any]) -> None:
-    """A run that is over when it starts would leave nothing of its own."""
-    epochs = state.get("epoch", -1) + (0 if state.get("batches_done") else 1)
-    check(
-        experiment["max_epochs"] > epochs,
-        "max_epochs",
-        f"more than {epochs}, the epochs of the checkpoint {path}",
-        experiment["max_epochs"],
-        f"set max_epochs={epochs + 1} or more",
-    )
-    steps = state.get("global_step", -1)
-    limit = experiment.get("max_steps", -1)
-    check(
-        limit == -1 or limit > steps,
-        "max_steps",
-        f"more than {steps}, the steps of the checkpoint {path}",
-        limit,
-        f"set max_steps={steps + 1} or more",
-    )
 
 
 def check_resumable(path: Path, model: nn.Module) -> dict[str, Any]:
-    """Reads a training checkpoint and holds it against the model.
+    """Reads a training checkpoint and checks that it fits the model.
 
     Args:
-        path: a checkpoint written by :class:`~metamask_plugin.training.checkpointer.Checkpointer`.
-        model: the method that is to go on from it.
+        path: a checkpoint written by :class:`~metamask_plugin.training.checkpoints.Checkpointer`.
+        model: the method that is to resume from it.
 
     Returns:
-        What it holds.
+        Its content.
 
     Raises:
         UserError: if the file is missing, is no training checkpoint, is of another architecture, or of the
-            other host where that makes a difference.
+            other host if that makes a difference.
     """
     if not path.is_file():
         raise UserError(f"{NAME} must be a checkpoint file, got {str(path)!r}, which does not exist")
@@ -410,7 +380,7 @@ def check_resumable(path: Path, model: nn.Module) -> dict[str, Any]:
 
 
 def _check_host(path: Path, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Equal shapes are not enough: the hosts' ResNets differ in padding, their LARS in its state."""
+    """Refuses the other host's checkpoint if equal shapes hide another network or another LARS."""
     cfg, args = getattr(model, "cfg", None), read_args(path)
     recorded, used = recorded_host(args), OmegaConf.select(cfg, "host") if cfg is not None else None
     if None in (recorded, used) or recorded == used:
@@ -424,7 +394,7 @@ def _check_host(path: Path, model: nn.Module, weights: Mapping[str, torch.Tensor
         )
     size = OmegaConf.select(cfg, "augmentations[0].crop_size", default=32)
     kwargs = args["backbone"].get("kwargs") or {}
-    with torch.device("meta"):  # to be described, not run
+    with torch.device("meta"):  # only its description is needed
         theirs = encoder_of(name, size, kwargs, recorded, args.get("method"), encoder_weights(weights))
     if str(theirs) != str(model.backbone):
         raise UserError(

@@ -16,7 +16,7 @@ from metamask_plugin.cli.catalogue import catalogue
 from metamask_plugin.data.registry import ABOUT, DATASETS
 from metamask_plugin.modules.encoders import ENCODERS
 from metamask_plugin.tasks import TASKS
-from metamask_plugin.training.progress import Progress
+from metamask_plugin.training.callbacks import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 

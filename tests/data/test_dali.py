@@ -25,7 +25,7 @@ from metamask_plugin.data import (
     parse_augmentations,
 )
 from metamask_plugin.errors import UserError
-from metamask_plugin.training.progress import Progress
+from metamask_plugin.training.callbacks import Progress
 
 pytest.importorskip("nvidia.dali", reason="no NVIDIA DALI: pip install nvidia-dali-cuda130")
 

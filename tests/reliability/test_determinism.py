@@ -15,9 +15,9 @@ from PIL import Image
 from test_processes import config
 
 from metamask_plugin.cli import pretrain
+from metamask_plugin.cli.pretrain import torch_flags_kept
 from metamask_plugin.methods import ICLMSR, Bare, MetaMask
 from metamask_plugin.tasks import TASKS
-from metamask_plugin.training.torch_flags import torch_flags_kept
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {

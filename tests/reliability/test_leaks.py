@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from metamask_plugin.bilevel import ESTIMATORS, PlainStep, Trial
 from metamask_plugin.cli import pretrain
 from metamask_plugin.methods import ICLMSR, MetaMask
-from metamask_plugin.training.progress import Progress
+from metamask_plugin.training.callbacks import Progress
 
 STEPS, SETTLED = 1000, 100
 RESIDENT_BOUND = 16e6

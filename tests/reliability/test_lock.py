@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from metamask_plugin import retry
-from metamask_plugin.training import lock
-from metamask_plugin.training.lock import FolderLocked, locked
+from metamask_plugin.training import run_folder
+from metamask_plugin.training.run_folder import FolderLocked, locked
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
 import sys, time
 from pathlib import Path
-from metamask_plugin.training.lock import locked
+from metamask_plugin.training.run_folder import locked
 with locked(Path(sys.argv[1]), "the run folder"):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
@@ -100,12 +100,12 @@ def test_a_file_system_without_locks_is_gone_on_with(tmp_path, monkeypatch, caps
 
 def test_other_ranks_do_not_lock(tmp_path, monkeypatch):
     with locked(tmp_path, "the run folder"):
-        monkeypatch.setattr(lock.rank_zero_only, "rank", 1)
+        monkeypatch.setattr(run_folder.rank_zero_only, "rank", 1)
         monkeypatch.setattr(fcntl, "flock", lambda *_: pytest.fail("rank 1 has locked"))
         with locked(tmp_path, "the run folder"):
-            assert (tmp_path / lock.NAME).read_text().split()[0] == str(os.getpid())
+            assert (tmp_path / run_folder.LOCK).read_text().split()[0] == str(os.getpid())
         monkeypatch.undo()
-        assert lock.is_locked(tmp_path), "rank 0 holds it still"
+        assert run_folder.is_locked(tmp_path), "rank 0 holds it still"
 
 
 def test_a_transient_error_is_tried_again_and_another_is_not(monkeypatch):

@@ -18,8 +18,8 @@ from PIL import Image
 from metamask_plugin.cli import pretrain
 from metamask_plugin.data.worker_failure import worker_failure
 from metamask_plugin.errors import UserError
-from metamask_plugin.training.process_group import with_timeout
-from metamask_plugin.training.progress import Progress
+from metamask_plugin.training.callbacks import Progress
+from metamask_plugin.training.ranks import with_timeout
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 60
@@ -32,7 +32,7 @@ import torch
 from test_processes import config
 from metamask_plugin.cli import pretrain
 from metamask_plugin.errors import UserError
-from metamask_plugin.training.progress import Progress
+from metamask_plugin.training.callbacks import Progress
 
 folder, ranks, fault, *overrides = sys.argv[1:]
 plain = Progress.on_train_batch_end

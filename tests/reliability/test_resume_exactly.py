@@ -17,9 +17,9 @@ from killed_runs import (
     signal_myself,
 )
 
+from metamask_plugin import signals
 from metamask_plugin.methods.bilevel_method import BilevelMethod
-from metamask_plugin.training import preemption
-from metamask_plugin.training.checkpointer import Checkpointer
+from metamask_plugin.training.checkpoints import Checkpointer
 
 CONFIGS = {
     "MetaMask over SimCLR": (),
@@ -189,7 +189,7 @@ def test_a_signal_while_an_epoch_ends_saves_that_epoch(tmp_path, uninterrupted):
 @pytest.mark.fault("resume")
 def test_a_second_signal_ends_at_once(tmp_path):
     def twice():
-        preemption.APART_SECONDS = -1  # else the second would be the first, passed on by a launcher
+        signals.APART_SECONDS = -1  # else the second would be the first, passed on by a launcher
         signal_myself(signal.SIGINT)
         signal_myself(signal.SIGINT)
 

@@ -37,10 +37,10 @@ from metamask_plugin.methods import METHODS
 from metamask_plugin.methods.task_method import TaskMethod
 from metamask_plugin.studies.pretraining import pretraining_config
 from metamask_plugin.studies.spec import study_of
-from metamask_plugin.training.checkpointer import BestCheckpoint
+from metamask_plugin.training.callbacks import OnlineKNN
+from metamask_plugin.training.checkpoints import BestCheckpoint
 from metamask_plugin.training.experiment import experiment_digest, experiment_of
-from metamask_plugin.training.lock import locked
-from metamask_plugin.training.online_knn import OnlineKNN
+from metamask_plugin.training.run_folder import locked
 
 MEASURED = ("++evaluation.enabled=True", "evaluation.knn.k=[5]", "evaluation.knn.every_n_epochs=1")
 UNREPORTED = (*MEASURED, "++evaluation.final_report=False")

@@ -17,14 +17,15 @@ from killed_runs import ROOT, config, read, run_apart, run_folder
 from PIL import Image
 from torch.utils.data import Dataset
 
+from metamask_plugin import signals
 from metamask_plugin.data import loader as loader_module
 from metamask_plugin.data import verify
 from metamask_plugin.data.loader import ShieldedLoader
 from metamask_plugin.data.splits import FileImages
 from metamask_plugin.data.worker_failure import worker_failure
 from metamask_plugin.signals import SIGNALS, Preempted, install, restore
-from metamask_plugin.training import final_report, online_knn, preemption
-from metamask_plugin.training.progress import Progress
+from metamask_plugin.training import callbacks, report
+from metamask_plugin.training.callbacks import Progress
 
 REPORT = "KempnerInstitute/KempnerForge#177, EgoVerse#621"
 
@@ -127,7 +128,7 @@ def test_a_signal_to_all_processes_saves_within_the_epoch(tmp_path, number, coun
 
 def while_evaluating(number):
     """Between the batches of the first epoch's kNN evaluation, which its own workers read."""
-    plain = online_knn.extract_features
+    plain = callbacks.extract_features
 
     def extract_features(backbone, loader, *args, **kwargs):
         def batches():
@@ -137,7 +138,7 @@ def while_evaluating(number):
 
         return plain(backbone, batches(), *args, **kwargs)
 
-    online_knn.extract_features = extract_features
+    callbacks.extract_features = extract_features
 
 
 @pytest.mark.fault("processes", source=REPORT)
@@ -186,7 +187,7 @@ def once(act, owner, name):
 PLACES = {
     "verifying": (verify, "header_fault", workers(2)),
     "decoding": (FileImages, "image", ["++data.pipeline=kornia"]),
-    "reporting": (final_report, "evaluate_rows", workers(2)),
+    "reporting": (report, "evaluate_rows", workers(2)),
 }
 
 
@@ -334,7 +335,7 @@ def test_a_closed_output_does_not_change_how_a_signal_ends_a_command():
 @pytest.mark.fault("processes")
 def test_a_signal_ends_a_run_whose_batch_does_not_come(tmp_path):
     def stuck():
-        preemption.BATCH_SECONDS = 1.0
+        signals.BATCH_SECONDS = 1.0
         plain = loader_module.WorkerStart.__call__
 
         def hang_in_second_epoch(self, worker):

@@ -19,8 +19,8 @@ from metamask_plugin.cli.study import run_trial, sweep
 from metamask_plugin.studies.spec import study_of
 from metamask_plugin.studies.tables import write_rows
 from metamask_plugin.studies.trial import TrialRun
-from metamask_plugin.training import lock
-from metamask_plugin.training.lock import locked
+from metamask_plugin.training import run_folder
+from metamask_plugin.training.run_folder import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -206,7 +206,7 @@ def test_a_run_that_another_process_holds_is_waited_for_and_shared(study, monkey
         held.close()  # the other process ends once this one waits
         return "process 7 on there"
 
-    monkeypatch.setattr(lock, "_owner", owner)
+    monkeypatch.setattr(run_folder, "_owner", owner)
     study.sweep(ARMS, "baseline=null")
     out = capsys.readouterr().out
     assert out.count(f"note: waiting for process 7 on there, which writes the run folder {run}") == 1

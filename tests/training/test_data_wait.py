@@ -5,10 +5,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from metamask_plugin.training import data_wait
-from metamask_plugin.training.data_wait import DataWait
-from metamask_plugin.training.history import History
-from metamask_plugin.training.progress import Progress
+from metamask_plugin.training import callbacks
+from metamask_plugin.training.callbacks import DataWait, History, Progress
 from metamask_plugin.training.run_folder import RunFolder
 
 
@@ -20,6 +18,8 @@ class Clock:
 
     def perf_counter(self):
         return self.now
+
+    monotonic = perf_counter
 
     def process_time(self):
         """Two threads at work all the time."""
@@ -97,7 +97,7 @@ def trained(clock, *callbacks, loading):
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(data_wait, "time", clock)
+    monkeypatch.setattr(callbacks, "time", clock)
     return clock
 
 
@@ -128,8 +128,8 @@ def test_the_times_of_a_gpu_are_those_of_its_events(clock, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
-    restart = data_wait.LoopClock.restart
-    monkeypatch.setattr(data_wait.LoopClock, "restart", lambda self, _: restart(self, torch.device("cuda")))
+    restart = callbacks.LoopClock.restart
+    monkeypatch.setattr(callbacks.LoopClock, "restart", lambda self, _: restart(self, torch.device("cuda")))
     monkeypatch.setattr(clock, "perf_counter", None)
     share = trained(clock, loading=2.5).callback_metrics["data_wait_share"]
     assert float(share) == pytest.approx(8 / 15)
@@ -161,7 +161,7 @@ def test_history_has_the_share_and_the_epoch_line_shows_a_large_one(clock, tmp_p
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_events_of_a_gpu_measure_its_own_time():
-    measure = data_wait.LoopClock()
+    measure = callbacks.LoopClock()
     measure.restart(torch.device("cuda"))
     a = torch.randn(4096, 4096, device="cuda")
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""How a run ends: tables, a summary, pictures, and the next command."""
+"""The final report of a run: tables, a summary, pictures, and the next command."""
 
 import os
 import platform
@@ -27,16 +27,16 @@ from metamask_plugin.evaluation.report import (
     write_summary,
 )
 from metamask_plugin.modules.encoder_split import EncoderSplit
+from metamask_plugin.training.callbacks import History
 from metamask_plugin.training.evaluation_data import EvaluationData
-from metamask_plugin.training.history import History
 from metamask_plugin.training.run_folder import RunFolder
 
 SEMANTIC_SAMPLES, SEMANTIC_IMAGES = 256, 3
-"""Test images over which A's Gram matrix is averaged, and for which its maps are drawn."""
+"""Number of test images over which A's Gram matrix is averaged, and whose maps are drawn."""
 
 
 def evaluation_of(cfg: DictConfig, data: EvaluationData) -> dict[str, Any]:
-    """What decides the numbers of a final report, given the encoder: settings and test images."""
+    """The settings and test images that decide the numbers of an encoder's final report."""
     return {
         "knn": {"k": list(cfg.evaluation.knn.k), "temperature": cfg.evaluation.knn.temperature},
         "linear": {"protocol": cfg.evaluation.linear.protocol},
@@ -54,21 +54,18 @@ def final_report(
     history: History,
     seconds: float,
     device: torch.device,
-) -> list[dict[str, Any]]:
-    """Evaluates raw pixels, the random initialisation and the trained encoder; writes and prints it all.
+) -> None:
+    """Evaluates raw pixels, the random initialisation and the trained encoder; writes and prints the results.
 
     Args:
         cfg: the run's config.
         folder: gets ``summary.json``, ``table.txt`` and the PNGs.
         data: the run's labelled images.
-        initial: the method as it was before training.
+        initial: the method before training.
         model: the trained method.
-        history: the run's epochs.
+        history: of the run.
         seconds: training time of this process, for the summary.
-        device: where to compute features and probes.
-
-    Returns:
-        The table's rows.
+        device: computes features and probes.
     """
     ks = list(cfg.evaluation.knn.k)
     print(
@@ -130,8 +127,11 @@ def final_report(
             "hardware": {"device": str(device), "threads": torch.get_num_threads()},
         },
     )
-    _say(folder, table, best, ks[0], pictures)
-    return rows
+    print(f"\n{table}\n")
+    if best is not None:
+        print(f"best epoch by kNN-{ks[0]}: {best['epoch'] + 1} ({best[f'knn{ks[0]}']:.2f} %)")
+    print(f"in {folder.path}: {', '.join(pictures)}, metrics.csv, summary.json")
+    print(f"next: {_python()} main_knn.py --pretrained_checkpoint_dir {shlex.quote(str(folder.path))}")
 
 
 def _regions(
@@ -141,7 +141,7 @@ def _regions(
     model: pl.LightningModule,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Full images, foregrounds and backgrounds, for classifiers learnt on what the run was trained on."""
+    """Accuracies on full images, foregrounds and backgrounds of classifiers learnt on the training region."""
     node, k = cfg.data, cfg.evaluation.knn.k[0]
     trained_on = node.get("region") or "full"
     rows = []
@@ -164,7 +164,7 @@ def _regions(
 
 
 def _draw(folder, data, initial, model, mask, history, before, after) -> list[str]:
-    """Draws what there is to draw; returns the files' names."""
+    """Draws the figures of the method; returns the files' names."""
     pictures = {"curves.png": figures.training_curves(history.rows)}
     if mask is not None and history.masks:
         pictures["mask.png"] = figures.mask_weights(mask, torch.stack(history.masks))
@@ -182,7 +182,7 @@ def _draw(folder, data, initial, model, mask, history, before, after) -> list[st
 def _semantic_pictures(
     data: EvaluationData, initial: pl.LightningModule, model: pl.LightningModule
 ) -> dict[str, Figure]:
-    """What ICL-MSR's weight vectors look at, and how alike they are."""
+    """Maps of ICL-MSR's weight vectors, and their Gram matrices."""
     originals = data.samples(SEMANTIC_SAMPLES, model.original.crop_size)
     before, after = (method.regularizer.cpu().eval()(originals) for method in (initial, model))
     pictures = {}
@@ -192,23 +192,15 @@ def _semantic_pictures(
     backbone = model.backbone.cpu().eval()
     try:
         maps = EncoderSplit(backbone, images.shape[-1]).front(images)
-    except UserError:  # a transformer's tokens are no map
+    except UserError:  # a transformer has tokens, no maps
         return pictures
-    if maps.shape[1] == after.shape[2]:  # at the level of the projection it is not channels that are weighed
+    if maps.shape[1] == after.shape[2]:  # the weights are channels', not the projection's
         weights = after[:SEMANTIC_IMAGES]
         pictures["semantic_maps.png"] = semantic_figures.semantic_maps(data.pixels(images), maps, weights)
     return pictures
 
 
-def _say(folder: RunFolder, table: str, best: dict[str, Any] | None, k: int, pictures: list[str]) -> None:
-    print(f"\n{table}\n")
-    if best is not None:
-        print(f"best epoch by kNN-{k}: {best['epoch'] + 1} ({best[f'knn{k}']:.2f} %)")
-    print(f"in {folder.path}: {', '.join(pictures)}, metrics.csv, summary.json")
-    print(f"next: {_python()} main_knn.py --pretrained_checkpoint_dir {shlex.quote(str(folder.path))}")
-
-
 def _python() -> str:
-    """How the user calls this interpreter: by its path if it lies in this folder, as ``.venv/bin/python``."""
+    """The user's name of this interpreter: its path if it lies in this folder, as ``.venv/bin/python``."""
     path = os.path.relpath(sys.executable)
     return "python" if path.startswith("..") else shlex.quote(path)
