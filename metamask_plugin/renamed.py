@@ -61,9 +61,9 @@ def with_new_names(
     for old, new, shipped, values in RENAMED:
         if not _has(node, old):
             continue
-        given = _take(node, old)
+        given = take(node, old)
         value = values.get(given, given) if isinstance(given, str) else given
-        there = _take(node, new) if _has(node, new) else None
+        there = take(node, new)
         written = there is not None and (new in typed or there not in shipped)
         check(
             not written or there == value,
@@ -72,7 +72,7 @@ def with_new_names(
             given,
             f"write {new} alone",
         )
-        _put(node, new, value)
+        put(node, new, value)
         if not quiet:
             print(
                 f"warning: {old} is called {new} now; the old name goes with the next version",
@@ -92,9 +92,9 @@ def with_earlier_names(node: MutableMapping[str, Any]) -> MutableMapping[str, An
     """
     for old, new, _, values in RENAMED:
         if _has(node, new):
-            value = _take(node, new)
+            value = take(node, new)
             if not _has(node, old):
-                _put(node, old, {later: earlier for earlier, later in values.items()}.get(value, value))
+                put(node, old, {later: earlier for earlier, later in values.items()}.get(value, value))
     return node
 
 
@@ -123,16 +123,18 @@ def _has(node: MutableMapping[str, Any], key: str) -> bool:
     return block is not None and key.rpartition(".")[2] in block
 
 
-def _take(node: MutableMapping[str, Any], key: str) -> Any:
-    """Takes a key out, and the top-level block that it leaves empty."""
-    block, (first, *_) = _block(node, key), key.split(".")
-    value = block.pop(key.rpartition(".")[2])
-    if not node[first]:
+def take(node: MutableMapping[str, Any], key: str) -> Any:
+    """Takes a dotted key out, with a top-level block that it leaves empty; None if it is missing."""
+    if not _has(node, key):
+        return None
+    value, first = _block(node, key).pop(key.rpartition(".")[2]), key.partition(".")[0]
+    if first in node and not node[first]:
         del node[first]
     return value
 
 
-def _put(node: MutableMapping[str, Any], key: str, value: Any) -> None:
+def put(node: MutableMapping[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key; makes the blocks on the way."""
     *path, last = key.split(".")
     for part in path:
         if not isinstance(node.get(part), MutableMapping):

@@ -1,1 +1,1 @@
-"""What a training run needs around a method: its folder, checkpoints, history, progress, online kNN."""
+"""Everything around a method in a training run: folder, checkpoints, resuming, callbacks, ranks, report."""

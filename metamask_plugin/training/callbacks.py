@@ -131,12 +131,10 @@ class DataWait(pl.Callback):
     def __init__(self) -> None:
         self.clock = LoopClock()
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # an epoch that is resumed within has no start
-        self.clock.restart(trainer.strategy.root_device)
-
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.clock.restart(trainer.strategy.root_device)
+
+    on_train_start = on_train_epoch_start  # Lightning does not start an epoch that is resumed within
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         waiting, working = self.clock.seconds()
@@ -288,9 +286,7 @@ class NonFiniteReport(pl.Callback):
     def __init__(self, folder: RunFolder):
         self.folder = folder
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
         if not isinstance(exception, NonFiniteError):
             return
         rank = f"_rank{trainer.global_rank}" if trainer.global_rank else ""
@@ -372,16 +368,12 @@ class Progress(pl.Callback):
             values = "  ".join(f"{label} {value}" for label, value in shown.items())
             print(f"epoch {finished}/{epochs}  {values}  {left:.0f} s left", flush=True)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._close()
-
-    def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
-        self._close()
-
-    def _close(self) -> None:
+    def on_train_end(self, *_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+    on_exception = on_train_end
 
 
 def _epochs(trainer: pl.Trainer) -> int:

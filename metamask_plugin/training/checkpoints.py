@@ -39,7 +39,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
         def write() -> None:
             with replacing(path, kept) as file:
-                _save(checkpoint, file)
+                watched = _Watched(file)
+                try:
+                    torch.save(checkpoint, watched)
+                except Exception:
+                    if watched.error is not None:
+                        raise watched.error from None
+                    raise
 
         retried(write)
 
@@ -65,16 +71,6 @@ class _Watched:
 
     def flush(self) -> None:
         self.file.flush()
-
-
-def _save(content: dict[str, Any], file: BinaryIO) -> None:
-    watched = _Watched(file)
-    try:
-        torch.save(content, watched)
-    except Exception:
-        if watched.error is not None:
-            raise watched.error from None
-        raise
 
 
 def rng_state() -> dict[str, Any]:
@@ -188,9 +184,7 @@ class Checkpointer(pl.Callback):
             if number is not None:  # everything is saved; the next start makes the final report
                 raise Preempted(number)
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
         if self.preemption is not None:
             self.preemption.restore()
 
@@ -247,9 +241,6 @@ class EpochMeans(pl.Callback):
         self._pending = dict(of_this_rank(trainer, checkpoint.get("epoch_means")) or {})
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        self._add(trainer)
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self._add(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin.config.solo_learn import SOLO_LEARN
-from metamask_plugin.renamed import in_new_names, with_earlier_names
+from metamask_plugin.renamed import in_new_names, put, take, with_earlier_names
 
 NOT_THE_EXPERIMENT = (
     "auto_resume",
@@ -76,13 +76,13 @@ def experiment_of(
     """
     node = OmegaConf.to_container(cfg, resolve=True)
     for key in WITHOUT_EFFECT:
-        _take(node, key)
+        take(node, key)
     with_earlier_names(node)
     for key, default in DEFAULTS.items():
-        value = _take(node, key)
+        value = take(node, key)
         one_batch = key == "limit_train_batches" and type(value) is int  # 1 batch; 1.0 is all of them
         if value is not None and (value != default or one_batch):
-            _put(node, key, value)
+            put(node, key, value)
     precision = str(node.get("precision"))
     node |= {"devices": devices, "device": device, "precision": PRECISIONS.get(precision, precision)}
     if devices * (node.get("num_nodes") or 1) == 1 or node.get("strategy") in ("auto", "ddp"):
@@ -150,18 +150,3 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_canonical(entry) for entry in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _take(node: Any, key: str) -> Any:
-    """Takes a dotted key out of nested dictionaries; None if it is missing."""
-    *path, last = key.split(".")
-    for part in path:
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node.pop(last, None) if isinstance(node, Mapping) else None
-
-
-def _put(node: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for part in path:
-        node = node.setdefault(part, {})
-    node[last] = value

@@ -289,7 +289,13 @@ class _LaunchingRank(_Rank):
         asked = -code if code < 0 else code - 128
         if asked in SIGNALS:
             return Preempted(asked)
-        return RankFailure(f"{self._called(number)} {ending(code)}; {self.remedy()}")
+        if code >= 0:
+            ending = f"ended with exit code {code}, its message is above"
+        else:
+            name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+            hint = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
+            ending = f"was killed by {name} (exit code {code}){hint}"
+        return RankFailure(f"{self._called(number)} {ending}; {self.remedy()}")
 
     def _leave_stuck(self) -> None:
         failure = self._failure()
@@ -369,15 +375,6 @@ def lost_contact(error: Exception) -> bool:
 def reason(error: Exception) -> str:
     """The first sentence of a collective's error, without its source position."""
     return re.sub(r"^\[[^\]]*\]\s*", "", str(error)).splitlines()[0].partition(". ")[0]
-
-
-def ending(code: int) -> str:
-    """Describes how a process ended, from its exit code; a negative code is a signal's number."""
-    if code >= 0:
-        return f"ended with exit code {code}, its message is above"
-    name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
-    hint = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
-    return f"was killed by {name} (exit code {code}){hint}"
 
 
 def is_stopped(pid: int) -> bool:
