@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metamask_plugin.data.augmentations import Augmentation
-from metamask_plugin.data.batches import EpochPosition, EpochShuffle
+from metamask_plugin.data.loaders import EpochPosition, EpochShuffle
 from metamask_plugin.data.splits import FileImages, ImageSplit
 from metamask_plugin.errors import UserError, check, choose
 

@@ -5,38 +5,31 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from metamask_plugin.data.augmentations import Augmentation, parse_augmentations
-from metamask_plugin.data.batches import (
-    EpochPosition,
-    EpochShuffle,
-    EvaluationImages,
-    IndexedViews,
-    LazyLoader,
-    MemoryBatches,
-    RawBatch,
-    whole,
-)
 from metamask_plugin.data.dali_batches import DaliBatches, require_dali
-from metamask_plugin.data.loader import ShieldedLoader, check_worker_sockets
+from metamask_plugin.data.loaders import (
+    SEED,
+    BatchedViews,
+    EpochPosition,
+    RawBatch,
+    checked_workers,
+    chosen_pipeline,
+    evaluation_loader,
+    training_loader,
+)
 from metamask_plugin.data.regions import region_of
 from metamask_plugin.data.registry import Dataset, evaluation_resize
 from metamask_plugin.data.remarks import tell_unused_statistics
-from metamask_plugin.data.resident import IndexBatch, IndexBatches, ResidentImages, fits
-from metamask_plugin.data.splits import ImageSplit, MemoryImages
-from metamask_plugin.data.verify import Verification, decoded, verified
+from metamask_plugin.data.splits import ImageSplit
+from metamask_plugin.data.verify import prepared
 from metamask_plugin.data.views import EvaluationView, KorniaViews, TorchvisionViews
 from metamask_plugin.errors import check, choose
 
-PIPELINES = ("kornia", "torchvision")
 FORMATS = ("image_folder", "dali")
-# solo-learn's defaults
-SEED = 5
-NUM_WORKERS = 4
 
 
 class PretrainDataModule(LightningDataModule):
@@ -94,21 +87,13 @@ class PretrainDataModule(LightningDataModule):
     def __init__(self, dataset: Dataset, cfg: DictConfig, processes: int = 1) -> None:
         super().__init__()
         entries = parse_augmentations(cfg.augmentations)
-        in_memory = isinstance(dataset.train, MemoryImages)
-        self.pipeline = choose(
-            "data.pipeline", cfg.data.get("pipeline") or PIPELINES[0 if in_memory else 1], PIPELINES
-        )
+        self.pipeline = chosen_pipeline(cfg.data, dataset.train)
         if choose("data.format", cfg.data.get("format") or FORMATS[0], FORMATS) == "dali":
             self.pipeline = "dali"
         limit = cfg.get("limit_train_batches")
         self.batch_size = cfg.optimizer.get("batch_size")
         _check_batches(self.batch_size, len(dataset.train), processes, self.pipeline, limit)
-        workers = cfg.data.get("num_workers")
-        self.num_workers = NUM_WORKERS if workers is None else workers
-        found = isinstance(self.num_workers, int) and self.num_workers >= 0
-        check(found, "data.num_workers", "a whole number of at least 0", self.num_workers)
-        if self.num_workers and self.pipeline != "kornia":
-            check_worker_sockets()
+        self.num_workers = checked_workers(cfg.data, self.pipeline)
         self.on_device = _checked_on_device(cfg.data.get("on_device"), self.pipeline)
         seed = cfg.get("seed")
         self.seed = SEED if seed is None else seed
@@ -120,14 +105,7 @@ class PretrainDataModule(LightningDataModule):
         resize = evaluation_resize(dataset.name, crop_size, cfg.data.get("evaluation_resize"))
         self.view = EvaluationView(crop_size, dataset.mean, dataset.std, resize)
         largest = max(resize, *(entry.crop_size for entry in entries))
-        dataset = dataset.files_with(side=largest)
-        how = Verification.of(cfg.data)
-        if self.pipeline != "kornia":  # which decodes all files anyway
-            dataset = verified(dataset, how)
-        self.full = dataset
-        dataset = dataset.in_region(cfg.data.get("region") or "full", cfg.data.get("region_form") or "fill")
-        if self.pipeline == "kornia":
-            self.full, dataset = _in_memory(self.full, dataset, largest, how)
+        self.full, dataset = prepared(dataset, cfg.data, largest, self.pipeline == "kornia")
         # without those that were skipped
         _check_batches(self.batch_size, len(dataset.train), processes, self.pipeline, limit)
         self.dataset = dataset
@@ -135,7 +113,7 @@ class PretrainDataModule(LightningDataModule):
         self.views = draw(entries, dataset.mean, dataset.std)
         self.position = EpochPosition()
         self._entries = entries
-        self._resident: ResidentImages | None = None
+        self._batched: BatchedViews | None = None
         self._wanted = {key: OmegaConf.select(cfg, key) for key in ("data.pipeline", "dali.device")}
 
     def setup(self, stage: str | None = None) -> None:
@@ -147,24 +125,15 @@ class PretrainDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader | DaliBatches:
         """Shuffled by seed and epoch; an incomplete last batch is dropped."""
-        split = self.dataset.train
         if self.pipeline == "dali":
             return self._dali_batches()
+        split, views = self.dataset.train, self.views
         if self.pipeline == "kornia":
-            # Indexing uint8 rows takes a fraction of a millisecond: a worker would only add the transport.
-            images, options = self._memory_batches(split), {"collate_fn": whole}
-        else:
-            images, options = IndexedViews(split, self.views), self._worker_options()
-        order = EpochShuffle(images, self.seed)
-        return LazyLoader(
-            images,
-            self.batch_size,
-            position=self.position,
-            sampler=order,
-            generator=order.worker_seeds,
-            drop_last=True,
-            pin_memory=torch.cuda.is_available(),
-            **options,
+            if self._batched is None:  # loaders may be asked for again, images on the device stay
+                self._batched = BatchedViews(split, views, self._device(), self.on_device)
+            views = self._batched
+        return training_loader(
+            split, views, self.batch_size, self.seed, self.num_workers, position=self.position
         )
 
     def val_dataloader(self) -> DataLoader | list:
@@ -173,36 +142,21 @@ class PretrainDataModule(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Makes a training batch's views where the batch lies now."""
-        if isinstance(batch, IndexBatch):
-            batch = self._resident.batch(batch.indexes)
-        if not isinstance(batch, RawBatch):
+        if not isinstance(batch, RawBatch | Tensor):
             return batch
-        views = self.views(batch.images)
+        indexes, views, targets = self._batched.draw(batch)
         if self.trainer:  # it converts a batch before this hook, where there are no views yet
             views = self.trainer.precision_plugin.convert_input(views)
-        return [batch.indexes, views, batch.targets]
+        return [indexes, views, targets]
 
     def teardown(self, stage: str | None = None) -> None:
         """After a training: the evaluation may need the device's memory."""
-        if self._resident is not None and stage in ("fit", None):
-            self._resident.release()
+        if self._batched is not None and stage in ("fit", None):
+            self._batched.release()
 
     def evaluation_loader(self, split: ImageSplit, batch_size: int = 256) -> DataLoader:
-        """All images of ``split`` in their order, as ``[X, targets]``.
-
-        ``X`` is float32, normalised, shape (B, 3, s, s). Nothing is drawn from torch's global generator.
-        """
-        # Without a generator of its own a loader draws its workers' seed from the global one, shuffling or
-        # not.
-        generator = torch.Generator().manual_seed(self.seed)
-        pin = torch.cuda.is_available()
-        if isinstance(split, MemoryImages):
-            images = MemoryBatches(split, self._evaluation_batch)
-            return ShieldedLoader(images, batch_size, collate_fn=whole, generator=generator, pin_memory=pin)
-        images = EvaluationImages(split, self.view)
-        return ShieldedLoader(
-            images, batch_size, generator=generator, pin_memory=pin, num_workers=self.num_workers
-        )
+        """All images of ``split`` in their order, as ``[X, targets]``."""
+        return evaluation_loader(split, self.view, batch_size, self.num_workers)
 
     def region_loader(
         self, split_name: str, region: str, form: str = "fill", batch_size: int = 256
@@ -229,14 +183,6 @@ class PretrainDataModule(LightningDataModule):
         labelled = (split.labels >= 0).nonzero().flatten()
         seen = region_of(split.subset(labelled), region, self.full.mean, form)
         return self.evaluation_loader(seen, batch_size)
-
-    def _memory_batches(self, split: MemoryImages) -> MemoryBatches | IndexBatches:
-        on_device = fits(split, self._device()) if self.on_device is None else self.on_device
-        if not on_device:
-            return MemoryBatches(split, RawBatch)
-        if self._resident is None:  # loaders may be asked for again, the images stay
-            self._resident = ResidentImages(split)
-        return IndexBatches(len(split))
 
     def _dali_batches(self) -> DaliBatches:
         # Lightning gives each process its share by replacing a DataLoader's sampler; this is no DataLoader.
@@ -265,15 +211,6 @@ class PretrainDataModule(LightningDataModule):
         if self.trainer:
             return self.trainer.strategy.root_device
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def _evaluation_batch(self, indexes: Tensor, images: Tensor, targets: Tensor) -> list[Tensor]:
-        return [self.view(images), targets]
-
-    def _worker_options(self) -> dict[str, Any]:
-        # Not persistent: workers that start anew with each epoch are seeded by it, and a resumed run's alike.
-        # Torch's default of two batches ahead a worker stays: four or eight made no difference with a step of
-        # eight times the length every eighth time.
-        return {"num_workers": self.num_workers}
 
 
 def _check_batches(batch_size: Any, images: int, processes: int, pipeline: str, limit: Any) -> None:
@@ -335,15 +272,3 @@ def _with_configured_mean_std(dataset: Dataset, node: DictConfig) -> Dataset:
     for key, value in given.items():
         check(len(value) == 3, f"augmentations[0].{key}", "three numbers, one a channel", list(value))
     return replace(dataset, **given)
-
-
-def _in_memory(full: Dataset, dataset: Dataset, size: int, how: Verification) -> tuple[Dataset, Dataset]:
-    """Decodes image files once, where the batches are to come from memory; see :func:`decoded`."""
-    for name in ("train", "test"):
-        split = getattr(dataset, name)
-        if split is not None and not isinstance(split, MemoryImages):
-            rank_zero_info(
-                f"data.pipeline=kornia: decoding {len(split)} {name} images to {size} x {size} in memory "
-                f"({len(split) * 3 * size * size / 1e6:.0f} MB)"
-            )
-    return decoded(full, dataset, size, how)

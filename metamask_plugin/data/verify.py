@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from metamask_plugin.data.each_image import each_image
 from metamask_plugin.data.image_file import WHOLE, Reading, decode_fault, header_fault
@@ -75,6 +75,32 @@ class Verification:
         return cls(level, skip)
 
 
+def prepared(
+    dataset: "Dataset", data: Mapping[str, Any], size: int, in_memory: bool
+) -> tuple["Dataset", "Dataset"]:
+    """The data set after its files were verified, or decoded into memory.
+
+    Args:
+        dataset: as loaded.
+        data: the ``data`` node; read are ``verify``, ``invalid_images``, ``region`` and ``region_form``.
+        size: pixels that the shorter side of an image is resized to, at most.
+        in_memory: whether image files are decoded.
+
+    Returns:
+        the data set with full images, and with the region that is to be seen of them.
+
+    Raises:
+        InvalidImages: files that cannot be read, all in one line.
+        UserError: too many to be skipped, or an unknown setting.
+    """
+    how = Verification.of(data)
+    full = dataset.files_with(side=size)
+    if not in_memory:  # else decoding verifies
+        full = verified(full, how)
+    shown = full.in_region(data.get("region") or "full", data.get("region_form") or "fill")
+    return decoded(full, shown, size, how) if in_memory else (full, shown)
+
+
 def verified(dataset: "Dataset", how: Verification) -> "Dataset":
     """The data set after its files were verified; with ``skip``, without those that cannot be read.
 
@@ -116,6 +142,10 @@ def decoded(
     faults: dict[str, dict[int, str]] = {}
     for name, split in shown.splits.items():
         if isinstance(split, FileImages):
+            rank_zero_info(
+                f"data.pipeline=kornia: decoding {len(split)} {name} images to {size} x {size} in memory "
+                f"({len(split) * 3 * size * size / 1e6:.0f} MB)"
+            )
             memory[name], errors = split.decode(size)
             faults[name] = {index: error.reason for index, error in errors.items()}
             tell_unused_bits(name, split)

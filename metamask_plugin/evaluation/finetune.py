@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metamask_plugin.data import ImageSplit, PretrainDataModule, stratified_subset
+from metamask_plugin.data import ImageSplit, stratified_subset
+from metamask_plugin.data.loaders import TrainingLoader
 from metamask_plugin.data.registry import FRACTION_SEED
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.evaluation.features import Features, Progress, extract_features
@@ -195,18 +196,15 @@ def finetune(
     home = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
     device = torch.device(device) if device is not None else home
     batch_size = min(protocol.batch_size, len(chosen))
-    # None leaves the choice to the free memory of the GPU
-    on_device = None if device.type == "cuda" else False
-    batches = data.augmented(chosen, protocol.view, batch_size, seed, on_device)
+    loader = data.augmented(chosen, protocol.view, batch_size, seed, device)
     curve = []
     # this may be called from a validation hook, where gradients are off
     with _seeded(device, seed), torch.inference_mode(False), torch.enable_grad():
         network = _with_classifier(backbone, data, device)
         optimizer = _optimizer(protocol, network)
-        loader = batches.train_dataloader()
         for epoch in range(protocol.epochs):
             loader.sampler.set_epoch(epoch)
-            loss = _train_epoch(network, batches, loader, optimizer, protocol, epoch, batch_size)
+            loss = _train_epoch(network, loader, optimizer, protocol, epoch, batch_size)
             curve.append(_accuracies(extract_features(network, data.evaluation_loader("test"), device)))
             if progress is not None:
                 progress(epoch + 1, protocol.epochs)
@@ -299,8 +297,7 @@ def _optimizer(protocol: FineTuneProtocol, network: nn.Module) -> torch.optim.Op
 
 def _train_epoch(
     network: nn.Module,
-    batches: PretrainDataModule,
-    loader: torch.utils.data.DataLoader,
+    loader: TrainingLoader,
     optimizer: torch.optim.Optimizer,
     protocol: FineTuneProtocol,
     epoch: int,
@@ -310,9 +307,7 @@ def _train_epoch(
     device = next(network.parameters()).device
     network.train()
     total = torch.zeros((), device=device)
-    for step, raw in enumerate(loader):
-        raw = batches.transfer_batch_to_device(raw, device, 0)
-        _, (x,), y = batches.on_after_batch_transfer(raw, 0)
+    for step, (_, (x,), y) in enumerate(loader):
         for group in optimizer.param_groups:
             group["lr"] = protocol.lr_at(epoch + step / len(loader)) * batch_size / protocol.batch_size
         loss = F.cross_entropy(network(x), y)

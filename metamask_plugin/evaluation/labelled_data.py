@@ -4,10 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from omegaconf import OmegaConf
+import torch
 from torch.utils.data import DataLoader
 
-from metamask_plugin.data import ImageSplit, PretrainDataModule, load_dataset
+from metamask_plugin.data import EvaluationView, ImageSplit, KorniaViews, TorchvisionViews, load_dataset
+from metamask_plugin.data.loaders import (
+    TrainingLoader,
+    checked_workers,
+    chosen_pipeline,
+    evaluation_loader,
+    training_loader,
+)
+from metamask_plugin.data.regions import region_of
+from metamask_plugin.data.registry import evaluation_resize
+from metamask_plugin.data.verify import prepared
 from metamask_plugin.errors import UserError, check
 
 READABLE_FORMATS = ("image_folder", "dali", None)
@@ -106,13 +116,15 @@ class LabelledData:
             labelled = split.labels >= 0
             check(bool(labelled.any()), f"{name} images of {dataset.name}", "labelled", "none with a label")
             splits[name] = split if labelled.all() else split.subset(labelled.nonzero().flatten())
-        entry = {"crop_size": crop_size, "num_crops": 1}
-        entry.update({key: list(value) for key, value in (("mean", mean), ("std", std)) if value is not None})
-        # the module checks a training batch size, which plays no part here
-        cfg = {"data": data, "augmentations": [entry], "optimizer": {"batch_size": 1}}
-        self._module = PretrainDataModule(replace(dataset, **splits), OmegaConf.create(cfg))
+        dataset = replace(dataset, **splits)
+        if dataset.name == "custom":
+            dataset = replace(dataset, mean=tuple(mean or dataset.mean), std=tuple(std or dataset.std))
+        self._pipeline = chosen_pipeline(data, dataset.train)
+        self._workers = checked_workers(data, self._pipeline)
+        resize = evaluation_resize(dataset.name, crop_size, data.get("evaluation_resize"))
+        self._view = EvaluationView(crop_size, dataset.mean, dataset.std, resize)
+        self._full, self._dataset = prepared(dataset, data, resize, self._pipeline == "kornia")
         self._batch_size = batch_size
-        self._loading = {key: data.get(key) for key in ("pipeline", "num_workers", "evaluation_resize")}
         self.crop_size = crop_size
         self.name = dataset.name
         self.num_classes = dataset.num_classes
@@ -133,40 +145,42 @@ class LabelledData:
         Raises:
             UserError: for an unknown region or form, or images without foreground boxes.
         """
-        batch_size = batch_size or self._batch_size
         if region == "full":  # these may lie decoded in memory
-            return self._module.evaluation_loader(getattr(self._module.dataset, split), batch_size)
-        self.require_boxes()
-        return self._module.region_loader(split, region, form, batch_size)
+            images = self.images(split)
+        else:
+            self.require_boxes()
+            images = region_of(getattr(self._full, split), region, self._full.mean, form)
+        return evaluation_loader(images, self._view, batch_size or self._batch_size, self._workers)
 
     def images(self, split: str) -> ImageSplit:
         """The labelled images of ``"train"`` or ``"test"``, in the loaders' order."""
-        return getattr(self._module.dataset, split)
+        return getattr(self._dataset, split)
 
     def augmented(
-        self, images: ImageSplit, view: Mapping[str, Any], batch_size: int, seed: int, on_device: bool | None
-    ) -> PretrainDataModule:
-        """What a supervised training draws its batches from: one augmented view of each image.
+        self,
+        images: ImageSplit,
+        view: Mapping[str, Any],
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> TrainingLoader:
+        """Batches for a supervised training: indexes, one augmented view of each image, labels.
 
         Args:
             images: labelled training images, some or all of :meth:`images`.
             view: an entry of solo-learn's ``augmentations``, without ``crop_size``.
             batch_size: at most as many as there are images.
             seed: of the images' order.
-            on_device: see ``data.on_device`` of :class:`~metamask_plugin.data.PretrainDataModule`.
+            device: where the batches are to lie.
         """
         entry = {**view, "crop_size": self.crop_size, "num_crops": 1}
-        cfg = {
-            "data": {**self._loading, "on_device": on_device},
-            "augmentations": [entry],
-            "optimizer": {"batch_size": batch_size},
-            "seed": seed,
-        }
-        return PretrainDataModule(replace(self._module.dataset, train=images), OmegaConf.create(cfg))
+        draw = KorniaViews if self._pipeline == "kornia" else TorchvisionViews
+        views = draw([entry], self._dataset.mean, self._dataset.std)
+        return training_loader(images, views, batch_size, seed, self._workers, device)
 
     def require_boxes(self) -> None:
         """Raises a :class:`UserError` unless foreground and background of all images are known."""
-        full = self._module.full
+        full = self._full
         without = [name for name in ("train", "test") if getattr(full, name).boxes is None]
         check(
             not without,

@@ -11,12 +11,11 @@ from lightning.pytorch import Trainer, seed_everything
 from method_config import method_config
 from omegaconf import OmegaConf
 
-from metamask_plugin.data import resident
-from metamask_plugin.data.batches import RawBatch
+from metamask_plugin.data import loaders
 from metamask_plugin.data.datamodule import PretrainDataModule
 from metamask_plugin.data.digits import digits
+from metamask_plugin.data.loaders import BatchedViews, RawBatch, fits
 from metamask_plugin.data.registry import load_dataset
-from metamask_plugin.data.resident import IndexBatch, ResidentImages, fits
 from metamask_plugin.errors import UserError
 from metamask_plugin.methods import MetaMask
 
@@ -41,7 +40,7 @@ def test_same_batches_and_views_from_indexes_alone(epoch):
     on_device, on_host = module(on_device=True), module(on_device=False)
     indexes, whole = raw_batches(on_device, epoch), raw_batches(on_host, epoch)
     assert len(indexes) == len(whole) == 4
-    assert {type(batch) for batch in indexes} == {IndexBatch} and {type(b) for b in whole} == {RawBatch}
+    assert {type(batch) for batch in indexes} == {torch.Tensor} and {type(b) for b in whole} == {RawBatch}
     for ours, theirs in zip(indexes, whole, strict=True):
         torch.manual_seed(0)
         found = on_device.on_after_batch_transfer(ours, 0)
@@ -53,14 +52,14 @@ def test_same_batches_and_views_from_indexes_alone(epoch):
 
 def test_one_transfer_to_whichever_device_asks():
     split = digits(8)[0]
-    images = ResidentImages(split)
-    here = images.batch(torch.tensor([3, 1]))
+    images = BatchedViews(split, None, on_device=True)
+    here = images._resident(torch.tensor([3, 1]))
     assert torch.equal(here.images, split.images[[3, 1]]) and torch.equal(here.targets, split.labels[[3, 1]])
     assert images._images is split.images  # nothing to copy
-    there = images.batch(torch.tensor([3, 1], device="meta"))
+    there = images._resident(torch.tensor([3, 1], device="meta"))
     assert {part.device.type for part in there} == {"meta"} and there.images.shape == here.images.shape
     copy = images._images
-    images.batch(torch.tensor([0], device="meta"))
+    images._resident(torch.tensor([0], device="meta"))
     assert images._images is copy
     images.release()
     assert images._images is None
@@ -74,7 +73,7 @@ def test_default_is_the_device_where_it_is_a_gpu_with_room(monkeypatch):
         memory = (int(free * split.images.nbytes), 2**40)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, memory=memory: memory)
         assert fits(split, torch.device("cuda")) == expected
-    monkeypatch.setattr(resident, "SHARE_OF_FREE_MEMORY", 1)
+    monkeypatch.setattr(loaders, "SHARE_OF_FREE_MEMORY", 1)
     assert fits(split, torch.device("cuda"))
 
 
@@ -112,7 +111,7 @@ def test_a_training_is_the_same_bit_for_bit(when):
             limit_train_batches=2,
         )
         trainer.fit(model, datamodule=data)
-        assert (data._resident is not None) == on_device
+        assert data._batched.on_device == on_device
         return model.state_dict()
 
     found, expected = weights(True), weights(False)
@@ -163,10 +162,10 @@ def test_small_sets_live_on_the_gpu():
     data = module()
     loader = data.train_dataloader()
     (batch, *_) = loader
-    assert isinstance(batch, IndexBatch) and batch.indexes.is_pinned()
+    assert isinstance(batch, torch.Tensor) and batch.is_pinned()
     batch = data.transfer_batch_to_device(batch, torch.device("cuda"), 0)
     indexes, views, targets = data.on_after_batch_transfer(batch, 0)
     assert indexes.is_cuda and targets.is_cuda and all(view.is_cuda for view in views)
     assert torch.equal(targets.cpu(), data.dataset.train.labels[indexes.cpu()])
     data.teardown("fit")
-    assert data._resident._images is None
+    assert data._batched._images is None

@@ -113,7 +113,7 @@ def test_the_maps_show_the_features_of_the_drawn_images(run_folder, tmp_path, in
         assert distances.max() < 1e-5
         assert len(images.unique()) == 70, "none is drawn twice"
         assert images.max() >= 70, "not the first ones"
-        labels = getattr(data._module.dataset, split).labels[images]
+        labels = data.images(split).labels[images]
         legend = {
             text.get_text(): to_rgb(dot.get_color())
             for text, dot in zip(figure.legends[0].get_texts(), figure.legends[0].legend_handles)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from metamask_plugin.data import load_dataset
-from metamask_plugin.data.batches import EpochShuffle
+from metamask_plugin.data.loaders import EpochShuffle
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.features import extract_features
 from metamask_plugin.evaluation.finetune import FineTuneProtocol, finetune, labelled_subset, simclr_protocol

@@ -192,8 +192,8 @@ def test_an_evaluator_stops_and_goes_on_likewise(tree, tmp_path, capfd):
         == [0] * 4 + [1] * 3
     )
     assert len(capfd.readouterr().err.splitlines()) == 1
-    again = evaluation.augmented(evaluation.images("train"), {}, 2, 0, None)  # not verified twice
-    assert again.dataset.train.verified == "decode" and len(capfd.readouterr().err) == 0
+    again = evaluation.augmented(evaluation.images("train"), {}, 2, 0)  # not verified twice
+    assert again.dataset.split.verified == "decode" and len(capfd.readouterr().err) == 0
 
 
 def test_the_machines_faults_are_not_the_files(tree, monkeypatch):

@@ -24,7 +24,7 @@ from metamask_plugin.bilevel import (
     Unrolled,
 )
 from metamask_plugin.cli.config import complete
-from metamask_plugin.data.batches import EpochPosition, EpochShuffle, LazyLoader
+from metamask_plugin.data.loaders import EpochPosition, EpochShuffle, TrainingLoader
 from metamask_plugin.errors import UserError
 from metamask_plugin.methods import Bare, MetaMask
 
@@ -154,11 +154,11 @@ def test_workers_of_several_processes_are_seeded_by_the_epoch():
 
     def drawn(epoch):
         sampler = EpochShuffle(range(8), 5)
-        loader = LazyLoader(
+        loader = TrainingLoader(
             range(8), sampler=sampler, generator=sampler.worker_seeds, position=EpochPosition()
         )
         other = DistributedSampler(range(8), 2, 0, seed=5)
-        loader = LazyLoader(range(8), sampler=other, generator=loader.generator, position=loader.position)
+        loader = TrainingLoader(range(8), sampler=other, generator=loader.generator, position=loader.position)
         other.set_epoch(epoch)
         next(iter(loader))
         return loader.generator.initial_seed()

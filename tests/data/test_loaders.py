@@ -1,8 +1,8 @@
 import torch
 from torch.utils.data import DataLoader, RandomSampler
 
-from metamask_plugin.data.batches import EpochShuffle, MemoryBatches, RawBatch, whole
 from metamask_plugin.data.digits import digits
+from metamask_plugin.data.loaders import BatchedViews, EpochShuffle, RawBatch, WholeBatches, whole
 
 
 def test_order_depends_on_seed_and_epoch_only():
@@ -35,7 +35,7 @@ def test_memory_batches_index_once_a_batch(monkeypatch):
     calls = []
     fetch = split.batch
     monkeypatch.setattr(split, "batch", lambda indices: calls.append(len(indices)) or fetch(indices))
-    batches = list(DataLoader(MemoryBatches(split, RawBatch), 4, collate_fn=whole))
+    batches = list(DataLoader(WholeBatches(split, BatchedViews(split, None).fetch), 4, collate_fn=whole))
     assert calls == [4, 4, 2]
     assert all(isinstance(batch, RawBatch) for batch in batches)
     assert torch.equal(torch.cat([batch.images for batch in batches]), split.images)
