@@ -96,7 +96,7 @@ REGISTRIES = {
     (methods.ICLMSR, "uniformity.scope"): "methods.icl_msr:SCOPES",
     (methods.ICLMSR, "regularizer.activation"): "modules.semantic_regularizer:ACTIVATIONS",
     (methods.TaskKwargs, "kernel"): "tasks.ssl_hsic:KERNELS",
-    (studies.ConfounderAudit, "removal"): "evaluation.audit:REMOVALS",
+    (studies.ConfounderAudit, "removal"): "audit.confounders:REMOVALS",
     (studies.Regions, "fit_on"): "evaluation.regions:FIT_ON",
 }
 """Where the words of a key are implemented: in the model they stand so that a slip costs no torch."""

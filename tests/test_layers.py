@@ -1,6 +1,7 @@
 """Imports point down only (CONTRIBUTING.md)."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,20 +16,25 @@ MAY_IMPORT = {
     "retry": set(),
     "signals": set(),
     "losses": set(),
+    "audit": {"errors"},
     "bilevel": set(),
     "modules": {"errors"},
     "data": {"config", "errors", "retry", "signals"},
     "tasks": {"errors", "losses", "modules"},
-    "evaluation": {"config", "errors", "retry", "modules", "data"},
+    "evaluation": {"config", "errors", "retry", "audit", "modules", "data"},
     "host": {"errors", "modules", "evaluation", "tasks"},
     "methods": {"errors", "renamed", "bilevel", "host", "losses", "modules", "tasks"},
-    "training": {"config", "errors", "renamed", "retry", "signals", "data", "evaluation", "modules"},
-    "studies": {"config", "errors", "renamed", "retry", "data", "evaluation", "host", "modules", "training"},
+    "training": {"config", "errors", "renamed", "retry", "signals", "audit", "data", "evaluation", "modules"},
+    "studies": {
+        *("config", "errors", "renamed", "retry", "audit", "data", "evaluation", "host", "modules"),
+        "training",
+    },
     "cli": {
         "config",
         "errors",
         "renamed",
         "signals",
+        "audit",
         "bilevel",
         "data",
         "evaluation",
@@ -80,3 +86,10 @@ def test_only_the_host_knows_solo_learn():
     for path in PACKAGE.rglob("*.py"):
         if path.parent.name != "host":
             assert not any(m == "solo" or m.startswith("solo.") for m in imported_modules(path)), path
+
+
+def test_the_audit_loads_no_training_code():
+    heavy = ("lightning", "hydra", "omegaconf", "pydantic", "timm", "torchvision", "metamask_plugin.config")
+    code = f"import sys, metamask_plugin.audit; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from omegaconf import OmegaConf
 
+from metamask_plugin.audit.confounders import REMOVALS, check_options
 from metamask_plugin.cli.config import complete
 from metamask_plugin.data import load_dataset
 from metamask_plugin.errors import UserError
-from metamask_plugin.evaluation.audit import REMOVALS, check_options
 from metamask_plugin.evaluation.checkpoints import find_checkpoint
 from metamask_plugin.modules.encoders import ENCODERS, build_encoder
 from metamask_plugin.studies.roots import remedy

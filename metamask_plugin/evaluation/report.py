@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from metamask_plugin.audit.statistics import standard_error
 from metamask_plugin.errors import printable
 from metamask_plugin.evaluation.features import Features, extract_features, raw_pixels
 from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.knn import knn_predict, knn_table, masked_features, vote_temperature
 from metamask_plugin.evaluation.linear import LinearProtocol, linear_probe
-from metamask_plugin.evaluation.paired_statistics import standard_error
 
 RAW_PIXELS = "raw pixels"
 ERROR = "_standard_error"
@@ -58,7 +58,7 @@ def evaluate_rows(
         device: where to compute; by default where each backbone is.
         say: called with the name of each row before its evaluation.
         originals: what each test image shows, where several show the same; standard errors are then over
-            originals, see :func:`~metamask_plugin.evaluation.paired_statistics.standard_error`.
+            originals, see :func:`~metamask_plugin.audit.statistics.standard_error`.
 
     Returns:
         Rows with ``features`` (the name), ``dim`` (D), ``knn<k>`` for each k, and the head's name with

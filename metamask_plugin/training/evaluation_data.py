@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 import torch
 
+from metamask_plugin.audit.statistics import repeated
 from metamask_plugin.data import PretrainDataModule
 from metamask_plugin.data.fingerprint import fingerprint
 from metamask_plugin.data.views import EvaluationView
-from metamask_plugin.evaluation.paired_statistics import repeated
 
 
 class EvaluationData:

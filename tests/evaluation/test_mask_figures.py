@@ -2,17 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.colors import same_color
-from PIL import Image
 
 from metamask_plugin.errors import UserError
-from metamask_plugin.evaluation.audit import audit
-from metamask_plugin.evaluation.features import Features
-from metamask_plugin.evaluation.figures import BLUE, ORANGE, save
 from metamask_plugin.evaluation.mask_figures import (
+    BLUE,
     RED,
-    audit_figure,
     confounder_scatter,
     encoder_scatter,
     random_mask_scatter,
@@ -50,20 +45,19 @@ def test_every_mask_is_a_point_near_its_rate_and_the_unmasked_accuracy_a_red_das
     assert axes.get_ylabel() == "kNN accuracy, k = 20 (%)"
 
 
-def test_one_panel_without_encoders_and_only_the_split_that_is_asked_for():
-    rows = [{**row, "split": split} for split in ("all", "held-out") for row in rows_of(metric="linear")]
+def test_rows_without_encoders_are_one_panel_and_rows_that_do_not_fit_are_refused():
+    rows = rows_of(metric="linear")
     for row in rows:
         del row["encoder"]
-        row["value"] += 20 * (row["split"] == "held-out")
-    (axes,) = random_mask_scatter(rows, split="held-out").axes
-    assert dashed(axes)[0].get_ydata()[0] == 70
+    (axes,) = random_mask_scatter(rows).axes
+    assert dashed(axes)[0].get_ydata()[0] == 50
     assert axes.get_ylabel() == "linear probe accuracy (%)"
-    with pytest.raises(UserError, match="rows must be at least one of the split 'selection'"):
-        random_mask_scatter(rows, split="selection")
     with pytest.raises(UserError, match="with its unmasked accuracy, at rate 0"):
         random_mask_scatter([row for row in rows if row["rate"] > 0])
     with pytest.raises(UserError, match=r"rows must be of one metric, got \['knn20', 'linear'\]"):
         random_mask_scatter(rows_of() + rows_of(metric="linear"))
+    with pytest.raises(UserError, match=r"rows must be of one metric, got \[\]"):
+        confounder_scatter([])
 
 
 def test_encoders_stand_side_by_side_with_their_range():
@@ -80,43 +74,7 @@ def test_encoders_stand_side_by_side_with_their_range():
 
 def test_nothing_and_all_dropped_are_boxed_red_and_blue():
     rows = rows_of(rates=(0.1, 0.5)) + rows_of(rates=(1.0,), draws=1)[1:]
-    (axes,) = confounder_scatter(rows, alone={"those below": 33.3}).axes
+    (axes,) = confounder_scatter(rows).axes
     boxes = [line for line in axes.lines if line.get_marker() == "s"]
     assert [(*line.get_xdata(), *line.get_ydata()) for line in boxes] == [(0, 50), (3, 40)]
     assert [same_color(line.get_color(), c) for line, c in zip(boxes, (RED, BLUE))] == [True, True]
-    assert axes.texts[0].get_text() == "those below: 33.30 %"
-
-
-@pytest.fixture(scope="module")
-def result():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(240) % 4
-    centres = torch.randn(4, 10, generator=generator)
-    feats = centres[labels] + torch.randn(240, 10, generator=generator)
-    feats[:, 4] = 12 * torch.randn(240, generator=generator)
-    train, test = Features(feats[:120], labels[:120]), Features(feats[120:], labels[120:])
-    return audit(train, test, "knn5", rates=(0.1, 0.5), draws=20, banzhaf_masks=200)
-
-
-def test_the_audit_marks_what_hurts_and_draws_its_numbers(result, tmp_path):
-    assert result.harmful == [4]
-    figure = audit_figure(result, "an encoder")
-    values, single, gains, curve = figure.axes
-    harmful = next(line for line in values.lines if line.get_label() == "hurts (1)")
-    assert list(harmful.get_xdata()) == [0]
-    assert list(harmful.get_ydata()) == [result.effects["banzhaf"].all.value[4]]
-    assert same_color(harmful.get_color(), ORANGE)
-    assert [text.get_text() for text in values.texts] == ["4"]
-    drawn = np.concatenate([line.get_ydata() for line in single.lines if line.get_marker() == "o"])
-    assert sorted(drawn) == sorted(result.effects["leave_one_out"].all.value)
-    masks = result.random[1]
-    points = next(line for line in gains.lines if line.get_label() == "50 %")
-    held_out = masks.accuracy["held-out"] - result.accuracy["held-out"]
-    assert list(points.get_ydata()) == pytest.approx(list(held_out))
-    selection, held_out = curve.lines[:2]
-    assert list(selection.get_ydata()) == result.removal.selection
-    assert list(held_out.get_ydata()) == result.removal.held_out
-    assert str(result.removal.held_out_gain) in curve.get_legend().get_texts()[-1].get_text()
-    save(figure, tmp_path / "audit.png")
-    assert Image.open(tmp_path / "audit.png").size == (1575, 1080)
-    assert (tmp_path / "audit.png").stat().st_size < 150_000

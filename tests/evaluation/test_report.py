@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from metamask_plugin.audit.statistics import standard_error
 from metamask_plugin.evaluation.features import extract_features, raw_pixels
 from metamask_plugin.evaluation.knn import knn_accuracy, knn_predict, masked_features
 from metamask_plugin.evaluation.linear import PROTOCOLS, LinearProtocol, linear_probe
-from metamask_plugin.evaluation.paired_statistics import standard_error
 from metamask_plugin.evaluation.report import (
     errors_in_words,
     evaluate_rows,

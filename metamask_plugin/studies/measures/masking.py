@@ -1,20 +1,21 @@
 """Masks over the dimensions of a frozen encoder: MetaMask's Figs. 2, 8 and 9, and the confounder audit."""
 
+import re
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from metamask_plugin.audit import audit, below_average, masked_correct, random_masks
+from metamask_plugin.audit.confounders import RATES, check_options
 from metamask_plugin.errors import check
-from metamask_plugin.evaluation.audit import audit, check_options, random_mask_rows
-from metamask_plugin.evaluation.dimension_masks import below_average
 from metamask_plugin.evaluation.features import Progress
+from metamask_plugin.evaluation.knn import vote_temperature
 from metamask_plugin.evaluation.linear import linear_probe
-from metamask_plugin.evaluation.mask_figures import audit_figure
 from metamask_plugin.studies.subject import Measured, Subject
 
 
@@ -39,10 +40,8 @@ def random_masking(
             ``mlp`` by training.
         protocol: of the MLP, see :func:`~metamask_plugin.evaluation.linear.linear_probe`.
     """
-    rows = []
-    for classifier in classifiers:
-        rows += _summarised(_points(subject, [0.0, *rates], draws, classifier, protocol=protocol), classifier)
-    return Measured(rows)
+    rows = [_rows(subject, [0.0, *rates], draws, each, protocol=protocol) for each in classifiers]
+    return Measured(sum(rows, []))
 
 
 def learned_mask(
@@ -68,22 +67,14 @@ def learned_mask(
     remedy = "take a run of MetaMask's"
     check(subject.mask is not None, "encoder", "one with a learned mask", subject.title, remedy)
     below = below_average(subject.mask)
-    check(
-        bool(below.any()), "learned mask", "one with weights below its average", "all equal", "train longer"
-    )
+    expected = "one with weights below its average"
+    check(bool(below.any()), "learned mask", expected, "all equal", "train longer")
     between = [rate for rate in rates if 0 < rate < 1]
-    rows = _summarised(_points(subject, [0.0, *between, 1.0], draws, classifier, below), classifier)
-    for name, kept in (("", None), ("_above_average_only", ~below), ("_below_average_only", below)):
-        result = linear_probe(
-            subject.features("train"),
-            subject.features("test"),
-            subject.data.num_classes,
-            protocol,
-            seed=subject.seed,
-            device=subject.device,
-            mask=None if kept is None else kept.float(),
-        )
-        rows.append({"metric": f"linear{name}", "value": result.acc1_last})
+    rows = _rows(subject, [0.0, *between, 1.0], draws, classifier, below)
+    everything = torch.ones_like(below)
+    kept = {"": everything, "_above_average_only": ~below, "_below_average_only": below}
+    for name, mask in kept.items():
+        rows.append({"metric": f"linear{name}", "value": _probe(subject, mask, protocol)})
     rows.append({"metric": "below_average", "value": float(below.sum())})
     return Measured(rows)
 
@@ -91,22 +82,23 @@ def learned_mask(
 def confounder_audit(
     subject: Subject,
     classifier: str = "knn20",
-    rates: Sequence[float] = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
+    rates: Sequence[float] = RATES,
     draws: int = 100,
     banzhaf_masks: int | None = None,
     removal: str = "banzhaf",
 ) -> Measured:
     """Which dimensions hurt, chosen on one half of the test images and confirmed on the other.
 
-    The options are those of :func:`~metamask_plugin.evaluation.audit.audit`. All it finds is in the details,
-    the verdict in words, too; the rows have its main numbers, gains in percentage points.
+    The options are those of :func:`metamask_plugin.audit.audit`. All it finds is in the details, the verdict
+    in words, too; the rows have its main numbers, gains in percentage points.
     """
     check_options(subject.dimensions, draws, banzhaf_masks, removal)
     with _shown("masks") as progress:
         result = audit(
-            subject.features("train"),
-            subject.features("test"),
-            metric=classifier,
+            *subject.features("train"),
+            *subject.features("test"),
+            classifier,
+            temperature=_temperature(classifier),
             rates=rates,
             draws=draws,
             banzhaf_masks=banzhaf_masks,
@@ -120,19 +112,19 @@ def confounder_audit(
     gain = result.removal.held_out_gain
     found = {
         "unmasked": result.accuracy["all"],
-        "harmful_dimensions": float(len(result.harmful)),
-        "helpful_dimensions": float(result.helpful),
-        "removed": float(result.removal.chosen),
+        "harmful_dimensions": len(result.harmful),
+        "helpful_dimensions": result.helpful,
+        "removed": result.removal.chosen,
         "selection_gain": result.removal.selection_gain,
         "held_out_gain": gain.value,
         "held_out_gain_low": gain.low,
         "held_out_gain_high": gain.high,
     }
     rows = [{"metric": metric, "value": float(value)} for metric, value in found.items()]
-    return Measured(rows, {"audit.png": audit_figure(result, subject.title)}, result.to_dict())
+    return Measured(rows, {"audit.png": result.plot(subject.title)}, result.to_dict())
 
 
-def _points(
+def _rows(
     subject: Subject,
     rates: Sequence[float],
     draws: int,
@@ -140,52 +132,50 @@ def _points(
     among: torch.Tensor | None = None,
     protocol: str = "paper",
 ) -> list[dict[str, Any]]:
-    """Rows ``rate``, ``draw`` and ``value``: the accuracy under each mask."""
+    """A row for each mask, and for each rate what its masks come to; rates 0 and 1 have one mask."""
     train, test = subject.features("train"), subject.features("test")
-
-    def mlp(masks: torch.Tensor) -> list[float]:
-        found = []
-        for mask in masks:
-            where = (subject.seed, subject.device, mask.float())
-            result = linear_probe(train, test, subject.data.num_classes, protocol, "mlp", *where)
-            found.append(result.acc1_last)
-            progress(len(found), len(masks))
-        return found
-
+    dim, generator = train.feats.shape[1], torch.Generator().manual_seed(subject.seed)
+    masks = [random_masks(dim, rate, 1 if rate in (0, 1) else draws, generator, among) for rate in rates]
+    together = torch.cat(masks)
     with _shown(f"masks, {classifier}") as progress:
-        return random_mask_rows(
-            train,
-            test,
-            rates,
-            draws,
-            classifier,
-            among,
-            subject.seed,
-            subject.device,
-            progress,
-            mlp if classifier == "mlp" else None,
-        )
-
-
-def _summarised(points: Sequence[Mapping[str, Any]], classifier: str) -> list[dict[str, Any]]:
-    """A row for each mask, and for each rate what its masks come to."""
-    where = {"classifier": classifier}
-    rows = [
-        {**where, "rate": row["rate"], "draw": row["draw"], "metric": "masked", "value": row["value"]}
-        for row in points
-    ]
-    unmasked = next(row["value"] for row in points if row["rate"] == 0)
-    for rate in dict.fromkeys(row["rate"] for row in points):
-        values = [row["value"] for row in points if row["rate"] == rate]
+        if classifier == "mlp":
+            values = []
+            for mask in together:
+                values.append(_probe(subject, mask, protocol, "mlp"))
+                progress(len(values), len(together))
+        else:
+            options = {"device": subject.device, "progress": progress}
+            correct = masked_correct(train, test, together, classifier, _temperature(classifier), **options)
+            values = (100 * correct.double().mean(dim=1)).tolist()
+    unmasked, rows, summary = values[rates.index(0)], [], []
+    for rate, drawn in zip(map(float, rates), masks):
+        own, values = values[: len(drawn)], values[len(drawn) :]
         found = {
-            "mean": statistics.fmean(values),
-            "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-            "lowest": min(values),
-            "best": max(values),
-            "share_above": 100 * statistics.fmean(value > unmasked for value in values),
+            "mean": statistics.fmean(own),
+            "std": statistics.stdev(own) if len(own) > 1 else 0.0,
+            "lowest": min(own),
+            "best": max(own),
+            "share_above": 100 * statistics.fmean(value > unmasked for value in own),
         }
-        rows += [{**where, "rate": rate, "metric": metric, "value": value} for metric, value in found.items()]
-    return rows
+        where = {"classifier": classifier, "rate": rate}
+        rows += [
+            {**where, "draw": draw, "metric": "masked", "value": value} for draw, value in enumerate(own)
+        ]
+        summary += [{**where, "metric": metric, "value": value} for metric, value in found.items()]
+    return rows + summary
+
+
+def _probe(subject: Subject, mask: torch.Tensor, protocol: str, head: str = "linear") -> float:
+    """Accuracy of a probe that is trained on the masked features."""
+    features, classes = (subject.features("train"), subject.features("test")), subject.data.num_classes
+    settings = (protocol, head, subject.seed, subject.device)
+    return linear_probe(*features, classes, *settings, mask.float()).acc1_last
+
+
+def _temperature(classifier: str) -> float:
+    """Of the votes of ``knn<k>``; a probe has none."""
+    k = re.fullmatch(r"knn(\d+)", classifier)
+    return vote_temperature(int(k[1]) if k else 0)
 
 
 @contextmanager

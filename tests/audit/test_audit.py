@@ -1,14 +1,16 @@
 """The audit finds planted confounders, and does not sell selection noise as a gain."""
 
+import doctest
 import json
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import same_color
 
+from metamask_plugin.audit import audit, confounders
+from metamask_plugin.audit.figures import ORANGE
 from metamask_plugin.errors import UserError
-from metamask_plugin.evaluation.audit import audit, random_mask_rows
-from metamask_plugin.evaluation.dimension_masks import masked_knn_correct
 from metamask_plugin.evaluation.features import Features
 from metamask_plugin.evaluation.knn import knn_accuracy, masked_features
 
@@ -37,12 +39,8 @@ def features(count, seed, noisy=(), shifted=(), redundant=False):
 
 def run(seed=0, train=0, test=1, count=300, **settings):
     planted = {key: settings.pop(key) for key in ("noisy", "shifted", "redundant") if key in settings}
-    return audit(
-        features(count, 2 * train, **planted),
-        features(count, 2 * test + 1, **planted),
-        seed=seed,
-        **{**SMALL, **settings},
-    )
+    train, test = features(count, 2 * train, **planted), features(count, 2 * test + 1, **planted)
+    return audit(*train, *test, seed=seed, **{**SMALL, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +125,8 @@ def test_learned_weights_that_know_the_confounders_agree_with_the_effects(confou
 def test_renderings_of_one_original_share_a_half_and_say_no_more_than_one():
     train, test = features(300, 0, noisy=PLANTED), features(300, 3, noisy=PLANTED)
     thrice = Features(test.feats.repeat(3, 1), test.labels.repeat(3))
-    alone = audit(train, test, **SMALL)
-    audited = audit(train, thrice, originals=torch.arange(300).repeat(3), **SMALL)
+    alone = audit(*train, *test, **SMALL)
+    audited = audit(*train, *thrice, originals=torch.arange(300).repeat(3), **SMALL)
     assert audited.images == {split: 3 * count for split, count in alone.images.items()}
     assert audited.accuracy == pytest.approx(alone.accuracy)
     assert audited.removal.order == alone.removal.order
@@ -137,28 +135,19 @@ def test_renderings_of_one_original_share_a_half_and_say_no_more_than_one():
         one, other = (result.effects[name].all for result in (alone, audited))
         assert np.allclose(one.value, other.value)
         assert other.high - other.low == pytest.approx(one.high - one.low, rel=0.25)
-    distinct = audit(train, test, originals=torch.arange(300).flip(0), **SMALL)
+    distinct = audit(*train, *test, originals=torch.arange(300).flip(0), **SMALL)
     assert distinct.to_dict() == alone.to_dict(), "where no two images share an original nothing changes"
-    as_images = audit(train, thrice, **SMALL).effects["leave_one_out"].all
+    as_images = audit(*train, *thrice, **SMALL).effects["leave_one_out"].all
     assert np.mean(as_images.high - as_images.low) < 0.7 * np.mean(other.high - other.low)
 
 
-def test_the_result_is_json_and_rows(confounded):
+def test_the_result_is_json_and_text(confounded):
     content = json.loads(json.dumps(confounded.to_dict(), allow_nan=False))
     assert content["harmful"] == confounded.harmful
     assert content["effects"]["banzhaf"]["all"]["q"] == confounded.effects["banzhaf"].all.q.tolist()
     assert content["removal"]["held_out_gain"]["low"] == confounded.removal.held_out_gain.low
     assert len(content["verdict"]) == 1 + 1 + 2 + 1 + 1
-    rows = confounded.rows()
-    assert len(rows) == 3 * (1 + 2 * 40)
-    assert {row["split"] for row in rows} == {"all", "selection", "held-out"}
-    assert rows[0] == {
-        "rate": 0.0,
-        "draw": 0,
-        "split": "all",
-        "metric": "knn20",
-        "value": confounded.accuracy["all"],
-    }
+    assert confounded.summary().splitlines() == content["verdict"]
 
 
 def test_it_repeats_itself_by_its_seed_and_counts_its_masks():
@@ -169,7 +158,7 @@ def test_it_repeats_itself_by_its_seed_and_counts_its_masks():
     assert calls == sorted(calls)
     again = run(seed=3, **small)
     assert first.to_dict() == again.to_dict()
-    assert first.rows() != run(seed=4, **small).rows()
+    assert first.to_dict() != run(seed=4, **small).to_dict()
 
 
 def test_greedy_removal_drops_one_dimension_after_the_other():
@@ -186,6 +175,8 @@ def test_greedy_removal_drops_one_dimension_after_the_other():
 
 
 def test_settings_out_of_range_are_refused():
+    with pytest.raises(UserError, match="test images must be four or more, to be split, got 3"):
+        run(count=3)
     for settings, message in (
         ({"metric": "knn"}, "metric must be knn<k> or linear"),
         ({"removal": "best"}, "removal must be one of"),
@@ -194,20 +185,43 @@ def test_settings_out_of_range_are_refused():
             {"banzhaf_masks": 10},
             "banzhaf_masks must be more than 25, as the features have 24 dimensions, got 10",
         ),
-        ({"keep": 1.0}, "keep must be between 0 and 1"),
         ({"max_removed": 0}, "max_removed must be >= 1"),
     ):
         with pytest.raises(UserError, match=message):
             run(count=20, **settings)
 
 
-def test_rows_of_random_masks_have_one_unmasked_point_and_one_of_all_dropped():
-    train, test = features(60, 0), features(40, 1)
-    among = torch.tensor([1, 4, 7, 9])
-    rows = random_mask_rows(train, test, (0, 0.5, 1), draws=3, metric="knn5", among=among)
-    assert [(row["rate"], row["draw"]) for row in rows] == [(0, 0), (0.5, 0), (0.5, 1), (0.5, 2), (1, 0)]
-    mask = torch.ones(1, DIM, dtype=torch.bool)
-    assert rows[0]["value"] == pytest.approx(knn_accuracy(train, test, (5,))[5])
-    mask[:, among] = False
-    dropped = 100 * float(masked_knn_correct(train, test, mask, 5).float().mean())
-    assert rows[-1]["value"] == pytest.approx(dropped)
+def test_one_set_of_arrays_is_split_in_two():
+    feats, labels = features(400, 0, noisy=PLANTED)
+    result = audit(feats.numpy(), labels.numpy(), **SMALL)
+    assert result.images == {"all": 200, "selection": 100, "held-out": 100}
+    assert set(result.harmful) <= set(PLANTED) <= set(result.removal.order[:6])
+    assert result.to_dict() == audit(feats, labels, **SMALL).to_dict()
+    with pytest.raises(UserError, match="originals must be given with test_features"):
+        audit(feats, labels, originals=torch.arange(400))
+
+
+def test_the_figure_marks_what_hurts_and_draws_the_numbers(confounded, tmp_path):
+    figure = confounded.plot("an encoder")
+    values, single, gains, curve = figure.axes
+    banzhaf = confounded.effects["banzhaf"].all.value
+    harmful = next(line for line in values.lines if line.get_label() == "hurts (3)")
+    assert list(harmful.get_xdata()) == [0, 1, 2]
+    assert list(harmful.get_ydata()) == sorted(banzhaf[PLANTED])
+    assert same_color(harmful.get_color(), ORANGE)
+    assert {text.get_text() for text in values.texts} == {str(d) for d in PLANTED}
+    drawn = np.concatenate([line.get_ydata() for line in single.lines if line.get_marker() == "o"])
+    assert sorted(drawn) == sorted(confounded.effects["leave_one_out"].all.value)
+    points = next(line for line in gains.lines if line.get_label() == "30 %")
+    held_out = confounded.random[1].accuracy["held-out"] - confounded.accuracy["held-out"]
+    assert list(points.get_ydata()) == pytest.approx(list(held_out))
+    removal = confounded.removal
+    assert [list(line.get_ydata()) for line in curve.lines[:2]] == [removal.selection, removal.held_out]
+    assert str(removal.held_out_gain) in curve.get_legend().get_texts()[-1].get_text()
+    figure.savefig(tmp_path / "audit.png")
+    assert (tmp_path / "audit.png").stat().st_size < 150_000
+
+
+def test_example():
+    found = doctest.testmod(confounders)
+    assert found.attempted > 5 and found.failed == 0

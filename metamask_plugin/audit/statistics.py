@@ -9,11 +9,12 @@ Images that show the same original are not independent. The original is then the
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
 import torch
+from scipy.stats import false_discovery_control
 
 from metamask_plugin.errors import check
 
@@ -112,7 +113,7 @@ def paired_differences(with_: torch.Tensor, without: torch.Tensor, level: float 
     """Accuracy of one classifier minus that of each of D others, in percentage points.
 
     The interval is Wald's after adding a half to each cell of the 2 x 2 table, which keeps its coverage where
-    hardly any image differs [0]; the p-value is McNemar's exact one. Of originals both are Student's.
+    hardly any image differs [0]. The p-value is McNemar's exact one. For originals, both are Student's.
 
     Args:
         with_: correctness of the one, bool or float (N,).
@@ -123,27 +124,19 @@ def paired_differences(with_: torch.Tensor, without: torch.Tensor, level: float 
         paired data*, Journal of Educational and Behavioral Statistics 37, 2012.
     """
     if with_.is_floating_point():
-        return _mean_differences(100 * (with_ - without).numpy(), level)
+        differences = 100 * (with_ - without).numpy()
+        student = scipy.stats.t(differences.shape[1] - 1)
+        return _estimates(differences.mean(axis=1), scipy.stats.sem(differences, axis=1), student, level)
     only_with = (with_ & ~without).sum(dim=1).double().numpy()
     only_without = (~with_ & without).sum(dim=1).double().numpy()
     count = len(with_)
     a, b = (only_with + 1) / (count + 2), (only_without + 1) / (count + 2)
     reach = scipy.stats.norm.isf(level / 2) * np.sqrt((a + b - (a - b) ** 2) / (count + 2))
-    differing = only_with + only_without
-    p = np.minimum(1, 2 * scipy.stats.binom.cdf(np.minimum(only_with, only_without), differing, 0.5))
+    fewer = np.minimum(only_with, only_without)
+    p = np.minimum(1, 2 * scipy.stats.binom.cdf(fewer, only_with + only_without, 0.5))
     centre = 100 * (a - b)
     value = 100 * (only_with - only_without) / count
-    return Estimates(value, centre - 100 * reach, centre + 100 * reach, p, false_discovery_q(p))
-
-
-def _mean_differences(differences: np.ndarray, level: float) -> Estimates:
-    """Means of (D, N) by Student's t; where nothing differs the interval is a point and p is 1."""
-    value = differences.mean(axis=1)
-    freedom = differences.shape[1] - 1
-    error = differences.std(axis=1, ddof=1) / np.sqrt(freedom + 1)
-    reach = scipy.stats.t.isf(level / 2, freedom) * error
-    p = 2 * scipy.stats.t.sf(np.abs(value) / np.maximum(error, 1e-300), freedom)
-    return Estimates(value, value - reach, value + reach, p, false_discovery_q(p))
+    return Estimates(value, centre - 100 * reach, centre + 100 * reach, p, false_discovery_control(p))
 
 
 def banzhaf_values(masks: torch.Tensor, correct: torch.Tensor, level: float = 0.05) -> Estimates:
@@ -151,7 +144,7 @@ def banzhaf_values(masks: torch.Tensor, correct: torch.Tensor, level: float = 0.
 
     The coefficients of the linear regression of correctness on which dimensions are kept. For masks that keep
     every dimension with probability one half, independently, they are the Banzhaf values of the game whose
-    players are dimensions [0]; for another probability the weighted ones.
+    players are dimensions [0].
 
     The variance is that of the mean over images, plus that of the regression over masks: both were drawn, and
     the sum is at least as large as the variance of the crossed design [1].
@@ -172,7 +165,7 @@ def banzhaf_values(masks: torch.Tensor, correct: torch.Tensor, level: float = 0.
     design = masks.double()
     design = design - design.mean(dim=0)
     varies = design.abs().amax(dim=0) > 0
-    # a dimension that no mask dropped has no effect to be seen, and would make the system singular
+    # a dimension that no mask dropped has no visible effect, and would make the system singular
     precision = torch.linalg.pinv(design.T @ design, hermitian=True)
     influence = precision @ design.T
     per_image = influence @ correct.double()  # (D, N)
@@ -181,19 +174,14 @@ def banzhaf_values(masks: torch.Tensor, correct: torch.Tensor, level: float = 0.
     residual = mean_correct - mean_correct.mean() - design @ value
     noise = residual.square().sum() / (count - int(varies.sum()) - 1)
     error = (per_image.var(dim=1) / correct.shape[1] + noise * precision.diagonal()).sqrt()
-    value, error = 100 * value.numpy(), 100 * error.numpy()
-    reach = scipy.stats.norm.isf(level / 2) * error
-    p = 2 * scipy.stats.norm.sf(np.abs(value) / np.maximum(error, 1e-300))
-    return Estimates(value, value - reach, value + reach, p, false_discovery_q(p))
+    return _estimates(100 * value.numpy(), 100 * error.numpy(), scipy.stats.norm, level)
 
 
-def false_discovery_q(p: np.ndarray) -> np.ndarray:
-    """p-values adjusted by Benjamini and Hochberg (1995), shape (D,)."""
-    order = np.argsort(p)
-    scaled = p[order] * len(p) / np.arange(1, len(p) + 1)
-    q = np.empty_like(scaled)
-    q[order] = np.minimum(1, np.minimum.accumulate(scaled[::-1])[::-1])
-    return q
+def _estimates(value: np.ndarray, error: np.ndarray, distribution: Any, level: float) -> Estimates:
+    """Symmetric intervals; where the standard error is 0 the interval is a point and p of a 0 is 1."""
+    reach = distribution.isf(level / 2) * error
+    p = 2 * distribution.sf(np.abs(value) / np.maximum(error, 1e-300))
+    return Estimates(value, value - reach, value + reach, p, false_discovery_control(p))
 
 
 def bootstrap_gain(

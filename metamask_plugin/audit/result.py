@@ -1,12 +1,15 @@
-"""What the confounder audit found, as numbers, as tidy rows, and in plain words."""
+"""What the confounder audit found: numbers, a summary in words, and a figure."""
 
 import math
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metamask_plugin.evaluation.paired_statistics import Estimate, Estimates
+from metamask_plugin.audit.statistics import Estimate, Estimates
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # more dimensions than that are counted, not named, in a sentence
 MAX_NAMED = 12
@@ -110,7 +113,7 @@ class Removal:
         if not self.chosen:
             return "Dropping the most harmful dimensions gains nothing even on the images they were found on."
         return (
-            f"Dropping the {_count(self.chosen)} that look most harmful on one half "
+            f"Dropping the {_count(self.chosen)} ranked most harmful on one half "
             f"({_named(self.dimensions)}) gains {self.selection_gain:+.2f} there and {self.held_out_gain} "
             f"on the other, {_outcome(self.held_out_gain)}."
         )
@@ -187,40 +190,37 @@ class AuditResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as dicts, lists, numbers and strings, ready for JSON; NaN becomes None."""
-        return {**_plain(self), "verdict": self.verdict()}
+        return {**_plain(asdict(self)), "verdict": self.verdict()}
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The random masks' points: ``rate`` (0: unmasked), ``draw``, ``split``, ``metric``, ``value``."""
-        points = [(0.0, 0, split, value) for split, value in self.accuracy.items()]
-        for masks in self.random:
-            for split, values in masks.accuracy.items():
-                points += [(masks.rate, draw, split, value) for draw, value in enumerate(values.tolist())]
-        return [
-            {"rate": rate, "draw": draw, "split": split, "metric": self.metric, "value": value}
-            for rate, draw, split, value in points
-        ]
+    def summary(self) -> str:
+        """The findings as text, a line each."""
+        return "\n".join(self.verdict())
+
+    def plot(self, title: str | None = None) -> "Figure":
+        """The findings in four panels, see :func:`metamask_plugin.audit.figures.audit_figure`.
+
+        Args:
+            title: above all panels, e.g. the encoder's name.
+        """
+        from metamask_plugin.audit.figures import audit_figure  # matplotlib is needed here alone
+
+        return audit_figure(self, title)
 
     def verdict(self) -> list[str]:
         """The findings in plain words, a sentence or two each."""
-        percent = f"{100 * self.level:g} %"
-        lines = [
-            f"Unmasked {self.metric}: {self.accuracy['all']:.2f} % of {self.images['all']} test images, "
-            f"{self.dimensions} dimensions."
-        ]
+        rate = f"(false-discovery rate {100 * self.level:g} %)"
+        hurting = f"No dimension can be shown to hurt {rate}; {self.helpful} help."
         if self.harmful:
-            lines.append(
-                f"{_count(len(self.harmful))} hurt{'s' if len(self.harmful) == 1 else ''} "
-                f"(false-discovery rate {percent}): {_named(self.harmful)}. {self.helpful} help."
-            )
-        else:
-            lines.append(
-                f"No dimension can be shown to hurt (false-discovery rate {percent}); {self.helpful} help."
-            )
-        lines += [masks.verdict() for masks in self.random]
-        lines.append(self.removal.verdict())
-        if self.weights is not None:
-            lines.append(self.weights.verdict())
-        return lines
+            hurt = f"{_count(len(self.harmful))} hurt{'s' if len(self.harmful) == 1 else ''}"
+            hurting = f"{hurt} {rate}: {_named(self.harmful)}. {self.helpful} help."
+        return [
+            f"Unmasked {self.metric}: {self.accuracy['all']:.2f} % of {self.images['all']} test images, "
+            f"{self.dimensions} dimensions.",
+            hurting,
+            *(masks.verdict() for masks in self.random),
+            self.removal.verdict(),
+            *([] if self.weights is None else [self.weights.verdict()]),
+        ]
 
 
 def _outcome(gain: Estimate) -> str:
@@ -240,14 +240,10 @@ def _named(dimensions: list[int]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, (Estimate, Estimates)):
-        return {key: _plain(part) for key, part in value._asdict().items()}
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
+    if isinstance(value, (list, np.ndarray)):
+        return [_plain(part) for part in (value.tolist() if isinstance(value, np.ndarray) else value)]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,23 +6,20 @@ counts on the other, gives every effect an interval over images, and corrects fo
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 
-from metamask_plugin.errors import check, choose
-from metamask_plugin.evaluation.audit_result import (
-    AuditResult,
-    Effects,
-    RandomMasks,
-    Removal,
-    WeightAgreement,
+from metamask_plugin.audit.masks import (
+    Array,
+    Progress,
+    below_average,
+    labelled,
+    masked_correct,
+    random_masks,
 )
-from metamask_plugin.evaluation.dimension_masks import below_average, masked_correct, random_masks
-from metamask_plugin.evaluation.features import Features, Progress
-from metamask_plugin.evaluation.paired_statistics import (
+from metamask_plugin.audit.result import AuditResult, Effects, RandomMasks, Removal, WeightAgreement
+from metamask_plugin.audit.statistics import (
     Estimates,
     banzhaf_values,
     bootstrap_gain,
@@ -33,6 +30,7 @@ from metamask_plugin.evaluation.paired_statistics import (
     repeated,
     stratified_halves,
 )
+from metamask_plugin.errors import check, choose
 
 RATES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 REMOVALS = ("banzhaf", "leave_one_out", "greedy")
@@ -40,18 +38,25 @@ REMOVALS = ("banzhaf", "leave_one_out", "greedy")
 # how often the best random mask is chosen anew, on another half
 RESPLITS = 100
 
+Halves = dict[str, torch.Tensor]
+Judge = Callable[[torch.Tensor], torch.Tensor]
+"""From masks, bool (R, D), to correctness (R, N) of images or originals."""
+
 
 def audit(
-    train: Features,
-    test: Features,
+    features: Array,
+    labels: Array,
+    test_features: Array | None = None,
+    test_labels: Array | None = None,
     metric: str = "knn20",
+    *,
+    temperature: float = 0.07,
     rates: Sequence[float] = RATES,
     draws: int = 100,
     banzhaf_masks: int | None = None,
-    keep: float = 0.5,
     removal: str = "banzhaf",
     max_removed: int | None = None,
-    weights: torch.Tensor | None = None,
+    weights: Array | None = None,
     level: float = 0.05,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -71,13 +76,16 @@ def audit(
       is counted on the held-out half.
 
     Args:
-        train: what the classifier learns from, (M, D).
-        test: (N, D); intervals are over these images.
+        features: what the classifier learns from, (M, D).
+        labels: their classes, integers from 0, (M,).
+        test_features: (N, D); intervals are over these images. By default a random half of ``features``,
+            class by class, and the classifier learns from the other half alone.
+        test_labels: (N,).
         metric: the classifier: ``knn<k>``, e.g. ``knn20``, or ``linear``, a least-squares probe.
+        temperature: of the neighbours' votes ``exp(cosine / temperature)``.
         rates: shares of dimensions that random masks drop; those that would drop none or all are left out.
         draws: random masks of each rate.
         banzhaf_masks: random sets for the Banzhaf values; by default 2,000, or 4 D if that is more.
-        keep: probability of a dimension to be in such a set.
         removal: the order: ``banzhaf``, ``leave_one_out``, or ``greedy``, which asks anew after each
             dimension and takes D times as many masks.
         max_removed: at most so many dimensions are removed; by default D / 2, greedily 16.
@@ -91,45 +99,64 @@ def audit(
 
     Raises:
         UserError: for features that do not fit, or a setting out of range.
+
+    >>> rng = np.random.default_rng(0)
+    >>> labels = np.arange(600) % 4
+    >>> features = rng.normal(size=(4, 8))[labels] + rng.normal(size=(600, 8))
+    >>> features[:, 7] = 16 * rng.normal(size=600)  # says nothing of the class, and decides what is near
+    >>> result = audit(features, labels, rates=[0.25], draws=20, banzhaf_masks=500)
+    >>> result.harmful
+    [7]
+    >>> print(result.summary())  # doctest: +ELLIPSIS
+    Unmasked knn20: ... % of 300 test images, 8 dimensions.
+    1 dimension hurts (false-discovery rate 5 %): 7. 7 help.
+    ...
+    >>> figure = result.plot("random features")
     """
-    dim = train.feats.shape[1]
+    train = labelled(features, labels, "training")
+    if test_features is None:
+        check(originals is None, "originals", "given with test_features", "no test_features")
+        first = stratified_halves(train[1].cpu(), torch.Generator().manual_seed(seed)).to(train[1].device)
+        train, test = ([tensor[half] for tensor in train] for half in (first, ~first))
+    else:
+        test = labelled(test_features, test_labels, "test")
+    dim = train[0].shape[1]
     check_options(dim, draws, banzhaf_masks, removal)
-    check(0 < keep < 1, "keep", "between 0 and 1", keep)
     check(max_removed is None or max_removed >= 1, "max_removed", ">= 1", max_removed)
     check(0 < level < 1, "level", "between 0 and 1", level, "0.05 is the usual value")
     if weights is not None:
-        weights = weights.detach().cpu().double().flatten()
+        weights = torch.as_tensor(weights).detach().cpu().double().flatten()
         check(weights.shape == (dim,), "weights", f"one for each of {dim} dimensions", tuple(weights.shape))
     banzhaf_masks = banzhaf_masks if banzhaf_masks is not None else max(2000, 4 * dim)
     most = min(dim - 1, max_removed or (16 if removal == "greedy" else dim // 2))
     rates = [rate for rate in rates if 0 < round(rate * dim) < dim]
-    generator = torch.Generator().manual_seed(seed)
-    steps = sum(dim - done for done in range(most)) if removal == "greedy" else len(_counts(most)) - 1
-    total = 1 + dim + banzhaf_masks + draws * len(rates) + steps + (2 if weights is not None else 0)
-    classify = partial(masked_correct, train, test, metric=metric, device=device)
     originals = repeated(originals)
-    judge = _Judge(classify, originals, progress, total)
-    labels, sizes = _units(test.labels.cpu(), originals)
-    first = stratified_halves(labels, generator)
+    units, sizes = _units(test[1].cpu(), originals)
+    check(len(units) >= 4, "test images", "four or more, to be split", len(units))
+    generator = torch.Generator().manual_seed(seed)
+    first = stratified_halves(units, generator)
     halves = {"all": torch.ones_like(first), "selection": first, "held-out": ~first}
-    base = judge(torch.ones(1, dim, dtype=torch.bool))[0]
-    single = judge(~torch.eye(dim, dtype=torch.bool))
-    sets = torch.rand(banzhaf_masks, dim, generator=generator) < keep
+    sets = torch.rand(banzhaf_masks, dim, generator=generator) < 0.5
     sets[~sets.any(dim=1)] = True  # nothing can be told from no dimension at all
-    of_sets = judge(sets)
-    effects = {
-        "leave_one_out": _effects(
-            lambda half: paired_differences(base[half], single[:, half], level), halves
-        ),
-        "banzhaf": _effects(lambda half: banzhaf_values(sets, of_sets[:, half], level), halves),
-    }
-    found = effects["banzhaf"].all
+    masks = [torch.ones(1, dim, dtype=torch.bool), ~torch.eye(dim, dtype=torch.bool), sets]
+    masks += [random_masks(dim, rate, draws, generator) for rate in rates]
+    done, steps = 0, sum(range(dim - most + 1, dim + 1)) if removal == "greedy" else len(_counts(most)) - 1
+    total = sum(map(len, masks)) + steps + (0 if weights is None else 2)
+
+    def judge(masks: torch.Tensor) -> torch.Tensor:
+        nonlocal done
+        seen = None if progress is None else lambda judged, _: progress(done + judged, total)
+        correct = masked_correct(train, test, masks, metric, temperature, device=device, progress=seen)
+        done += len(masks)
+        return per_original(correct, originals)
+
+    base, single, of_sets, *of_random = judge(torch.cat(masks)).split(list(map(len, masks)))
+    base = base[0]
+    alone = _effects(lambda half: paired_differences(base[half], single[:, half], level), halves)
+    banzhaf = _effects(lambda half: banzhaf_values(sets, of_sets[:, half], level), halves)
+    effects, found = {"leave_one_out": alone, "banzhaf": banzhaf}, banzhaf.all
     significant = found.q <= level
     ranked = np.argsort(found.value, kind="stable")
-    random = [
-        _random_masks(rate, masks, judge(masks), base, halves, labels, seed, level)
-        for rate, masks in ((rate, random_masks(dim, rate, draws, generator)) for rate in rates)
-    ]
     return AuditResult(
         metric=metric,
         images={split: int(sizes[half].sum()) for split, half in halves.items()},
@@ -138,59 +165,15 @@ def audit(
         effects=effects,
         harmful=[int(d) for d in ranked if significant[d] and found.value[d] < 0],
         helpful=int((significant & (found.value > 0)).sum()),
-        random=random,
+        random=[
+            _random_masks(rate, int((~drawn[0]).sum()), correct, base, halves, units, seed, level)
+            for rate, drawn, correct in zip(rates, masks[3:], of_random)
+        ],
         removal=_remove(judge, base, halves, effects, removal, most, seed, level),
         weights=None if weights is None else _agreement(judge, weights, effects, level),
         level=level,
         seed=seed,
     )
-
-
-def random_mask_rows(
-    train: Features,
-    test: Features,
-    rates: Sequence[float],
-    draws: int,
-    metric: str = "knn20",
-    among: torch.Tensor | None = None,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    progress: Progress | None = None,
-    accuracies: Callable[[torch.Tensor], Sequence[float]] | None = None,
-) -> list[dict[str, Any]]:
-    """The points of MetaMask's Figs. 2, 8 and 9, on all test images.
-
-    Args:
-        train: what the classifier learns from, (M, D).
-        test: (N, D).
-        rates: shares of the dimensions to drop. 0, and 1 of ``among``, have one mask only.
-        draws: masks of each other rate.
-        metric: ``knn<k>`` or ``linear``, or the name of ``accuracies``.
-        among: only these may be dropped, bool (D,) or indices; Fig. 9 takes ``below_average(weights)``.
-        seed: of the masks.
-        device: where to classify; by default where the features are.
-        progress: called with (masks done, masks in all).
-        accuracies: another classifier: from masks, bool (R, D), to percent of each.
-
-    Returns:
-        Rows ``rate``, ``draw``, ``split`` (``"all"``), ``metric`` and ``value`` in percent.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    dim = train.feats.shape[1]
-    counts = [1 if rate in (0, 1) else draws for rate in rates]
-    masks = torch.cat(
-        [random_masks(dim, rate, count, generator, among) for rate, count in zip(rates, counts)]
-    )
-    if accuracies is None:
-        correct = masked_correct(train, test, masks, metric, device, progress)
-        values = (100 * correct.double().mean(dim=1)).tolist()
-    else:
-        values = accuracies(masks)
-    points = [(rate, draw) for rate, count in zip(rates, counts) for draw in range(count)]
-    return [
-        {"rate": float(rate), "draw": draw, "split": "all", "metric": metric, "value": value}
-        for (rate, draw), value in zip(points, values)
-    ]
 
 
 def check_options(dim: int, draws: int, banzhaf_masks: int | None, removal: str) -> None:
@@ -208,32 +191,8 @@ def check_options(dim: int, draws: int, banzhaf_masks: int | None, removal: str)
     choose("removal", removal, REMOVALS)
     check(dim >= 2, "features", "of two or more dimensions", dim)
     check(draws >= 1, "draws", ">= 1", draws)
-    enough = banzhaf_masks is None or banzhaf_masks > dim + 1
-    check(
-        enough, "banzhaf_masks", f"more than {dim + 1}, as the features have {dim} dimensions", banzhaf_masks
-    )
-
-
-class _Judge:
-    """Masks, bool (R, D), to correctness (R, N), of originals where given; counts them for a progress bar."""
-
-    def __init__(
-        self,
-        classify: Callable[..., torch.Tensor],
-        originals: torch.Tensor | None,
-        progress: Progress | None,
-        total: int,
-    ):
-        self.classify, self.originals = classify, originals
-        self.progress, self.total, self.done = progress, total, 0
-
-    def __call__(self, masks: torch.Tensor) -> torch.Tensor:
-        correct = self.classify(masks, progress=self._report if self.progress is not None else None)
-        self.done += len(masks)
-        return per_original(correct, self.originals)
-
-    def _report(self, done: int, _: int | None) -> None:
-        self.progress(self.done + done, self.total)
+    expected = f"more than {dim + 1}, as the features have {dim} dimensions"
+    check(banzhaf_masks is None or banzhaf_masks > dim + 1, "banzhaf_masks", expected, banzhaf_masks)
 
 
 def _units(labels: torch.Tensor, originals: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,18 +207,18 @@ def _percent(correct: torch.Tensor) -> float:
     return 100 * float(correct.double().mean())
 
 
-def _effects(estimate: Callable[[torch.Tensor], Estimates], halves: dict[str, torch.Tensor]) -> Effects:
+def _effects(estimate: Callable[[torch.Tensor], Estimates], halves: Halves) -> Effects:
     found = {split: estimate(half) for split, half in halves.items()}
     return Effects(found["all"], found["selection"].value, found["held-out"].value)
 
 
 def _random_masks(
     rate: float,
-    masks: torch.Tensor,
+    dropped: int,
     correct: torch.Tensor,
     base: torch.Tensor,
-    halves: dict[str, torch.Tensor],
-    labels: torch.Tensor,
+    halves: Halves,
+    units: torch.Tensor,
     seed: int,
     level: float,
 ) -> RandomMasks:
@@ -267,10 +226,10 @@ def _random_masks(
     gain = {split: values - _percent(base[halves[split]]) for split, values in accuracy.items()}
     best = int(gain["selection"].argmax())
     held_out = halves["held-out"]
-    selected, kept = _resplit_gains(correct, base, labels, seed)
+    selected, kept = _resplit_gains(correct, base, units, seed)
     return RandomMasks(
         rate=rate,
-        dropped=int((~masks[0]).sum()),
+        dropped=dropped,
         accuracy=accuracy,
         above={split: float((values > 1e-9).mean()) for split, values in gain.items()},
         best=best,
@@ -285,11 +244,11 @@ def _random_masks(
 
 
 def _resplit_gains(
-    correct: torch.Tensor, base: torch.Tensor, labels: torch.Tensor, seed: int
+    correct: torch.Tensor, base: torch.Tensor, units: torch.Tensor, seed: int
 ) -> tuple[float, float]:
     """Mean gain of the best mask on the half that chose it, and on the other, over random splits."""
     generator = torch.Generator().manual_seed(seed)
-    first = torch.stack([stratified_halves(labels, generator) for _ in range(RESPLITS)]).double()
+    first = torch.stack([stratified_halves(units, generator) for _ in range(RESPLITS)]).double()
     difference = correct.double() - base.double()
     selection = difference @ (first / first.sum(dim=1, keepdim=True)).T
     held_out = difference @ ((1 - first) / (1 - first).sum(dim=1, keepdim=True)).T
@@ -298,9 +257,9 @@ def _resplit_gains(
 
 
 def _remove(
-    judge: _Judge,
+    judge: Judge,
     base: torch.Tensor,
-    halves: dict[str, torch.Tensor],
+    halves: Halves,
     effects: dict[str, Effects],
     method: str,
     most: int,
@@ -308,12 +267,13 @@ def _remove(
     level: float,
 ) -> Removal:
     selection, held_out = halves["selection"], halves["held-out"]
+    dim = len(effects["banzhaf"].selection)
     if method == "greedy":
-        order, counts, correct = _greedy(judge, len(effects["banzhaf"].selection), most, selection)
+        order, counts, correct = _greedy(judge, dim, most, selection)
     else:
         order = np.argsort(effects[method].selection, kind="stable")[:most].tolist()
         counts = _counts(most)
-        masks = torch.ones(len(counts) - 1, len(effects[method].selection), dtype=torch.bool)
+        masks = torch.ones(len(counts) - 1, dim, dtype=torch.bool)
         for mask, count in zip(masks, counts[1:]):
             mask[order[:count]] = False
         correct = judge(masks)
@@ -333,7 +293,7 @@ def _remove(
 
 
 def _greedy(
-    judge: _Judge, dim: int, most: int, selection: torch.Tensor
+    judge: Judge, dim: int, most: int, selection: torch.Tensor
 ) -> tuple[list[int], list[int], torch.Tensor]:
     order, outcomes, mask = [], [], torch.ones(dim, dtype=torch.bool)
     for _ in range(most):
@@ -354,7 +314,7 @@ def _counts(most: int) -> list[int]:
 
 
 def _agreement(
-    judge: _Judge, weights: torch.Tensor, effects: dict[str, Effects], level: float
+    judge: Judge, weights: torch.Tensor, effects: dict[str, Effects], level: float
 ) -> WeightAgreement:
     below = below_average(weights)
     # equal weights have none below their mean

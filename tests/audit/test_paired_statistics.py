@@ -5,10 +5,9 @@ import pytest
 import scipy.stats
 import torch
 
-from metamask_plugin.evaluation.paired_statistics import (
+from metamask_plugin.audit.statistics import (
     banzhaf_values,
     bootstrap_gain,
-    false_discovery_q,
     paired_differences,
     per_original,
     rank_correlation,
@@ -78,11 +77,6 @@ def test_a_dimension_that_no_mask_drops_has_no_effect():
     found = banzhaf_values(masks, coins((50, 30), 0.5))
     assert found.value[1] == pytest.approx(0, abs=1e-9)
     assert np.isfinite([*found.value, *found.p, *found.q]).all()
-
-
-def test_q_values_are_benjamini_and_hochbergs():
-    p = np.array([0.01, 0.5, 0.03, 0.02, 1.0])
-    assert false_discovery_q(p) == pytest.approx([0.05, 0.625, 0.05, 0.05, 1.0])
 
 
 def test_the_bootstrap_has_the_width_of_the_normal_interval():
