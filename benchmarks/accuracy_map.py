@@ -68,11 +68,9 @@ def markdown(records: list[dict]) -> str:
 def figure(records: list[dict]):
     """Accuracy against cost, mean and standard deviation over the seeds."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(drawn)
     for axes, (key, title) in zip(drawn.subplots(1, 2), (("knn5", "kNN, k = 5"), ("linear", "linear probe"))):
         for number, record in enumerate(records, start=1):
             values = record[key]

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
@@ -204,7 +203,6 @@ def bar_chart(
     """
     rows = max(len(bars) for bars in panels.values())
     figure = Figure(figsize=(5.6 * len(panels), 1.1 + 0.32 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (name, bars) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         spreads = [
             value if isinstance(value, Spread) else Spread(value, value, value) for value in bars.values()

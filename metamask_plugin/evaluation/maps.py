@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from sklearn.neighbors import NearestNeighbors
@@ -121,7 +120,6 @@ def class_maps(
         check(fits, f"positions of {name}", f"of shape ({len(labels)}, 2)", tuple(points.shape))
     named = len(classes) <= MAX_NAMED_CLASSES
     figure = Figure(figsize=(SIDE * len(positions) + (1.2 if named else 0), SIDE + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
     palette = torch.tensor(_palette(len(classes)))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(ORDER_SEED))
     for axes, (name, points) in zip(

@@ -1,22 +1,18 @@
-"""Pictures of ICL-MSR: foreground against background, and what the semantic weight vectors look at.
+"""Draws ICL-MSR: foreground against background, and what the semantic weight vectors look at."""
 
-Built as those of :mod:`~metamask_plugin.evaluation.figures`, whose ``save`` writes them.
-"""
-
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from metamask_plugin.audit.figures import BLUE, GREEN, ORANGE, PURPLE, plain
 from metamask_plugin.data.regions import REGIONS
 from metamask_plugin.errors import check
-from metamask_plugin.evaluation.figures import BLUE, GREEN, ORANGE, PURPLE
 from metamask_plugin.evaluation.regions import GROUP, SETTINGS
-from metamask_plugin.evaluation.semantics import mean_gram, mean_off_diagonal, weighted_maps
 
 MAX_DRAWN_IMAGES = 6
 MAX_DRAWN_VECTORS = 14
@@ -51,18 +47,15 @@ def region_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
     beside = len(groups) <= MAX_GROUPS_BESIDE and len(groups) * len(names) <= MAX_BARS_BESIDE
     shape = (1, len(metrics)) if beside else (len(metrics), 1)
     figure = Figure(figsize=(4.6 * shape[1] if beside else 9, 3.4 * shape[0]), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(*shape, squeeze=False, sharey=True).flat
     for axes, metric in zip(panels, metrics):
         for place, name in enumerate(names):
             _bars(axes, place, len(names), [found.get((name, *group), {}) for group in groups], metric, name)
         ticks = [f"{trained} →\n{tested}{_number(trained, tested)}" for trained, tested in groups]
         axes.set_xticks(range(len(groups)), ticks, fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes, "Linear probe" if metric == "linear" else f"kNN, k = {metric[3:]}")
         axes.tick_params(axis="x", length=0)
-        axes.yaxis.grid(alpha=0.25, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.set_title("Linear probe" if metric == "linear" else f"kNN, k = {metric[3:]}", fontsize=10)
+        axes.xaxis.grid(False)
         if axes is figure.axes[0] or not beside:
             axes.set_ylabel("test accuracy (%)")
     figure.supxlabel(
@@ -116,7 +109,6 @@ def semantic_maps(images: torch.Tensor, maps: torch.Tensor, weights: torch.Tenso
     heights = ([1, 1, 0.1] * count)[:-1]
     size = (max(5.0, cell * (drawn + 1) + 0.5), cell * aspect * sum(heights) + 1.2)
     figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
     grid = figure.subplots(len(heights), drawn + 1, height_ratios=heights, squeeze=False)
     for axes in grid.flat:
@@ -173,7 +165,6 @@ def gram_matrix(before: torch.Tensor, after: torch.Tensor) -> Figure:
         {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if negative else {"cmap": "viridis", "vmin": 0, "vmax": 1}
     )
     figure = Figure(figsize=(8.4, 3.9), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     for axes, gram, name in zip(panels, grams, ("before training", "after training")):
         picture = axes.imshow(gram.numpy(), interpolation="nearest", **scale)
@@ -185,6 +176,55 @@ def gram_matrix(before: torch.Tensor, after: torch.Tensor) -> Figure:
             _write_values(axes, gram, picture)
     figure.colorbar(picture, ax=panels, label="mean cosine of two vectors", shrink=0.85)
     return figure
+
+
+def weighted_maps(maps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Heat maps ``relu(sum over c of a[t, c] * map[c])``, one for each weight vector ``t``.
+
+    Args:
+        maps: the encoder's last feature maps, shape (B, C, h, w).
+        weights: ``A`` of the same images, shape (B, n, C).
+
+    Returns:
+        Shape (B, n, h, w).
+
+    Raises:
+        UserError: for shapes that do not fit.
+    """
+    _check_weights(weights)
+    fits = maps.ndim == 4 and maps.shape[:2] == weights.shape[::2]
+    check(fits, "feature maps", f"of shape ({len(weights)}, {weights.shape[2]}, h, w)", tuple(maps.shape))
+    return torch.einsum("bnc,bchw->bnhw", weights, maps).relu()
+
+
+def mean_gram(weights: torch.Tensor) -> torch.Tensor:
+    """Cosine of every two weight vectors of an image, averaged over the images.
+
+    Args:
+        weights: ``A``, shape (B, n, C), at any scale.
+
+    Returns:
+        Shape (n, n), with 1 on the diagonal (0 for vectors that are 0).
+
+    Raises:
+        UserError: for another shape, or no images.
+    """
+    _check_weights(weights)
+    unit = F.normalize(weights, dim=2)
+    return (unit @ unit.transpose(1, 2)).mean(dim=0)
+
+
+def mean_off_diagonal(gram: torch.Tensor) -> float:
+    """Mean cosine of two different vectors, from a matrix (n, n); NaN when there is one vector."""
+    n = len(gram)
+    if n < 2:
+        return math.nan
+    return float(gram.sum() - gram.diagonal().sum()) / (n * (n - 1))
+
+
+def _check_weights(weights: torch.Tensor) -> None:
+    fits = weights.ndim == 3 and min(weights.shape) > 0
+    check(fits, "semantic weights", "of shape (B, n, C), one or more of each", tuple(weights.shape))
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:

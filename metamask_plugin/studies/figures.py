@@ -6,7 +6,6 @@ Built as those of :mod:`~metamask_plugin.evaluation.figures`, whose ``save`` wri
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from metamask_plugin.errors import check, choose
@@ -46,7 +45,6 @@ def draw(
     check(not unknown, "figures", f"given by {', '.join(LAYOUT)}", ", ".join(unknown))
     drawn = panels_of(layout, list(rows), paper, factors, over_metric=kind == "cost")
     figure = Figure(layout="constrained")
-    FigureCanvasAgg(figure)
     KINDS[kind](figure, drawn)
     if layout.get("title"):
         figure.suptitle(layout["title"], fontsize=11)

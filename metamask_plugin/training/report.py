@@ -17,6 +17,7 @@ from metamask_plugin.evaluation import figures, semantic_figures
 from metamask_plugin.evaluation.features import extract_features, feature_std
 from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.linear import PROTOCOLS
+from metamask_plugin.evaluation.redundancy import similarity_figure
 from metamask_plugin.evaluation.regions import region_accuracies
 from metamask_plugin.evaluation.report import (
     errors_in_words,
@@ -168,9 +169,8 @@ def _draw(folder, data, initial, model, mask, history, before, after) -> list[st
     pictures = {"curves.png": figures.training_curves(history.rows)}
     if mask is not None and history.masks:
         pictures["mask.png"] = figures.mask_weights(mask, torch.stack(history.masks))
-    pictures["feature_correlation.png"] = figures.feature_correlation(
-        before.feats, after.feats, before.labels
-    )
+    compared = {"before training": before, "after training": after}
+    pictures["feature_correlation.png"] = similarity_figure(compared)
     if getattr(model, "regularizer", None) is not None:
         pictures |= _semantic_pictures(data, initial, model)
     for name, figure in pictures.items():

@@ -67,48 +67,11 @@ def test_mask_weights_are_sorted_with_their_mean_and_at_most_64_lines():
         figures.mask_weights(history[-1], history[:, :9])
 
 
-def test_feature_correlation_draws_class_means_and_correlations():
-    labels = torch.arange(300) % 3
-    before = torch.randn(300, 12, generator=GENERATOR)
-    before[:, 1] = -2 * before[:, 0] + 5
-    after = torch.randn(300, 8, generator=GENERATOR) + 2 * labels[:, None]
-    figure = figures.feature_correlation(before, after, labels)
-    means, pairs, means_after, pairs_after = (axes.images[0] for axes in figure.axes[:4])
-    expected = np.abs(np.corrcoef(before.numpy().T))
-    assert np.allclose(pairs.get_array(), expected, atol=1e-5)
-    z = (after - after.mean(0)) / after.std(0, correction=0)
-    byclass = torch.stack([z[labels == c].mean(0) for c in range(3)])
-    assert np.allclose(means_after.get_array(), byclass, atol=1e-5)
-    assert means.get_clim() == means_after.get_clim()
-    assert pairs.get_clim() == pairs_after.get_clim() == (0, 1)
-    off = expected[~np.eye(12, dtype=bool)].mean()
-    assert figure.axes[1].get_title() == f"before training: mean |correlation| {off:.3f}"
-    with pytest.raises(UserError, match="one for each label"):
-        figures.feature_correlation(before, after[:5], labels)
-
-
-def test_dimensions_that_never_vary_are_left_out_of_the_mean_correlation():
-    feats = torch.randn(50, 3, generator=GENERATOR)
-    feats[:, 2] = 0.3
-    expected = abs(np.corrcoef(feats[:, :2].numpy().T)[0, 1])
-    assert figures.mean_correlation(feats) == pytest.approx(expected, abs=1e-5)
-    assert np.isnan(figures.mean_correlation(feats[:, 1:]))
-
-
-def test_wide_features_are_drawn_at_equal_steps():
-    feats = torch.randn(40, 300, generator=GENERATOR)
-    figure = figures.feature_correlation(feats, feats, torch.arange(40) % 2)
-    assert figure.axes[1].images[0].get_array().shape == (96, 96)
-    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()][-1] == "299"
-
-
 def test_files_are_pictures_of_less_than_200_kb(tmp_path):
-    feats = torch.randn(200, 512, generator=GENERATOR)
     history = 1 + torch.randn(50, 512, generator=GENERATOR).cumsum(0) / 50
     drawn = {
         "curves": figures.training_curves(HISTORY),
         "mask": figures.mask_weights(history[-1], history),
-        "correlation": figures.feature_correlation(feats, feats.relu(), torch.arange(200) % 10),
     }
     for name, figure in drawn.items():
         path = tmp_path / "deep" / f"{name}.png"

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,12 +75,20 @@ def test_colours_of_a_row_are_one_where_dimensions_say_the_same():
     same = source[:, :1] * torch.tensor([1.0, -2, 5, -0.1, 3, 1])  # three of them turned around, or scaled
     redundant = redundancy(Features(same, labels))
     decoupled = redundancy(Features(source, labels))
-    assert redundant.colours.shape == (30, 6, 3)
+    assert redundant.ranks.shape == (30, 6)
     assert redundant.labels.tolist() == sorted(labels.tolist())
-    assert redundant.colours.std(dim=1).max() < 1e-9
-    assert decoupled.colours.std(dim=1).mean() > 0.1
+    assert redundant.ranks.std(dim=1).max() < 1e-9
+    assert decoupled.ranks.std(dim=1).mean() > 0.1
     torch.testing.assert_close(redundant.similarity, torch.ones(6, 6, dtype=torch.float64))
-    assert redundancy(Features(source, labels), images=7).colours.shape[0] == 7
+    assert redundancy(Features(source, labels), images=7).ranks.shape[0] == 7
+
+
+def test_dimensions_that_never_vary_are_left_out_of_the_mean_correlation():
+    feats = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    feats[:, 2] = 0.3
+    expected = abs(np.corrcoef(feats[:, :2].numpy().T)[0, 1])
+    assert redundancy_numbers(feats)["mean_correlation"] == pytest.approx(expected, abs=1e-5)
+    assert np.isnan(redundancy_numbers(feats[:, 1:])["mean_correlation"])
 
 
 def test_the_figure_has_a_row_an_encoder_with_its_numbers(tmp_path):
@@ -95,20 +104,27 @@ def test_the_figure_has_a_row_an_encoder_with_its_numbers(tmp_path):
     assert panels[2].get_title() == "|correlation|, mean 0.467\neffective rank 2.0"
     assert panels[5].get_title() == "|correlation|, mean 0.000\neffective rank 20.0"
     shapes = [panel.images[0].get_array().shape for panel in panels[3:]]
-    assert shapes == [(60, 12, 3), (4, 12), (12, 12)]
+    assert shapes == [(60, 12), (4, 12), (12, 12)]
     assert panels[1].images[0].get_clim() == panels[4].images[0].get_clim()
     save(figure, tmp_path / "similarity.png", dpi=60)
     assert (tmp_path / "similarity.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize(
-    ("encoders", "message"),
-    [
-        ({}, "encoders must be at least one"),
-        ({"a": Features(torch.randn(4, 2), torch.zeros(4))}, "of two classes or more, got 1"),
-        ({"a": Features(torch.randn(1, 2), torch.zeros(1))}, "2 or more images, got 1"),
-    ],
-)
-def test_what_cannot_be_drawn_is_named(encoders, message):
-    with pytest.raises(UserError, match=message):
-        similarity_figure(encoders)
+def test_one_class_has_no_contributions_and_what_cannot_be_drawn_is_named():
+    alone = Features(isotropic(6, 2), torch.zeros(6))
+    assert class_contributions(alone).tolist() == [[0, 0]]
+    assert similarity_figure({"a": alone}).axes[1].images[0].get_array().max() == 0
+    with pytest.raises(UserError, match="encoders must be at least one"):
+        similarity_figure({})
+    with pytest.raises(UserError, match="2 or more images, got 1"):
+        similarity_figure({"a": Features(torch.randn(1, 2), torch.zeros(1))})
+
+
+def test_wide_features_are_drawn_at_equal_steps_in_a_small_file(tmp_path):
+    feats = torch.randn(200, 512, generator=torch.Generator().manual_seed(0))
+    encoders = [Features(each, torch.arange(200) % 10) for each in (feats, feats.relu())]
+    figure = similarity_figure(dict(zip(("before training", "after training"), encoders)))
+    assert figure.axes[2].images[0].get_array().shape == (96, 96)
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()][-1] == "511"
+    save(figure, tmp_path / "correlation.png")
+    assert (tmp_path / "correlation.png").stat().st_size < 200_000
