@@ -6,17 +6,18 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.parsers import foreground as parse_args
+from metamask_plugin.cli.paths import made_folder
 from metamask_plugin.data.regions import FORMS, REGIONS
-from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.errors import check, choose
 from metamask_plugin.evaluation.checkpoints import find_checkpoint, load_pretrained, read_args
 from metamask_plugin.evaluation.figures import save
 from metamask_plugin.evaluation.knn import within_bank
@@ -91,7 +92,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check(args.batch_size >= 1, "--batch_size", ">= 1", args.batch_size)
     runs = _runs(args)
     form = _form(args.form, runs)
-    output = _output(args.output, runs)
+    own = runs[0].checkpoint.parent if len(runs) == 1 else Path("foreground")
+    output = made_folder("--output", args.output or own)
     rows = _test(runs, form, args)
     summary = {
         "dataset": runs[0].data["dataset"],
@@ -169,30 +171,10 @@ def _form(asked: str | None, runs: Sequence[Run]) -> str:
     return choose("--form", forms[0], FORMS)
 
 
-def _output(asked: Path | None, runs: Sequence[Run]) -> Path:
-    """The folder of the results, made before hours are spent on them."""
-    output = asked or (runs[0].checkpoint.parent if len(runs) == 1 else Path("foreground"))
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--output must be a folder that can be written, got {str(output)!r} ({error.strerror}); "
-            "give another --output"
-        ) from error
-    return output
-
-
-class _Watched:
-    """Labelled data whose loaders show a bar on a terminal."""
-
-    def __init__(self, data: LabelledData):
-        self._data = data
-
-    def evaluation_loader(
-        self, split: str, batch_size: int | None = None, region: str = "full", form: str = "fill"
-    ) -> DataLoader | tqdm:
-        loader = self._data.evaluation_loader(split, batch_size, region, form)
-        return tqdm(loader, f"{region} {split} features", leave=False, disable=not sys.stderr.isatty())
+def _images(data: LabelledData, form: str, split: str, region: str) -> tqdm:
+    """Batches of images, with a bar on a terminal."""
+    loader = data.evaluation_loader(split, region=region, form=form)
+    return tqdm(loader, f"{region} {split} features", leave=False, disable=not sys.stderr.isatty())
 
 
 def _test(runs: Sequence[Run], form: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -211,27 +193,19 @@ def _test(runs: Sequence[Run], form: str, args: argparse.Namespace) -> list[dict
         print(f"{run.checkpoint}: {described}", flush=True)
         accuracies = region_accuracies(
             load_pretrained(run.checkpoint, solo_factories=solo_factories).backbone,
-            _Watched(loaded[run.data_key]),
+            partial(_images, loaded[run.data_key], form),
             run.trained_on,
             args.fit_on,
             args.k,
             protocol=None if args.protocol == "none" else args.protocol,
-            form=form,
             device=device,
         )
+        about = {"name": run.name, "seed": run.seed, "trained on": run.trained_on}
         for row in accuracies:
             tested_on = row.pop("tested on")
-            rows.append(
-                {
-                    "name": run.name,
-                    "seed": run.seed,
-                    "trained on": run.trained_on,
-                    "tested on": tested_on,
-                    "setting": SETTINGS.get((run.trained_on, tested_on)),
-                    **row,
-                    "checkpoint": str(run.checkpoint),
-                }
-            )
+            setting = SETTINGS.get((run.trained_on, tested_on))
+            where = {"tested on": tested_on, "setting": setting}
+            rows.append({**about, **where, **row, "checkpoint": str(run.checkpoint)})
     return rows
 
 
@@ -256,9 +230,8 @@ def _with_deviation(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _legend(summary: Mapping[str, Any]) -> str:
-    fitted = "the region that the encoder was trained on"
-    if summary["fit_on"] == "tested":
-        fitted = "the region that is tested"
+    regions = {"trained": "the region that the encoder was trained on", "tested": "the region that is tested"}
+    fitted = regions[summary["fit_on"]]
     lines = [
         "accuracies in percent; setting: the number in Figs. 1 and 4 of ICL-MSR (Qiang et al., ICML 2022)",
         f"classifiers learnt from training images of {fitted} (--fit_on {summary['fit_on']})",

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from metamask_plugin.errors import check, nearest
+from metamask_plugin.errors import UserError, check, nearest
 
 
 def expand_paths(cfg: DictConfig | ListConfig, where: str = "") -> None:
@@ -41,6 +41,22 @@ def expanded(value: Any, name: str) -> Any:
         not found.startswith("~"), name, "a path in a user's folder", value, "write ./~ for a folder's name"
     )
     return found
+
+
+def made_folder(flag: str, folder: Path) -> Path:
+    """A folder for results, made before hours are spent on them.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{flag} must be a folder that can be written, got {str(folder)!r} ({error.strerror}); "
+            f"give another {flag}"
+        ) from error
+    return folder
 
 
 def near_path(path: Path) -> str:

@@ -14,8 +14,9 @@ from metamask_plugin.cli.checkpoint_inputs import (
 )
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.parsers import umap as parse_args
+from metamask_plugin.cli.paths import made_folder
 from metamask_plugin.data.loader import ShieldedLoader
-from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.errors import check, choose
 from metamask_plugin.evaluation.features import Features
 from metamask_plugin.evaluation.figures import save
 from metamask_plugin.evaluation.knn import DISTANCES, masked_features
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> list[Path]:
         count = min(size, args.limit)
         fits = args.neighbours < count
         check(fits, "--neighbours", f"fewer than the {count} {split} images", args.neighbours)
-    output = _output(args.output_dir or pretrained.path.parent)
+    output = made_folder("--output_dir", args.output_dir or pretrained.path.parent)
     written = []
     for split in SPLITS:
         loader = drawn_images(data.evaluation_loader(split), args.limit, args.seed)
@@ -94,18 +95,6 @@ def _check_flags(args: argparse.Namespace) -> None:
     check(args.limit >= 4, "--limit", ">= 4", args.limit)
     check(0 <= args.min_distance <= 1, "--min_distance", "from 0 to 1", args.min_distance)
     check(0 <= args.seed < 2**32, "--seed", "from 0 to 2**32 - 1", args.seed)
-
-
-def _output(folder: Path) -> Path:
-    """The folder of the pictures, made before the features are computed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--output_dir must be a folder that can be written, got {str(folder)!r} ({error.strerror}); "
-            "give another --output_dir"
-        ) from error
-    return folder
 
 
 def _positions(

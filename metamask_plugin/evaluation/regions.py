@@ -1,16 +1,16 @@
-"""How much of an encoder's accuracy is foreground, and how much background, after ICL-MSR's Figs. 1 and 4.
+"""Tests encoders on full images, foregrounds and backgrounds, after ICL-MSR's Figs. 1 and 4.
 
 [0] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
 """
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from metamask_plugin.data.regions import FORMS, REGIONS
+from metamask_plugin.data.regions import REGIONS
 from metamask_plugin.errors import check, choose
 from metamask_plugin.evaluation.features import Features, extract_features
 from metamask_plugin.evaluation.knn import knn_table
@@ -29,24 +29,14 @@ SETTINGS = {
 GROUP = ("name", "trained on", "tested on")
 
 
-class RegionData(Protocol):
-    """Loaders in a fixed order, split ``"train"`` or ``"test"``, of the images or of one region of them."""
-
-    def evaluation_loader(
-        self, split: str, batch_size: int = 256, region: str = "full", form: str = "fill"
-    ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        """Iterates over normalised images (B, 3, s, s) and labels (B,)."""
-
-
 def region_accuracies(
     backbone: nn.Module,
-    data: RegionData,
+    images: Callable[[str, str], Iterable[tuple[torch.Tensor, torch.Tensor]]],
     trained_on: str = "full",
     fit_on: str = "trained",
     k: int = 5,
     temperature: float | None = None,
     protocol: str | LinearProtocol | None = "paper",
-    form: str = "fill",
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> list[dict[str, Any]]:
@@ -59,7 +49,8 @@ def region_accuracies(
 
     Args:
         backbone: from (B, 3, s, s) to (B, D).
-        data: gives the two splits, by region.
+        images: from ``"train"`` or ``"test"``, and one of :data:`~metamask_plugin.data.regions.REGIONS`, to
+            batches of normalised images (B, 3, s, s) and labels (B,).
         trained_on: the region that the encoder was pretrained on.
         fit_on: whether the neighbours and the probe are those of training images of the region
             ``"trained"`` on, for all tests, or of the region that is ``"tested"``.
@@ -67,41 +58,30 @@ def region_accuracies(
         temperature: of the votes; by default :func:`~metamask_plugin.evaluation.knn.vote_temperature`'s.
         protocol: of the linear probe, see :func:`~metamask_plugin.evaluation.linear.linear_probe`; None
             leaves the probe out.
-        form: how a foreground is shown, see :func:`~metamask_plugin.data.regions.region_of`.
         seed: of the probe.
         device: where to compute; by default where the backbone is.
 
     Returns:
-        A row for each of :data:`~metamask_plugin.data.regions.REGIONS`: ``tested on``, ``knn<k>`` and
-        ``linear`` (last epoch). Accuracies in percent.
+        A row for each region: ``tested on``, ``knn<k>`` and ``linear`` (last epoch). Accuracies in percent.
 
     Raises:
         UserError: for an unknown region or option, or features that are not finite.
     """
     choose("trained_on", trained_on, REGIONS)
     choose("fit_on", fit_on, FIT_ON)
-    choose("form", form, FORMS)
-
-    def features(split: str, region: str) -> Features:
-        return extract_features(backbone, data.evaluation_loader(split, region=region, form=form), device)
-
-    def rows(fitted: str, tested: Sequence[str]) -> list[dict[str, Any]]:
-        train = features("train", fitted)
-        tests = {region: features("test", region) for region in tested}
-        table = [
-            {"tested on": region, **knn_table(train, test, None, (k,), temperature, device=device)}
-            for region, test in tests.items()
-        ]
-        if protocol is not None:
-            head = _fitted_head(train, tests[fitted], protocol, seed, device)
-            for row in table:
-                row["linear"] = _accuracy(head, tests[row["tested on"]])
-        return table
-
-    if fit_on == "trained":
-        return rows(trained_on, REGIONS)
     # one region after the other: the features of all six would be gigabytes for a large data set
-    return [row for region in REGIONS for row in rows(region, [region])]
+    fitted = {trained_on: REGIONS} if fit_on == "trained" else {region: (region,) for region in REGIONS}
+    rows = []
+    for fitted_on, tested in fitted.items():
+        train = extract_features(backbone, images("train", fitted_on), device)
+        tests = {region: extract_features(backbone, images("test", region), device) for region in tested}
+        head = None if protocol is None else _head(train, tests[fitted_on], protocol, seed, device)
+        for region, test in tests.items():
+            row = {"tested on": region, **knn_table(train, test, None, (k,), temperature, device=device)}
+            if head is not None:
+                row["linear"] = _accuracy(head, test)
+            rows.append(row)
+    return rows
 
 
 def summarise_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -127,13 +107,9 @@ def summarise_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first, seeds = runs[0], [row.get("seed") for row in runs]
-    check(
-        len(set(seeds)) == len(seeds),
-        f"runs {first['name']!r} trained on {first['trained on']} images",
-        "of different seeds",
-        seeds,
-        "give a run once, and runs that differ otherwise names of their own",
-    )
+    name = f"runs {first['name']!r} trained on {first['trained on']} images"
+    remedy = "give a run once, and runs that differ otherwise names of their own"
+    check(len(set(seeds)) == len(seeds), name, "of different seeds", seeds, remedy)
     summary = {key: first[key] for key in (*GROUP, "setting") if key in first}
     summary["n"] = len(runs)
     columns = dict.fromkeys(key for row in runs for key, value in row.items() if isinstance(value, float))
@@ -144,13 +120,14 @@ def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def _fitted_head(
+def _head(
     train: Features,
     test: Features,
     protocol: str | LinearProtocol,
     seed: int,
     device: torch.device | str | None,
 ) -> nn.Module:
+    """A linear classifier that learnt from ``train``; it takes the features as extracted."""
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     result = linear_probe(train, test, num_classes, protocol, seed=seed, device=device)
     scaling = (PROTOCOLS[protocol] if isinstance(protocol, str) else protocol).scaling
@@ -159,7 +136,6 @@ def _fitted_head(
     return head.eval()
 
 
+@torch.no_grad()
 def _accuracy(head: nn.Module, test: Features) -> float:
-    with torch.no_grad():
-        predicted = head(test.feats).argmax(dim=1)
-    return 100.0 * int((predicted == test.labels).sum()) / len(test.labels)
+    return 100.0 * int((head(test.feats).argmax(dim=1) == test.labels).sum()) / len(test.labels)

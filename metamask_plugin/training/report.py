@@ -145,16 +145,15 @@ def _regions(
     """Accuracies on full images, foregrounds and backgrounds of classifiers learnt on the training region."""
     node, k = cfg.data, cfg.evaluation.knn.k[0]
     trained_on = node.get("region") or "full"
-    rows = []
+    rows, form = [], node.get("region_form") or "fill"
     for name, method in (("random initialisation", initial), ("trained encoder", model)):
         tested = region_accuracies(
             method.backbone,
-            data,
+            lambda split, region: data.evaluation_loader(split, region=region, form=form),
             trained_on,
             k=k,
             temperature=cfg.evaluation.knn.temperature,
             protocol=cfg.evaluation.linear.protocol,
-            form=node.get("region_form") or "fill",
             seed=cfg.seed,
             device=device,
         )

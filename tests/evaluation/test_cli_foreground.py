@@ -59,7 +59,8 @@ def test_rows_hold_what_the_functions_give_and_seeds_are_averaged(runs, tmp_path
     data, expected = LabelledData(DATA, 16), []
     for folder, trained_on in zip(runs, ("full", "full", "foreground")):
         encoder = load_pretrained(folder).backbone
-        expected += region_accuracies(encoder, data, trained_on, protocol=None)
+        images = lambda split, region: data.evaluation_loader(split, region=region)  # noqa: E731
+        expected += region_accuracies(encoder, images, trained_on, protocol=None)
     found = summary["runs"]
     assert [(row["tested on"], row["knn5"]) for row in found] == [
         (row["tested on"], row["knn5"]) for row in expected
@@ -84,8 +85,8 @@ def test_rows_hold_what_the_functions_give_and_seeds_are_averaged(runs, tmp_path
 def test_the_probe_the_neighbours_and_what_they_are_fitted_on_may_be_chosen(runs, monkeypatch, tmp_path):
     asked = []
 
-    def recorded(backbone, data, *args, **kwargs):
-        asked.append((args, kwargs["protocol"], kwargs["form"]))
+    def recorded(backbone, images, *args, **kwargs):
+        asked.append((args, kwargs["protocol"], images.args[1]))
         return [{"tested on": "full", "knn3": 10.0, "linear": 20.0}]
 
     monkeypatch.setattr(foreground, "region_accuracies", recorded)

@@ -26,8 +26,8 @@ class Data:
     def __init__(self):
         self.asked = []
 
-    def evaluation_loader(self, split, batch_size=64, region="full", form="fill"):
-        self.asked.append((split, region, form))
+    def __call__(self, split, region):
+        self.asked.append((split, region))
         count, seed = {"train": (160, 0), "test": (80, 1)}[split]
         generator = torch.Generator().manual_seed(seed)
         labels = torch.arange(count) % CLASSES
@@ -37,9 +37,9 @@ class Data:
         noise = torch.randint(-20, 21, images.shape, generator=generator)
         boxes = torch.tensor([[4, 4, 12, 12]], dtype=torch.int32).repeat(count, 1)
         whole = MemoryImages((images + noise).to(torch.uint8), labels, list("abcd"), boxes)
-        seen = region_of(whole, region, (GREY,) * 3, form)
+        seen = region_of(whole, region, (GREY,) * 3)
         x = seen.images.float() / 255 - GREY
-        return list(zip(x.split(batch_size), labels.split(batch_size)))
+        return list(zip(x.split(64), labels.split(64)))
 
 
 class Inside(nn.Module):
@@ -98,8 +98,8 @@ def test_rows_hold_what_the_functions_give(trained_on, fit_on):
     found = by_region(region_accuracies(encoder, Data(), trained_on, fit_on, k=7, protocol=QUICK, seed=3))
     for region, row in found.items():
         fitted = region if fit_on == "tested" else trained_on
-        train = extract_features(encoder, Data().evaluation_loader("train", region=fitted))
-        test = extract_features(encoder, Data().evaluation_loader("test", region=region))
+        train = extract_features(encoder, Data()("train", fitted))
+        test = extract_features(encoder, Data()("test", region))
         assert row["knn7"] == knn_accuracy(train, test, (7,))[7]
         assert row["linear"] == linear_probe(train, test, CLASSES, QUICK, seed=3).acc1_last
     assert len({row["linear"] for row in found.values()}) > 1
@@ -115,11 +115,10 @@ def test_images_are_read_once_and_the_probe_is_fitted_once_for_each_bank(monkeyp
 
     monkeypatch.setattr(regions, "linear_probe", counted)
     data = Data()
-    region_accuracies(Inside(), data, "foreground", fit_on, protocol=QUICK, form="zoom")
+    region_accuracies(Inside(), data, "foreground", fit_on, protocol=QUICK)
     assert len(fitted) == fits
     assert len(data.asked) == len(set(data.asked)) == read
-    assert {form for *_, form in data.asked} == {"zoom"}
-    trained = {region for split, region, _ in data.asked if split == "train"}
+    trained = {region for split, region in data.asked if split == "train"}
     assert trained == ({"foreground"} if fit_on == "trained" else {"full", "foreground", "background"})
 
 
@@ -130,8 +129,6 @@ def test_the_probe_may_be_left_out_and_wrong_names_are_named():
         region_accuracies(Inside(), Data(), "fore")
     with pytest.raises(UserError, match="fit_on must be one of tested, trained"):
         region_accuracies(Inside(), Data(), fit_on="test")
-    with pytest.raises(UserError, match="form must be one of fill, zoom"):
-        region_accuracies(Inside(), Data(), form="crop")
 
 
 def row(name, seed, accuracy, tested="full", **more):

@@ -25,12 +25,11 @@ def regions(
         trained_on = (pretrained.args.get("data") or {}).get("region") or "full"
         found = region_accuracies(
             pretrained.backbone,
-            subject.data,
+            lambda split, region: subject.data.evaluation_loader(split, region=region, form=form),
             trained_on,
             fit_on,
             k,
             protocol=protocol,
-            form=form,
             seed=subject.seed,
             device=subject.device,
         )
