@@ -42,8 +42,9 @@ def region_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
     check(len(found) == len(rows), "rows", "one for each bar", len(rows), "summarise the seeds first")
     names = list(dict.fromkeys(name for name, *_ in found))
     groups = sorted({(trained, tested) for _, trained, tested in found}, key=_paper_first)
-    metrics = [key for key in _columns(rows) if _is_accuracy(key)]
-    check(len(metrics) > 0, "rows", "at least one, with a column knn<k> or linear", _columns(rows))
+    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if value is not None))
+    metrics = [key for key in columns if key == "linear" or (key[:3] == "knn" and key[3:].isdecimal())]
+    check(len(metrics) > 0, "rows", "at least one, with a column knn<k> or linear", columns)
     beside = len(groups) <= MAX_GROUPS_BESIDE and len(groups) * len(names) <= MAX_BARS_BESIDE
     shape = (1, len(metrics)) if beside else (len(metrics), 1)
     figure = Figure(figsize=(4.6 * shape[1] if beside else 9, 3.4 * shape[0]), layout="constrained")
@@ -51,20 +52,18 @@ def region_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
     for axes, metric in zip(panels, metrics):
         for place, name in enumerate(names):
             _bars(axes, place, len(names), [found.get((name, *group), {}) for group in groups], metric, name)
-        ticks = [f"{trained} →\n{tested}{_number(trained, tested)}" for trained, tested in groups]
+        numbers = [f" ({SETTINGS[group]})" if group in SETTINGS else "" for group in groups]
+        ticks = [f"{trained} →\n{tested}{number}" for (trained, tested), number in zip(groups, numbers)]
         axes.set_xticks(range(len(groups)), ticks, fontsize=8)
         plain(axes, "Linear probe" if metric == "linear" else f"kNN, k = {metric[3:]}")
         axes.tick_params(axis="x", length=0)
         axes.xaxis.grid(False)
         if axes is figure.axes[0] or not beside:
             axes.set_ylabel("test accuracy (%)")
-    figure.supxlabel(
-        f"pretrained on → tested on (number of the setting in ICL-MSR){_error_bars(rows)}", fontsize=9
-    )
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=min(4, len(names)), frameon=False, fontsize=9
-    )
+    about = f"pretrained on → tested on (number of the setting in ICL-MSR){_error_bars(rows)}"
+    figure.supxlabel(about, fontsize=9)
+    style = {"loc": "outside upper center", "ncols": min(4, len(names)), "frameon": False, "fontsize": 9}
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), **style)
     return figure
 
 
@@ -227,20 +226,8 @@ def _check_weights(weights: torch.Tensor) -> None:
     check(fits, "semantic weights", "of shape (B, n, C), one or more of each", tuple(weights.shape))
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for row in rows for key, value in row.items() if value is not None))
-
-
-def _is_accuracy(column: str) -> bool:
-    return column == "linear" or (column.startswith("knn") and column[3:].isdecimal())
-
-
 def _paper_first(group: tuple[str, str]) -> tuple:
     return SETTINGS.get(group, len(SETTINGS) + 1), *(REGIONS.index(region) for region in group)
-
-
-def _number(*group: str) -> str:
-    return f" ({SETTINGS[group]})" if group in SETTINGS else ""
 
 
 def _error_bars(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -258,17 +245,9 @@ def _bars(
     width = 0.8 / count
     centres = [group + (place - (count - 1) / 2) * width for group in range(len(rows))]
     known = [(x, row) for x, row in zip(centres, rows) if row.get(metric) is not None]
-    colours = (BLUE, ORANGE, GREEN, PURPLE)
-    axes.bar(
-        [x for x, _ in known],
-        [row[metric] for _, row in known],
-        0.92 * width,
-        color=colours[place % 4],
-        hatch="///" if place >= 4 else None,
-        edgecolor="white",
-        linewidth=0,
-        label=name,
-    )
+    style = {"color": (BLUE, ORANGE, GREEN, PURPLE)[place % 4], "hatch": "///" if place >= 4 else None}
+    heights = [row[metric] for _, row in known]
+    axes.bar([x for x, _ in known], heights, 0.92 * width, edgecolor="white", lw=0, label=name, **style)
     for x, row in known:
         std = row.get(f"{metric}_std") or 0.0
         if std:
