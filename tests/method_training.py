@@ -25,17 +25,16 @@ class Views(Dataset):
         return index, views if self.originals is None else [*views, self.originals[index]], index % 10
 
 
+def quiet_trainer(**kwargs):
+    """A trainer of one epoch on the CPU that writes and prints nothing."""
+    defaults = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(**{**defaults, **quiet, **kwargs})
+
+
 def train(model, steps=3, callbacks=(), original=False, checkpoint=None, **kwargs):
     """Trains for one epoch of ``steps`` batches of 8, or goes on from a checkpoint; returns the trainer."""
-    trainer = pl.Trainer(
-        limit_train_batches=steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        **{"accelerator": "cpu", "max_epochs": 1, **kwargs},
-    )
+    trainer = quiet_trainer(limit_train_batches=steps, callbacks=list(callbacks), **kwargs)
     trainer.fit(model, DataLoader(Views(original=original), batch_size=8), ckpt_path=checkpoint)
     return trainer
 

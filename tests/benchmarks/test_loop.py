@@ -2,11 +2,11 @@
 
 import copy
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from loop import Loop
 from method_config import bare_config, method_config, task_settings
+from method_training import quiet_trainer
 from torch.utils.data import DataLoader
 
 from metamask_plugin.methods import Bare, MetaMask
@@ -39,14 +39,7 @@ def test_loop_trains_as_lightning_does_to_the_last_bit(overrides):
         loop.step()
 
     samples = [(i, [x[i] for x in views()], i % 10) for i in range(8)] * 3
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer()
     trainer.fit(by_lightning, DataLoader(samples, batch_size=8))
     start = model(**overrides).state_dict()
     theirs = by_lightning.state_dict()

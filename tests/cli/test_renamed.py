@@ -4,7 +4,7 @@ import json
 
 import lightning.pytorch as pl
 import pytest
-from hydra import compose, initialize_config_dir
+from composing import composed
 from hydra.core.hydra_config import HydraConfig
 from method_config import method_config
 from omegaconf import OmegaConf
@@ -33,8 +33,7 @@ SMALL = ("++evaluation.enabled=False", "accelerator=cpu")
 
 
 def config(*words, name="metamask_barlow"):
-    with initialize_config_dir(str(PRETRAIN.resolve()), version_base="1.2"):
-        return compose(name, overrides=understood("pretrain", ["--config-name", name, *words])[: len(words)])
+    return composed("pretrain", name, *understood("pretrain", ["--config-name", name, *words])[: len(words)])
 
 
 def warnings(text):

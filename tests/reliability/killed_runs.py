@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
+from composing import tiny
 
 from metamask_plugin.cli import pretrain
 from metamask_plugin.cli.checked import changed
@@ -23,21 +23,8 @@ CLOCKS = ("data_wait_share", "train_seconds", "train_cpu_seconds")
 
 def config(runs, *overrides, name="metamask_barlow"):
     """Three epochs of four batches, without evaluation."""
-    small = [
-        "++backbone.kwargs.width=4",
-        "++data.fraction=0.1",
-        "++data.kwargs.copies=1",
-        "++data.kwargs.test_copies=1",
-        "optimizer.batch_size=32",
-        "max_epochs=3",
-        "accelerator=cpu",
-        f"checkpoint.dir={runs}",
-        "++evaluation.enabled=False",
-    ]
-    if name.startswith("icl_msr"):
-        small.append("method_kwargs.regularizer.kwargs.width=8")
-    with initialize_config_dir(str(ROOT / "scripts" / "pretrain"), version_base="1.2"):
-        return compose(name, overrides=[*small, *overrides])
+    narrow = ["method_kwargs.regularizer.kwargs.width=8"] if name.startswith("icl_msr") else []
+    return tiny(runs, "++evaluation.enabled=False", *narrow, *overrides, name=name)
 
 
 def run_apart(cfg, fault=None, log=None):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+from composing import composed
 from config_mutations import config_of, damaged
-from hydra import compose, initialize_config_dir
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -46,8 +46,7 @@ class Started(BaseException):
 @functools.cache
 def base(index):
     name, overrides = BASES[index]
-    with initialize_config_dir(str(SCRIPTS), version_base="1.2"):
-        return OmegaConf.to_container(compose(name, overrides=[*SMALL, *overrides]), resolve=True)
+    return OmegaConf.to_container(composed("pretrain", name, *SMALL, *overrides), resolve=True)
 
 
 def schema_keys():

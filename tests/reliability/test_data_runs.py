@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composing import composed
 from image_faults import inject, make_tree
 from omegaconf import OmegaConf
 
@@ -42,8 +42,7 @@ def overrides(tmp_path, trees, *more):
 
 
 def run(*arguments):
-    with initialize_config_dir(str(ROOT / "scripts" / "pretrain"), version_base="1.2"):
-        return pretrain.run(compose("metamask_barlow", overrides=overrides(*arguments)))
+    return pretrain.run(composed("pretrain", "metamask_barlow", *overrides(*arguments)))
 
 
 @pytest.mark.parametrize("fault", ["JPEG cut in half", "dangling link"])

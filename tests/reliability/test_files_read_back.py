@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from omegaconf import OmegaConf
+from refusals import refused
 
 from metamask_plugin.cli import foreground, knn, linear, umap
 from metamask_plugin.errors import UserError
@@ -59,11 +60,7 @@ READERS = {
 
 
 def last_line(reader, folder, capsys):
-    with pytest.raises(SystemExit) as end:
-        READERS[reader](str(folder))
-    text = capsys.readouterr().err
-    assert end.value.code == 2 and "Traceback" not in text
-    return text.splitlines()[-1]
+    return refused(lambda: READERS[reader](str(folder)), capsys)
 
 
 def edited(key, value):

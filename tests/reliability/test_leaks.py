@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from method_config import icl_msr_config, method_config
+from method_training import quiet_trainer
 from test_processes import WORKERS, config
 from torch.utils.data import DataLoader, Dataset
 
@@ -143,15 +144,7 @@ def assert_flat_training(method, when, steps, settled):
     model.meta.shared, model.meta.per_iteration = when == "before_step", when == "after_step"
     sizes = [16, 16, 20] if method == "icl_msr" else [16, 16]
     census = Census(settled, steps - 1)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        callbacks=[census],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(callbacks=[census])
     trainer.fit(model, DataLoader(Noise(4 * steps, sizes), batch_size=4))
     assert trainer.global_step == steps
     (early, late) = census.stock

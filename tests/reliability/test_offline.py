@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composing import composed
 
-from metamask_plugin import SCRIPTS
 from metamask_plugin.cli import pretrain
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.frozen_encoders import load_frozen
@@ -101,9 +100,8 @@ def test_weights_of_timm_that_cannot_be_fetched_are_one_line_and_soon(no_network
 def test_pretrained_weights_of_a_config_that_cannot_be_fetched_are_one_line_and_soon(
     no_network, tmp_path, capsys
 ):
-    with initialize_config_dir(str((SCRIPTS / "pretrain").resolve()), version_base="1.2"):
-        overrides = ["backbone.name=resnet26", "accelerator=cpu", f"checkpoint.dir={tmp_path}"]
-        cfg = compose("metamask_barlow", [*overrides, "++backbone.kwargs.pretrained=True"])
+    overrides = ["backbone.name=resnet26", "accelerator=cpu", f"checkpoint.dir={tmp_path}"]
+    cfg = composed("pretrain", "metamask_barlow", *overrides, "++backbone.kwargs.pretrained=True")
     cfg.backbone.kwargs = {"pretrained": True}
     started = time.monotonic()
     with pytest.raises(SystemExit) as stop:

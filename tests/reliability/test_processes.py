@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composing import tiny
 from PIL import Image
 
 from metamask_plugin.cli import pretrain
@@ -56,20 +56,8 @@ if __name__ == "__main__":
 
 
 def config(folder, *overrides, name="metamask_barlow"):
-    """Of a run whose epochs have four batches; `data.num_workers` counts with `data.pipeline=torchvision`."""
-    small = [
-        "backbone.name=conv4",
-        "++backbone.kwargs.width=4",
-        "++data.fraction=0.1",
-        "++data.kwargs.copies=1",
-        "++data.kwargs.test_copies=1",
-        "optimizer.batch_size=16",
-        "max_epochs=500",
-        "accelerator=cpu",
-        f"checkpoint.dir={folder}",
-    ]
-    with initialize_config_dir(str(ROOT / "scripts" / "pretrain"), version_base="1.2"):
-        return compose(name, overrides=[*small, *overrides])
+    """Epochs of four batches a rank, of two; `data.num_workers` counts with `data.pipeline=torchvision`."""
+    return tiny(folder, "optimizer.batch_size=16", "max_epochs=500", *overrides, name=name)
 
 
 def end_two_ranks(folder, ranks, fault, *overrides):

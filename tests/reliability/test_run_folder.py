@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
+from composing import composed
 from killed_runs import (
-    ROOT,
     assert_same,
     config,
     folder_of,
@@ -478,8 +477,7 @@ def test_a_sweep_and_a_study_begin_each_run_anew(copied, capsys):
     longer = pretrain.run(config(runs, "max_epochs=5")).path
     anew = pretrain.run(config(runs, "max_epochs=5", "++auto_resume.extend=False")).path
     assert longer != anew, "what a study trains must not be what was gone on with"
-    with initialize_config_dir(str(ROOT / "scripts" / "study"), version_base="1.2"):
-        study = study_of(compose("metamask_fig10", ["size=smoke"]))
+    study = study_of(composed("study", "metamask_fig10", "size=smoke"))
     assert pretraining_config(study, study.trials[0]).auto_resume.extend is False
 
 

@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composing import composed, tiny
 from malicious_files import BROKEN, RUNNING, Payload
+from refusals import refused
 
-from metamask_plugin import SCRIPTS
 from metamask_plugin.cli import foreground, knn, linear, pretrain, umap
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.checkpoints import load_pretrained, read_checkpoint
@@ -25,34 +25,8 @@ ARGS = {
 security = pytest.mark.fault("security")
 
 
-def composed(folder, name, *overrides):
-    with initialize_config_dir(str((SCRIPTS / folder).resolve()), version_base="1.2"):
-        return compose(name, overrides=list(overrides))
-
-
-def tiny(folder, *overrides):
-    small = [
-        "backbone.name=conv4",
-        "++backbone.kwargs.width=4",
-        "++data.fraction=0.1",
-        "++data.kwargs.copies=1",
-        "++data.kwargs.test_copies=1",
-    ]
-    short = ["optimizer.batch_size=32", "max_epochs=1", "++evaluation.enabled=False", "accelerator=cpu"]
-    place = [f"checkpoint.dir={folder}"]
-    return composed("pretrain", "metamask_barlow", *small, *short, *place, *overrides)
-
-
-def refused(command, capsys):
-    """Runs a command that must end with exit code 2 and one line, which is returned."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        command()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in error
-    return line
+def short(folder, *overrides):
+    return tiny(folder, "max_epochs=1", "++evaluation.enabled=False", *overrides)
 
 
 @pytest.fixture
@@ -115,7 +89,7 @@ COMMANDS = {
             "linear", "confounded_digits", f'pretrained_feature_extractor="{path}"', f"checkpoint.dir={out}"
         )
     ),
-    "main_pretrain.py": lambda path, out: pretrain.run(tiny(out, f'++resume_from_checkpoint="{path}"')),
+    "main_pretrain.py": lambda path, out: pretrain.run(short(out, f'++resume_from_checkpoint="{path}"')),
 }
 
 
@@ -141,7 +115,7 @@ def test_no_weights_for_timm_run(tmp_path, canary, suffix):
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    return pretrain.run(tiny(tmp_path_factory.mktemp("run")))
+    return pretrain.run(short(tmp_path_factory.mktemp("run")))
 
 
 @security
@@ -153,7 +127,7 @@ def test_auto_resume_runs_no_checkpoint_put_in_the_place_of_the_last(run_folder,
     run_folder.previous_checkpoint.unlink(missing_ok=True)
     last.write_bytes(RUNNING[shape](canary))
     try:
-        line = refused(lambda: pretrain.run(tiny(root, "auto_resume.enabled=True")), capsys)
+        line = refused(lambda: pretrain.run(short(root, "auto_resume.enabled=True")), capsys)
         assert str(last) in line
     finally:
         last.write_bytes(good)
@@ -168,7 +142,7 @@ def test_a_payload_beside_good_weights_is_not_resumed_from(run_folder, tmp_path,
     path = tmp_path / "resumed.ckpt"
     torch.save({**state, key: Payload(canary)}, path)
     root = tmp_path / "runs"
-    refused(lambda: pretrain.run(tiny(root, f"++resume_from_checkpoint={path}")), capsys)
+    refused(lambda: pretrain.run(short(root, f"++resume_from_checkpoint={path}")), capsys)
     assert not canary.exists() and not root.exists()
 
 
@@ -200,7 +174,7 @@ def test_a_run_folders_args_json_names_no_other_file_to_load(tmp_path, canary, k
 def test_a_config_names_no_file_of_weights_to_load(tmp_path, canary, capsys):
     other = tmp_path / "other.pth"
     other.write_bytes(RUNNING["zip"](canary))
-    cfg = tiny(tmp_path / "runs", "backbone.name=test_efficientnet")
+    cfg = short(tmp_path / "runs", "backbone.name=test_efficientnet")
     cfg.backbone.kwargs = {"checkpoint_path": str(other)}
     line = refused(lambda: pretrain.run(cfg), capsys)
     assert "checkpoint_path" in line
@@ -215,7 +189,7 @@ def test_a_data_set_in_pickles_is_read_only_if_it_is_the_published_one(tmp_path,
     for name in names:
         (folder / name).write_bytes(RUNNING["plain pickle"](canary) if name == file else b"")
     overrides = ["data.dataset=cifar10", f"++data.train_path={tmp_path / 'data'}"]
-    refused(lambda: pretrain.run(tiny(tmp_path / "runs", *overrides)), capsys)
+    refused(lambda: pretrain.run(short(tmp_path / "runs", *overrides)), capsys)
     assert not canary.exists() and not (tmp_path / "runs").exists()
 
 

@@ -8,10 +8,9 @@ import subprocess
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composing import composed
 from report_page import check_page
 
-from metamask_plugin import SCRIPTS
 from metamask_plugin.cli import knn
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.study import sweep
@@ -47,9 +46,7 @@ security = pytest.mark.fault("security")
 def study(folder, *overrides):
     """A study's pages before any trial: all of its texts, and the names of its checkpoints, stand in them."""
     given = [f"dir={folder}", "size=smoke", "seeds=[5]", "report_only=True", *overrides]
-    with initialize_config_dir(str((SCRIPTS / "study").resolve()), version_base="1.2"):
-        cfg = compose("confounder_audit", overrides=given)
-    return cfg
+    return composed("study", "confounder_audit", *given)
 
 
 @security

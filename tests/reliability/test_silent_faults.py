@@ -9,7 +9,7 @@ import pytest
 import torch
 from killed_runs import config
 from method_config import bare_config, method_config, task_settings
-from method_training import Views, train
+from method_training import Views, quiet_trainer, train
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -64,16 +64,7 @@ def scheduled(path=None, batch_size=4, stop=None, scheduler="warmup_cosine", int
     model = Bare(bare_config(max_epochs=4, scheduler=schedule, **task_settings("byol")))
     rates = Rates(model)
     callbacks = [rates] if stop is None else [rates, SaveAfter(stop, path)]
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=4,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=callbacks,
-        **kwargs,
-    )
+    trainer = quiet_trainer(max_epochs=4, callbacks=callbacks, **kwargs)
     loader = DataLoader(Views(16), batch_size=batch_size)
     trainer.fit(model, loader, ckpt_path=path if stop is None else None, weights_only=False)
     return rates

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composing import composed
+from refusals import refused
 
-from metamask_plugin import SCRIPTS
 from metamask_plugin.cli import study as cli
 from metamask_plugin.cli.study import run_trial, sweep
 from metamask_plugin.studies.spec import study_of
@@ -49,8 +49,7 @@ class Study:
         words = ",".join(f"'{word}'" for word in small)
         folders = [f"dir={self.folder / 'studies'}", f"runs_dir={self.folder / 'runs'}"]
         common = [*folders, "size=smoke", "seeds=[5]", f"overrides=[{words}]"]
-        with initialize_config_dir(str((SCRIPTS / "study").resolve()), version_base="1.2"):
-            return compose(name, [*common, *overrides])
+        return composed("study", name, *common, *overrides)
 
     def sweep(self, *overrides, **config):
         self.launched = []
@@ -66,15 +65,6 @@ class Study:
     @property
     def records(self):
         return sorted(self.folder.glob("studies/metamask_fig6-smoke/trials/*.json"))
-
-
-def refused(call, capsys):
-    """The one line that a call ends with."""
-    with pytest.raises(SystemExit) as ended:
-        call()
-    assert ended.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    return line
 
 
 @pytest.fixture(scope="module")

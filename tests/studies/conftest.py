@@ -1,9 +1,8 @@
 """Studies without Hydra's application around them: the jobs run here, one after the other."""
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composing import composed
 
-from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.study import run_trial, sweep
 
 
@@ -16,8 +15,7 @@ class Studies:
 
     def compose(self, name, *overrides):
         folders = [f"dir={self.folder / 'studies'}", f"runs_dir={self.folder / 'runs'}"]
-        with initialize_config_dir(str((SCRIPTS / "study").resolve()), version_base="1.2"):
-            return compose(name, [*folders, "size=smoke", "seeds=[5]", *overrides])
+        return composed("study", name, *folders, "size=smoke", "seeds=[5]", *overrides)
 
     def sweep(self, name, *overrides):
         """Runs a study; the jobs it launched are in ``launched``. Returns the report's path."""

@@ -6,12 +6,11 @@ from itertools import product
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composing import composed
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
-from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.config import complete, for_method
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.checkpoints import load_pretrained
@@ -91,8 +90,7 @@ def test_parameters_are_those_of_metamasks_table_3(arm, run):
     overrides, with_predictors, without, ours_omits = HEADS[arm]
     heads = "++method_kwargs.task_kwargs.proj_output_dim="
     width = f"{heads}{2048 if arm == 'Barlow Twins' else 256}"
-    with initialize_config_dir(str((SCRIPTS / "pretrain").resolve()), version_base="1.2"):
-        cfg = compose("cifar/metamask_barlow", [*overrides, width])
+    cfg = composed("pretrain", "cifar/metamask_barlow", *overrides, width)
     OmegaConf.set_struct(cfg, False)
     own = for_method(complete(cfg), 10)
     with torch.device("meta"):

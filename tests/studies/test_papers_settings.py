@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composing import composed
 
 from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.command_line import with_pretraining_overrides
@@ -37,21 +37,20 @@ MSR = {  # ICL-MSR, Section 6.3: lambda, gamma, n
 
 
 def study(name, *overrides):
-    with initialize_config_dir(str((SCRIPTS / "study").resolve()), version_base="1.2"):
-        return study_of(compose(name, list(overrides)))
+    return study_of(composed("study", name, *overrides))
 
 
 @pytest.mark.parametrize("name", MSR)
 def test_lambda_gamma_and_n_of_every_row_with_msr(name):
     found = study(name, "seeds=[5]")
-    composed = [(trial.factors["arm"], pretraining_config(found, trial)) for trial in found.trials]
-    msr = [(arm, cfg) for arm, cfg in composed if arm.endswith(" + MSR")]
+    arms = [(trial.factors["arm"], pretraining_config(found, trial)) for trial in found.trials]
+    msr = [(arm, cfg) for arm, cfg in arms if arm.endswith(" + MSR")]
     assert {arm for arm, _ in msr} == set(MSR[name])
     for arm, cfg in msr:
         kwargs = cfg.method_kwargs
         assert (kwargs.lamb, kwargs.gamma, kwargs.regularizer.n) == MSR[name][arm], arm
         assert cfg.method == "icl_msr" and kwargs.meta.when == "epoch_end", "Algorithm 1"
-    assert {cfg.method for arm, cfg in composed if not arm.endswith(" + MSR")} == {"bare"}
+    assert {cfg.method for arm, cfg in arms if not arm.endswith(" + MSR")} == {"bare"}
 
 
 def test_what_varies_in_figures_4_and_7_is_the_redundancy_heads_output():

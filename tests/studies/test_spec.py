@@ -4,9 +4,8 @@ import os
 import shlex
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composing import composed
 
-from metamask_plugin import SCRIPTS
 from metamask_plugin.cli.command_line import with_pretraining_overrides
 from metamask_plugin.cli.known import shipped
 from metamask_plugin.errors import UserError
@@ -16,8 +15,7 @@ from metamask_plugin.studies.spec import study_of
 
 
 def study(name, *overrides):
-    with initialize_config_dir(str((SCRIPTS / "study").resolve()), version_base="1.2"):
-        return study_of(compose(name, list(overrides)))
+    return study_of(composed("study", name, *overrides))
 
 
 def test_every_combination_of_the_factors_is_a_trial_for_every_seed():
@@ -190,8 +188,7 @@ def test_the_command_of_a_trial_is_the_trial():
     trial = found.trials[0]
     cfg = pretraining_config(found, trial)
     name, *overrides = command(found, trial, cfg).split()[3:]
-    with initialize_config_dir(str((SCRIPTS / "pretrain").resolve()), version_base="1.2"):
-        by_hand = compose(name, overrides)
+    by_hand = composed("pretrain", name, *overrides)
     assert digest(found, trial, by_hand) == digest(found, trial, cfg)
 
 

@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from method_training import quiet_trainer
 from torch.utils.data import DataLoader, Dataset
 
 from metamask_plugin.training import callbacks
@@ -78,15 +79,10 @@ class Slow(pl.Callback):
 def trained(clock, *callbacks, loading):
     """Two epochs of four batches of two images, each loaded in ``loading`` seconds."""
     measure = DataWait()
-    trainer = pl.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         max_epochs=2,
         val_check_interval=2,
         num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[measure, Slow(clock), *callbacks],
         profiler=measure.clock,
     )
