@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from metamask_plugin.audit import statistics
 from metamask_plugin.audit.masks import (
     Array,
     Progress,
@@ -19,17 +20,6 @@ from metamask_plugin.audit.masks import (
     random_masks,
 )
 from metamask_plugin.audit.result import AuditResult, Effects, RandomMasks, Removal, WeightAgreement
-from metamask_plugin.audit.statistics import (
-    Estimates,
-    banzhaf_values,
-    bootstrap_gain,
-    paired_differences,
-    per_original,
-    rank_correlation,
-    reality_check,
-    repeated,
-    stratified_halves,
-)
 from metamask_plugin.errors import check, choose
 
 RATES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
@@ -116,8 +106,9 @@ def audit(
     train = labelled(features, labels, "training")
     if test_features is None:
         check(originals is None, "originals", "given with test_features", "no test_features")
-        first = stratified_halves(train[1].cpu(), torch.Generator().manual_seed(seed)).to(train[1].device)
-        train, test = ([tensor[half] for tensor in train] for half in (first, ~first))
+        first = statistics.stratified_halves(train[1].cpu(), torch.Generator().manual_seed(seed))
+        halves = (half.to(train[1].device) for half in (first, ~first))
+        train, test = ([tensor[half] for tensor in train] for half in halves)
     else:
         test = labelled(test_features, test_labels, "test")
     dim = train[0].shape[1]
@@ -130,11 +121,11 @@ def audit(
     banzhaf_masks = banzhaf_masks if banzhaf_masks is not None else max(2000, 4 * dim)
     most = min(dim - 1, max_removed or (16 if removal == "greedy" else dim // 2))
     rates = [rate for rate in rates if 0 < round(rate * dim) < dim]
-    originals = repeated(originals)
+    originals = statistics.repeated(originals)
     units, sizes = _units(test[1].cpu(), originals)
     check(len(units) >= 4, "test images", "four or more, to be split", len(units))
     generator = torch.Generator().manual_seed(seed)
-    first = stratified_halves(units, generator)
+    first = statistics.stratified_halves(units, generator)
     halves = {"all": torch.ones_like(first), "selection": first, "held-out": ~first}
     sets = torch.rand(banzhaf_masks, dim, generator=generator) < 0.5
     sets[~sets.any(dim=1)] = True  # nothing can be told from no dimension at all
@@ -148,12 +139,12 @@ def audit(
         seen = None if progress is None else lambda judged, _: progress(done + judged, total)
         correct = masked_correct(train, test, masks, metric, temperature, device=device, progress=seen)
         done += len(masks)
-        return per_original(correct, originals)
+        return statistics.per_original(correct, originals)
 
     base, single, of_sets, *of_random = judge(torch.cat(masks)).split(list(map(len, masks)))
     base = base[0]
-    alone = _effects(lambda half: paired_differences(base[half], single[:, half], level), halves)
-    banzhaf = _effects(lambda half: banzhaf_values(sets, of_sets[:, half], level), halves)
+    alone = _effects(lambda half: statistics.paired_differences(base[half], single[:, half], level), halves)
+    banzhaf = _effects(lambda half: statistics.banzhaf_values(sets, of_sets[:, half], level), halves)
     effects, found = {"leave_one_out": alone, "banzhaf": banzhaf}, banzhaf.all
     significant = found.q <= level
     ranked = np.argsort(found.value, kind="stable")
@@ -177,13 +168,7 @@ def audit(
 
 
 def check_options(dim: int, draws: int, banzhaf_masks: int | None, removal: str) -> None:
-    """Refuses what :func:`audit` would refuse, before there are features.
-
-    Args:
-        dim: dimensions of the features.
-        draws: see :func:`audit`, as for the rest.
-        banzhaf_masks: as there.
-        removal: as there.
+    """Refuses settings that :func:`audit` would refuse for features of ``dim`` dimensions.
 
     Raises:
         UserError: for a setting out of range.
@@ -207,7 +192,7 @@ def _percent(correct: torch.Tensor) -> float:
     return 100 * float(correct.double().mean())
 
 
-def _effects(estimate: Callable[[torch.Tensor], Estimates], halves: Halves) -> Effects:
+def _effects(estimate: Callable[[torch.Tensor], statistics.Estimates], halves: Halves) -> Effects:
     found = {split: estimate(half) for split, half in halves.items()}
     return Effects(found["all"], found["selection"].value, found["held-out"].value)
 
@@ -234,12 +219,12 @@ def _random_masks(
         above={split: float((values > 1e-9).mean()) for split, values in gain.items()},
         best=best,
         selection_gain=float(gain["selection"][best]),
-        held_out_gain=bootstrap_gain(base[held_out], correct[best, held_out], seed, level=level),
+        held_out_gain=statistics.bootstrap_gain(base[held_out], correct[best, held_out], seed, level=level),
         optimism=selected - kept,
         mean_selection_gain=selected,
         mean_held_out_gain=kept,
-        correlation=rank_correlation(gain["selection"], gain["held-out"], level),
-        reality_check=reality_check(base, correct, seed),
+        correlation=statistics.rank_correlation(gain["selection"], gain["held-out"], level),
+        reality_check=statistics.reality_check(base, correct, seed),
     )
 
 
@@ -248,7 +233,7 @@ def _resplit_gains(
 ) -> tuple[float, float]:
     """Mean gain of the best mask on the half that chose it, and on the other, over random splits."""
     generator = torch.Generator().manual_seed(seed)
-    first = torch.stack([stratified_halves(units, generator) for _ in range(RESPLITS)]).double()
+    first = torch.stack([statistics.stratified_halves(units, generator) for _ in range(RESPLITS)]).double()
     difference = correct.double() - base.double()
     selection = difference @ (first / first.sum(dim=1, keepdim=True)).T
     held_out = difference @ ((1 - first) / (1 - first).sum(dim=1, keepdim=True)).T
@@ -288,7 +273,7 @@ def _remove(
         held_out=accuracies[1],
         chosen=counts[chosen],
         selection_gain=accuracies[0][chosen] - accuracies[0][0],
-        held_out_gain=bootstrap_gain(base[held_out], correct[chosen, held_out], seed, level=level),
+        held_out_gain=statistics.bootstrap_gain(base[held_out], correct[chosen, held_out], seed, level=level),
     )
 
 
@@ -320,6 +305,7 @@ def _agreement(
     # equal weights have none below their mean
     alone = [_percent(one) for one in judge(torch.stack([~below, below]))] if below.any() else [None, None]
     agreement = {
-        name: rank_correlation(weights.numpy(), effect.all.value, level) for name, effect in effects.items()
+        name: statistics.rank_correlation(weights.numpy(), effect.all.value, level)
+        for name, effect in effects.items()
     }
     return WeightAgreement(**agreement, below=int(below.sum()), only_above=alone[0], only_below=alone[1])

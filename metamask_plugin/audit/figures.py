@@ -11,12 +11,12 @@ from metamask_plugin.audit.statistics import Estimates
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#9B5B9B", "#6F6F6F"
 
 
-def plain(axes: Axes, title: str = "", **labels: str) -> Axes:
-    """Sets title and labels, takes away the upper and right spine, and draws a faint grid."""
+def style_axes(axes: Axes, title: str = "", grid: str = "both", **labels: str) -> Axes:
+    """Sets title and labels, takes away the upper and right spine, and draws a faint grid (x, y or both)."""
     axes.set_title(title, fontsize=10)
     axes.set(**labels)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.grid(axis=grid, alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
     return axes
 
@@ -79,7 +79,7 @@ def _draw_effects(axes: Axes, effect: Estimates, level: float) -> None:
         axes.annotate(str(order[place]), (place, low[place]), (0, -3), **style)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.margins(y=0.12)
-    plain(axes, xlabel="dimensions in order of effect", ylabel="effect (percentage points)")
+    style_axes(axes, xlabel="dimensions in order of effect", ylabel="effect (percentage points)")
     legend(axes, loc="upper left", title=f"false-discovery rate {100 * level:g} %", title_fontsize=8)
 
 
@@ -93,7 +93,9 @@ def _draw_gains(axes: Axes, result: AuditResult) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.axline((0, 0), slope=1, color=GREY, linestyle=":", linewidth=1)
-    plain(axes, "Random masks: chosen on one half, counted on the other", ylabel="gain on the held-out half")
+    style_axes(
+        axes, "Random masks: chosen on one half, counted on the other", ylabel="gain on the held-out half"
+    )
     axes.set_xlabel("gain on the selection half (percentage points)")
     if result.random:
         legend(axes, title="masked", title_fontsize=8, markerscale=1.5)
@@ -110,5 +112,5 @@ def _draw_removal(axes: Axes, result: AuditResult) -> None:
     label = f"chosen: {removal.chosen}, held-out gain {removal.held_out_gain}"
     axes.axvline(removal.chosen, color=ORANGE, linestyle="--", linewidth=1.2, label=label)
     title = f"Dropping the most harmful dimensions ({removal.method.replace('_', ' ')})"
-    plain(axes, title, xlabel="dimensions dropped", ylabel=accuracy_name(result.metric))
+    style_axes(axes, title, xlabel="dimensions dropped", ylabel=accuracy_name(result.metric))
     legend(axes, frameon=True, edgecolor="none", framealpha=0.8)

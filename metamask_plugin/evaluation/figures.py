@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from metamask_plugin.audit.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, legend, plain
+from metamask_plugin.audit.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, legend, style_axes
 from metamask_plugin.errors import check
 from metamask_plugin.evaluation.files import replacing
 
@@ -64,10 +64,10 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     # may be 0 or below, where there is no log scale
     if values and 0 < 10 * min(values) < max(values):
         losses.set_yscale("log")
-    plain(losses, "Losses", xlabel="epoch", ylabel="mean over the epoch")
+    style_axes(losses, "Losses", xlabel="epoch", ylabel="mean over the epoch")
     for key, (label, colour, style) in ACCURACIES.items():
         _curve(accuracies, history, key, label=label, color=colour, linestyle=style)
-    plain(accuracies, "Nearest-neighbour accuracy", xlabel="epoch", ylabel="test accuracy (%)")
+    style_axes(accuracies, "Nearest-neighbour accuracy", xlabel="epoch", ylabel="test accuracy (%)")
     for axes in (losses, accuracies):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if axes.lines:
@@ -110,7 +110,7 @@ def mask_weights(final: torch.Tensor, history: torch.Tensor) -> Figure:
         moving.plot(epochs, history[:, order[rank]].numpy(), color=colour, lw=0.7, alpha=0.75, marker=marker)
     mean = history.mean(dim=1).numpy()
     moving.plot(epochs, mean, color=ORANGE, linestyle="--", label="mean", marker=marker)
-    plain(moving, "Weights over the epochs", xlabel="epoch", ylabel="mask weight")
+    style_axes(moving, "Weights over the epochs", xlabel="epoch", ylabel="mask weight")
     moving.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     legend(moving, loc="upper left")
     return figure
@@ -163,6 +163,6 @@ def _draw_sorted_weights(axes: Axes, final: torch.Tensor) -> torch.Tensor:
     shade = f"{below} of {len(final)} below the mean"
     axes.axvspan(0, max(0, below - 1), color=BLUE, alpha=0.1, linewidth=0, label=shade)
     axes.axhline(mean, color=ORANGE, linestyle="--", label=f"mean {mean:.3f}")
-    plain(axes, "Weights after training", xlabel="dimensions in order of weight", ylabel="mask weight")
+    style_axes(axes, "Weights after training", xlabel="dimensions in order of weight", ylabel="mask weight")
     legend(axes, loc="upper left")
     return order

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from metamask_plugin.audit.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, accuracy_name, legend, plain
+from metamask_plugin.audit.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, accuracy_name, legend, style_axes
 from metamask_plugin.errors import check
 
 Rows = Sequence[Mapping[str, Any]]
@@ -43,7 +43,7 @@ def random_mask_scatter(rows: Rows) -> Figure:
         unmasked = _unmasked(name, points)
         _draw_rates(axes, {rate: values for rate, values in points.items() if rate > 0}, BLUE)
         axes.axhline(unmasked, color=RED, linestyle="--", linewidth=1.3, label=f"unmasked {unmasked:.2f} %")
-        plain(axes, name, xlabel="share of dimensions masked", ylabel=accuracy_name(rows[0]["metric"]))
+        style_axes(axes, name, xlabel="share of dimensions masked", ylabel=accuracy_name(rows[0]["metric"]))
         legend(axes)
     for axes in grid[len(encoders) :]:
         axes.set_axis_off()
@@ -72,7 +72,7 @@ def encoder_scatter(rows: Rows, rate: float = 0.05) -> Figure:
         ticks.append(f"{name}\n{min(values):.2f} to {max(values):.2f}")
     axes.set_xticks(range(len(encoders)), ticks, fontsize=8)
     axes.set_xlim(-0.6, len(encoders) - 0.4)
-    plain(axes, f"Random masks of {100 * rate:g} %", ylabel=accuracy_name(rows[0]["metric"]))
+    style_axes(axes, f"Random masks of {100 * rate:g} %", ylabel=accuracy_name(rows[0]["metric"]))
     legend(axes)
     return figure
 
@@ -99,7 +99,9 @@ def confounder_scatter(rows: Rows) -> Figure:
             place = [rates.index(rate)] * len(points[rate])
             axes.plot(place, points[rate], color=colour, label=label, **box)
     title = "Masks among the dimensions below the mean weight"
-    plain(axes, title, xlabel="share of those dimensions masked", ylabel=accuracy_name(rows[0]["metric"]))
+    style_axes(
+        axes, title, xlabel="share of those dimensions masked", ylabel=accuracy_name(rows[0]["metric"])
+    )
     legend(axes)
     return figure
 

@@ -62,10 +62,9 @@ def redundancy_numbers(features: Features | torch.Tensor) -> dict[str, float]:
     z = standardise(feats)
     varying = z.abs().amax(dim=0) > 0
     z, centred = z[:, varying], (feats - feats.mean(dim=0))[:, varying]
-    numbers = {"dim": float(feats.shape[1]), "varying": float(varying.sum())}
-    pairs = z.shape[1] * (z.shape[1] - 1)
-    correlations = (z.T @ z / len(z)).abs().fill_diagonal_(0)
-    numbers["mean_correlation"] = float(correlations.sum()) / pairs if pairs else math.nan
+    correlation = mean_off_diagonal((z.T @ z / len(z)).abs())
+    numbers = {"dim": feats.shape[1], "varying": int(varying.sum()), "mean_correlation": correlation}
+    numbers = {name: float(value) for name, value in numbers.items()}
     if not varying.any():
         return numbers | {"effective_rank": math.nan, "participation_ratio": math.nan}
     values = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0)
@@ -74,6 +73,12 @@ def redundancy_numbers(features: Features | torch.Tensor) -> dict[str, float]:
         "effective_rank": math.exp(entropy(share.numpy())),
         "participation_ratio": 1 / float(share.square().sum()),
     }
+
+
+def mean_off_diagonal(matrix: torch.Tensor) -> float:
+    """Mean over pairs of different rows, of a matrix (n, n); NaN where there is one row."""
+    pairs = len(matrix) * (len(matrix) - 1)
+    return float(matrix.sum() - matrix.diagonal().sum()) / pairs if pairs else math.nan
 
 
 def class_contributions(features: Features) -> torch.Tensor:

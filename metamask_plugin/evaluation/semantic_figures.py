@@ -1,6 +1,5 @@
 """Draws ICL-MSR: foreground against background, and what the semantic weight vectors look at."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,9 +8,10 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from metamask_plugin.audit.figures import BLUE, GREEN, ORANGE, PURPLE, plain
+from metamask_plugin.audit.figures import BLUE, GREEN, ORANGE, PURPLE, style_axes
 from metamask_plugin.data.regions import REGIONS
 from metamask_plugin.errors import check
+from metamask_plugin.evaluation.redundancy import mean_off_diagonal
 from metamask_plugin.evaluation.regions import GROUP, SETTINGS
 
 MAX_DRAWN_IMAGES = 6
@@ -55,9 +55,8 @@ def region_bars(rows: Sequence[Mapping[str, Any]]) -> Figure:
         numbers = [f" ({SETTINGS[group]})" if group in SETTINGS else "" for group in groups]
         ticks = [f"{trained} →\n{tested}{number}" for (trained, tested), number in zip(groups, numbers)]
         axes.set_xticks(range(len(groups)), ticks, fontsize=8)
-        plain(axes, "Linear probe" if metric == "linear" else f"kNN, k = {metric[3:]}")
+        style_axes(axes, "Linear probe" if metric == "linear" else f"kNN, k = {metric[3:]}", "y")
         axes.tick_params(axis="x", length=0)
-        axes.xaxis.grid(False)
         if axes is figure.axes[0] or not beside:
             axes.set_ylabel("test accuracy (%)")
     about = f"pretrained on → tested on (number of the setting in ICL-MSR){_error_bars(rows)}"
@@ -160,9 +159,7 @@ def gram_matrix(before: torch.Tensor, after: torch.Tensor) -> Figure:
     sizes = tuple(len(gram) for gram in grams)
     check(sizes[0] == sizes[1] >= 2, "semantic weights", "2 or more vectors, before as after", sizes)
     negative = min(float(gram.min()) for gram in grams) < 0
-    scale = (
-        {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if negative else {"cmap": "viridis", "vmin": 0, "vmax": 1}
-    )
+    scale = {"cmap": "RdBu_r" if negative else "viridis", "vmin": -1 if negative else 0, "vmax": 1}
     figure = Figure(figsize=(8.4, 3.9), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, gram, name in zip(panels, grams, ("before training", "after training")):
@@ -211,14 +208,6 @@ def mean_gram(weights: torch.Tensor) -> torch.Tensor:
     _check_weights(weights)
     unit = F.normalize(weights, dim=2)
     return (unit @ unit.transpose(1, 2)).mean(dim=0)
-
-
-def mean_off_diagonal(gram: torch.Tensor) -> float:
-    """Mean cosine of two different vectors, from a matrix (n, n); NaN when there is one vector."""
-    n = len(gram)
-    if n < 2:
-        return math.nan
-    return float(gram.sum() - gram.diagonal().sum()) / (n * (n - 1))
 
 
 def _check_weights(weights: torch.Tensor) -> None:

@@ -30,7 +30,20 @@ def _conv_norm_relu(
     ]
 
 
-class Conv4(nn.Module):
+class _Convolutional(nn.Module):
+    """Convolutions ``layers`` and global average pooling."""
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+    def forward_head(self, feature_map: torch.Tensor) -> torch.Tensor:
+        return feature_map.mean(dim=(2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class Conv4(_Convolutional):
     """Four strided 3x3 convolutions: small enough to train in minutes on two cores.
 
     Args:
@@ -52,17 +65,8 @@ class Conv4(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.num_features = widths[-1]
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
 
-    def forward_head(self, feature_map: torch.Tensor) -> torch.Tensor:
-        return feature_map.mean(dim=(2, 3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-class AlexNetConv(nn.Module):
+class AlexNetConv(_Convolutional):
     """The five convolutions of AlexNet for small images: the papers' ``conv`` encoder.
 
     The papers name it and give no sizes. Chosen here: AlexNet's widths (64, 192, 384, 256, 256),
@@ -89,15 +93,6 @@ class AlexNetConv(nn.Module):
             *_conv_norm_relu(256, 256, kernel=3),
         )
         self.num_features = 256
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
-
-    def forward_head(self, feature_map: torch.Tensor) -> torch.Tensor:
-        return feature_map.mean(dim=(2, 3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 class AlexNetFC(nn.Module):

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from metamask_plugin.audit.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, style_axes
 from metamask_plugin.errors import check, choose
-from metamask_plugin.evaluation.figures import BLUE, GREEN, GREY, ORANGE, PURPLE
 from metamask_plugin.studies.metric_names import column_name, plain
 from metamask_plugin.studies.statistics import Entry, Row, columns_of, levels, summarise
 from metamask_plugin.studies.tables import papers_number
@@ -157,10 +157,7 @@ def marker_of(index: int) -> str:
 
 def finish(axes: Axes, title: str, grid: str = "both") -> None:
     """What all panels look like."""
-    axes.set_title(title, fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
+    style_axes(axes, title, grid)
     axes.tick_params(labelsize=8)
 
 
