@@ -104,13 +104,15 @@ def audit(
     >>> figure = result.plot("random features")
     """
     train = labelled(features, labels, "training")
-    if test_features is None:
+    given = (test_features is not None, test_labels is not None)
+    check(given[0] == given[1], "test_features and test_labels", "given together", given)
+    if test_features is not None and test_labels is not None:
+        test = labelled(test_features, test_labels, "test")
+    else:
         check(originals is None, "originals", "given with test_features", "no test_features")
         first = statistics.stratified_halves(train[1].cpu(), torch.Generator().manual_seed(seed))
-        halves = (half.to(train[1].device) for half in (first, ~first))
-        train, test = ([tensor[half] for tensor in train] for half in halves)
-    else:
-        test = labelled(test_features, test_labels, "test")
+        feats, classes = train
+        train, test = ((feats[half], classes[half]) for half in (first, ~first))
     dim = train[0].shape[1]
     check_options(dim, draws, banzhaf_masks, removal)
     check(max_removed is None or max_removed >= 1, "max_removed", ">= 1", max_removed)
@@ -238,7 +240,8 @@ def _resplit_gains(
     selection = difference @ (first / first.sum(dim=1, keepdim=True)).T
     held_out = difference @ ((1 - first) / (1 - first).sum(dim=1, keepdim=True)).T
     best = selection.argmax(dim=0, keepdim=True)
-    return tuple(100 * float(gains.gather(0, best).mean()) for gains in (selection, held_out))
+    chosen, kept = (100 * float(gains.gather(0, best).mean()) for gains in (selection, held_out))
+    return chosen, kept
 
 
 def _remove(

@@ -1,5 +1,7 @@
 """Draws the confounder audit. Colours and axes are those of the package's other figures."""
 
+from typing import Any, Literal
+
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -11,7 +13,7 @@ from metamask_plugin.audit.statistics import Estimates
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#9B5B9B", "#6F6F6F"
 
 
-def style_axes(axes: Axes, title: str = "", grid: str = "both", **labels: str) -> Axes:
+def style_axes(axes: Axes, title: str = "", grid: Literal["both", "x", "y"] = "both", **labels: str) -> Axes:
     """Sets title and labels, takes away the upper and right spine, and draws a faint grid (x, y or both)."""
     axes.set_title(title, fontsize=10)
     axes.set(**labels)
@@ -71,12 +73,12 @@ def _draw_effects(axes: Axes, effect: Estimates, level: float) -> None:
     ):
         if chosen.any():
             axes.vlines(places[chosen], low[chosen], high[chosen], color=colour, alpha=0.35, lw=width)
-            dots = {"color": colour, "markersize": min(4, width + 1), "label": f"{label} ({chosen.sum()})"}
-            axes.plot(places[chosen], value[chosen], "o", **dots)
+            label = f"{label} ({chosen.sum()})"
+            axes.plot(places[chosen], value[chosen], "o", color=colour, ms=min(4, width + 1), label=label)
     for place in places[harmful][:10]:
         # upright, so that the names of neighbours do not run into each other
-        style = {"ha": "center", "va": "top", "fontsize": 7, "rotation": 90, "textcoords": "offset points"}
-        axes.annotate(str(order[place]), (place, low[place]), (0, -3), **style)
+        at: dict[str, Any] = {"xy": (place, low[place]), "xytext": (0, -3), "textcoords": "offset points"}
+        axes.annotate(str(order[place]), ha="center", va="top", fontsize=7, rotation=90, **at)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.margins(y=0.12)
     style_axes(axes, xlabel="dimensions in order of effect", ylabel="effect (percentage points)")

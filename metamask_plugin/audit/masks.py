@@ -156,17 +156,20 @@ def masked_correct(
     check(temperature > 0, "temperature", "> 0", temperature, "0.07 is the usual value")
     check(ridge > 0, "ridge", "> 0", ridge, "0.001 is the default")
     k = re.fullmatch(r"knn([1-9]\d*)", metric)
-    linear = metric == "linear"
-    check(linear or k is not None, "metric", "knn<k> or linear", metric, "knn20 is 20 nearest neighbours")
-    train, test = labelled(*train, "training"), labelled(*test, "test")
-    dims = (train[0].shape[1], test[0].shape[1])
+    known = metric == "linear" or k is not None
+    check(known, "metric", "knn<k> or linear", metric, "knn20 is 20 nearest neighbours")
+    bank, tested = labelled(*train, "training"), labelled(*test, "test")
+    dims = (bank[0].shape[1], tested[0].shape[1])
     check(dims[0] == dims[1], "training and test features", "of the same dimension", dims)
     masks = _checked_masks(masks, dims[0])
-    device = torch.device(device) if device is not None else train[0].device
-    train, test = (tuple(tensor.to(device) for tensor in split) for split in (train, test))
-    labels = test[1]
+    device = torch.device(device) if device is not None else bank[0].device
+    bank, tested = ((feats.to(device), labels.to(device)) for feats, labels in (bank, tested))
+    labels = tested[1]
+    if k is None:
+        found = _probe(bank, tested, masks, ridge)
+    else:
+        found = _knn(bank, tested, masks, int(k[1]), temperature)
     correct = torch.empty(len(masks), len(labels), dtype=torch.bool)
-    found = _probe(train, test, masks, ridge) if linear else _knn(train, test, masks, int(k[1]), temperature)
     done = 0
     for members, rows, predicted in found:
         correct[members, rows] = (predicted == labels[rows]).cpu()

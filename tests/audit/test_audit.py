@@ -197,8 +197,12 @@ def test_one_set_of_arrays_is_split_in_two():
     assert result.images == {"all": 200, "selection": 100, "held-out": 100}
     assert set(result.harmful) <= set(PLANTED) <= set(result.removal.order[:6])
     assert result.to_dict() == audit(feats, labels, **SMALL).to_dict()
-    with pytest.raises(UserError, match="originals must be given with test_features"):
-        audit(feats, labels, originals=torch.arange(400))
+    for given, message in (
+        ({"originals": torch.arange(400)}, "originals must be given with test_features"),
+        ({"test_features": feats}, "test_features and test_labels must be given together"),
+    ):
+        with pytest.raises(UserError, match=message):
+            audit(feats, labels, **given)
 
 
 def test_the_figure_marks_what_hurts_and_draws_the_numbers(confounded, tmp_path):
