@@ -79,14 +79,14 @@ def cell_of(row: dict) -> Cell:
 def evaluate(folder: Path, cfg, seed: int) -> dict[str, float]:
     """kNN, linear probe and spread of the last epoch's features."""
     from metamask_plugin.data import PretrainDataModule, load_dataset
-    from metamask_plugin.evaluation.checkpoints import load_pretrained
+    from metamask_plugin.evaluation.encoder import load_encoder
     from metamask_plugin.evaluation.features import extract_features, feature_std
     from metamask_plugin.evaluation.knn import knn_table
     from metamask_plugin.evaluation.linear import linear_probe
     from metamask_plugin.training.evaluation_data import EvaluationData
 
     data = EvaluationData(PretrainDataModule(load_dataset(cfg.data), cfg))
-    backbone = load_pretrained(folder).backbone
+    backbone = load_encoder(folder).backbone
     train, test = (extract_features(backbone, data.evaluation_loader(split)) for split in ("train", "test"))
     knn = knn_table(train, test, ks=(5,), temperature=cfg.evaluation.knn.temperature)
     linear = linear_probe(train, test, 10, cfg.evaluation.linear.protocol, seed=seed)

@@ -60,7 +60,6 @@ NAMES = {
 
 LEFT_BEHIND = {
     "metamask_plugin/methods/__init__.py": "solo/methods/__init__.py has the names instead",
-    "metamask_plugin/modules/solo_encoders.py": "solo-learn has these networks",
     "metamask_plugin/methods/supervised.py": "a baseline of our studies",
     "tests/methods/test_supervised.py": "the same",
     "tests/methods/test_release.py": "reads our configs",

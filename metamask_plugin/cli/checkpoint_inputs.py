@@ -7,25 +7,23 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from metamask_plugin.evaluation.checkpoints import Pretrained, load_pretrained
+from metamask_plugin.evaluation.encoder import Encoder, load_encoder
 from metamask_plugin.evaluation.features import Features, extract_features
 from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
-from metamask_plugin.host.solo_backbones import solo_factories
 
 
-def pretrained_encoder(args: argparse.Namespace) -> Pretrained:
+def pretrained_encoder(args: argparse.Namespace) -> Encoder:
     """The checkpoint's encoder, of either host."""
-    return load_pretrained(
+    return load_encoder(
         args.pretrained_checkpoint_dir,
         args.backbone,
         args.crop_size,
         dict(args.backbone_kwargs) if args.backbone_kwargs else None,
         host=args.host,
-        solo_factories=solo_factories,
     )
 
 
-def labelled_data(args: argparse.Namespace, pretrained: Pretrained) -> LabelledData:
+def labelled_data(args: argparse.Namespace, pretrained: Encoder) -> LabelledData:
     """The images to extract features of."""
     given = {
         "dataset": args.dataset,
@@ -37,7 +35,7 @@ def labelled_data(args: argparse.Namespace, pretrained: Pretrained) -> LabelledD
         "bits": args.bits,
         "evaluation_resize": args.evaluation_resize,
     }
-    entry = next(iter(pretrained.args.get("augmentations") or []), {})
+    entry = pretrained.view
     if args.crop_size:
         pretrained.check_side(args.crop_size, "--crop_size")
     return LabelledData(
@@ -49,7 +47,7 @@ def labelled_data(args: argparse.Namespace, pretrained: Pretrained) -> LabelledD
     )
 
 
-def features_of(pretrained: Pretrained, loader: DataLoader, split: str) -> Features:
+def features_of(pretrained: Encoder, loader: DataLoader, split: str) -> Features:
     """Extracts a split's features, on the GPU where there is one, and shows how far it is."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tqdm(total=len(loader), desc=f"{split} features", disable=not sys.stderr.isatty()) as bar:

@@ -18,7 +18,8 @@ from metamask_plugin.cli.parsers import foreground as parse_args
 from metamask_plugin.cli.paths import made_folder
 from metamask_plugin.data.regions import FORMS, REGIONS
 from metamask_plugin.errors import check, choose
-from metamask_plugin.evaluation.checkpoints import find_checkpoint, load_pretrained, read_args
+from metamask_plugin.evaluation.checkpoints import find_checkpoint, read_args
+from metamask_plugin.evaluation.encoder import load_encoder
 from metamask_plugin.evaluation.figures import save
 from metamask_plugin.evaluation.knn import within_bank
 from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
@@ -26,7 +27,6 @@ from metamask_plugin.evaluation.linear import PROTOCOLS
 from metamask_plugin.evaluation.regions import FIT_ON, SETTINGS, region_accuracies, summarise_seeds
 from metamask_plugin.evaluation.report import format_table, write_summary
 from metamask_plugin.evaluation.semantic_figures import region_bars
-from metamask_plugin.host.solo_backbones import solo_factories
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _test(runs: Sequence[Run], form: str, args: argparse.Namespace) -> list[dict
         described = f"{run.name}, seed {run.seed}, trained on {run.trained_on} images"
         print(f"{run.checkpoint}: {described}", flush=True)
         accuracies = region_accuracies(
-            load_pretrained(run.checkpoint, solo_factories=solo_factories).backbone,
+            load_encoder(run.checkpoint).backbone,
             partial(_images, loaded[run.data_key], form),
             run.trained_on,
             args.fit_on,

@@ -14,7 +14,7 @@ from metamask_plugin.cli.checkpoint_inputs import (
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.parsers import knn as parse_args
 from metamask_plugin.errors import UserError, check, choose
-from metamask_plugin.evaluation.checkpoints import Pretrained
+from metamask_plugin.evaluation.encoder import Encoder
 from metamask_plugin.evaluation.features import Features
 from metamask_plugin.evaluation.knn import (
     DISTANCES,
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _feature_types(asked: Sequence[str] | None, pretrained: Pretrained) -> list[str]:
+def _feature_types(asked: Sequence[str] | None, pretrained: Encoder) -> list[str]:
     if asked is None:
         return ["backbone"] if pretrained.mask is None else list(FEATURE_TYPES)
     if "projector" in asked:

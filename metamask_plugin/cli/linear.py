@@ -18,8 +18,8 @@ from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.machine import device_type
 from metamask_plugin.data.registry import FRACTION_SEED
 from metamask_plugin.errors import UserError, check, choose
-from metamask_plugin.evaluation.checkpoints import Pretrained, find_checkpoint, load_pretrained, read_args
-from metamask_plugin.evaluation.checksums import content_digest
+from metamask_plugin.evaluation.checkpoints import content_digest, find_checkpoint, read_args
+from metamask_plugin.evaluation.encoder import Encoder, load_encoder
 from metamask_plugin.evaluation.features import Features, extract_features
 from metamask_plugin.evaluation.files import replacing
 from metamask_plugin.evaluation.finetune import (
@@ -34,7 +34,6 @@ from metamask_plugin.evaluation.finetune import (
 from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
 from metamask_plugin.evaluation.linear import PROTOCOLS, LinearProtocol, LinearResult, linear_probe
 from metamask_plugin.evaluation.report import format_table, write_summary
-from metamask_plugin.host.solo_backbones import solo_factories
 
 FINETUNE_PROTOCOLS = ("paper", "custom")
 """Values of ``protocol`` with ``finetune=True``; ``paper`` is SimCLR's."""
@@ -210,13 +209,13 @@ def _optimizer_block(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def _pretrained(cfg: DictConfig) -> Pretrained:
+def _pretrained(cfg: DictConfig) -> Encoder:
     path = cfg.get("pretrained_feature_extractor")
     remedy = "add pretrained_feature_extractor=RUN/last.ckpt to the command"
     check(path is not None, "pretrained_feature_extractor", "a checkpoint or a run's folder", path, remedy)
     trained = read_args(find_checkpoint(path))
     kwargs = OmegaConf.select(cfg, "backbone.kwargs")
-    return load_pretrained(
+    return load_encoder(
         path,
         OmegaConf.select(cfg, "backbone.name"),
         # with args.json the encoder is built for the images it was trained on, whatever it is tested on
@@ -224,19 +223,17 @@ def _pretrained(cfg: DictConfig) -> Pretrained:
         OmegaConf.to_container(kwargs, resolve=True) if kwargs else None,
         host=cfg.get("host"),
         method=None if trained.get("method") else cfg.get("pretrain_method"),
-        solo_factories=solo_factories,
     )
 
 
-def _data_node(cfg: DictConfig, pretrained: Pretrained) -> tuple[dict[str, Any], dict[str, Any]]:
+def _data_node(cfg: DictConfig, pretrained: Encoder) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is tested on, and how its images look: the config's, over what the encoder was trained on."""
     given = {key: value for key, value in OmegaConf.to_container(cfg.data).items() if value is not None}
-    trained = next(iter(pretrained.args.get("augmentations") or []), {})
-    view = {**trained, **(given.pop("augmentations", None) or {})}
+    view = {**pretrained.view, **(given.pop("augmentations", None) or {})}
     return merged_data(pretrained.args, given), view
 
 
-def _data(pretrained: Pretrained, node: dict[str, Any], view: dict[str, Any]) -> LabelledData:
+def _data(pretrained: Encoder, node: dict[str, Any], view: dict[str, Any]) -> LabelledData:
     crop_size = view.get("crop_size")
     check(
         isinstance(crop_size, int) and crop_size >= 1,
@@ -248,13 +245,13 @@ def _data(pretrained: Pretrained, node: dict[str, Any], view: dict[str, Any]) ->
     return LabelledData(node, crop_size, view.get("mean"), view.get("std"))
 
 
-def _extract(pretrained: Pretrained, data: LabelledData, split: str, device: torch.device) -> Features:
+def _extract(pretrained: Encoder, data: LabelledData, split: str, device: torch.device) -> Features:
     loader = data.evaluation_loader(split)
     with tqdm(total=len(loader), desc=f"{split} features", disable=not sys.stderr.isatty()) as bar:
         return extract_features(pretrained.backbone, loader, device, lambda done, total: bar.update())
 
 
-def _folder(kind: str, cfg: DictConfig, pretrained: Pretrained, settings: Sequence[Any]) -> Path:
+def _folder(kind: str, cfg: DictConfig, pretrained: Encoder, settings: Sequence[Any]) -> Path:
     """A folder for each encoder and protocol: what decides the numbers is in its digest."""
     decisive = [content_digest(pretrained.path), cfg.head, cfg.masked, cfg.seed, *settings]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:8]
@@ -269,7 +266,7 @@ def _save(path: Path, content: dict[str, Any]) -> None:
         file.write(made.getbuffer())
 
 
-def _write(folder: Path, cfg: DictConfig, pretrained: Pretrained, results: dict[str, Any]) -> None:
+def _write(folder: Path, cfg: DictConfig, pretrained: Encoder, results: dict[str, Any]) -> None:
     write_summary(folder / "args.json", OmegaConf.to_container(cfg, resolve=True))
     summary = {
         **results,

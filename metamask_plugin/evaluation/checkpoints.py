@@ -1,25 +1,26 @@
-"""Trained encoders from checkpoints: ours, solo-learn's, or a plain state dict."""
+"""Checkpoint files: found, read without running code, and compared with their checksums.
 
+Of a run, ours or solo-learn's, ``args.json`` beside the checkpoint is the training config.
+"""
+
+import hashlib
+import json
 import pickle
 import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from pydantic import BaseModel, ValidationError
 
+from metamask_plugin.config.fields import Block, Pixels, key
+from metamask_plugin.config.messages import as_line
+from metamask_plugin.config.methods import DataKwargs
+from metamask_plugin.config.pretraining import Pretraining
 from metamask_plugin.errors import UserError, check, choose
-from metamask_plugin.evaluation.checksums import check_records
-from metamask_plugin.evaluation.recorded_config import read_args
-from metamask_plugin.modules.encoder_reach import check_reach
-from metamask_plugin.modules.encoders import build_encoder
-from metamask_plugin.modules.solo_encoders import RESNETS, Factories, build_solo_encoder
-
-__all__ = ["Pretrained", "find_checkpoint", "load_mask", "load_pretrained", "read_args", "recorded_host"]
 
 SUFFIXES = (".ckpt", ".pth", ".pt")
 HOSTS = ("solo", "embedded")
@@ -32,32 +33,24 @@ SCHEDULE = re.compile(
 )
 """What solo-learn's methods with a fixed learning rate (SimSiam) leave in a checkpoint: their schedule."""
 
+READ = ("augmentations", "backbone", "data", "evaluation", "method", "method_kwargs", "name", "seed")
+"""Blocks and keys that evaluators and studies read. One that is missing or null is left to its reader."""
 
-@dataclass(frozen=True)
-class Pretrained:
-    """A trained encoder.
+LEFT_TO_ITS_READER = ("extra_forbidden", "missing", "refused", "value_error")
+"""Faults that a config of solo-learn, or of another version, may have; other words are no fault either."""
 
-    Attributes:
-        backbone: in evaluation mode, on the CPU; from (B, 3, s, s) to (B, D).
-        mask: effective mask weights (D,), or None when the method has no mask.
-        args: the resolved training config from ``args.json``; empty when there is none.
-        path: the checkpoint file.
-    """
 
-    backbone: nn.Module
-    mask: torch.Tensor | None
-    args: dict[str, Any] = field(default_factory=dict)
-    path: Path = Path()
+class BackboneKwargs(Block):
+    """Of what encoders take: what images are resized to."""
 
-    def check_side(self, side: int, setting: str = "crop_size") -> None:
-        """Refuses images of another size than in training whose border the encoder does not see.
+    image_size: Pixels | None = key(None, "side of the images, pixels")
 
-        Args:
-            side: of the images, pixels.
-            setting: the config key, or flag, of the side.
-        """
-        if side != _lookup(self.args, "augmentations", 0, "crop_size"):
-            check_reach(self.backbone, side, setting)
+
+PARTS: dict[str, type[BaseModel]] = {
+    "": Pretraining,
+    "backbone.kwargs": BackboneKwargs,
+    "data.kwargs": DataKwargs,
+}
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -67,6 +60,14 @@ def find_checkpoint(path: str | Path) -> Path:
 
     Raises:
         UserError: when the path is missing, has another suffix, or does not decide between files.
+
+    Example:
+        >>> import tempfile
+        >>> run = Path(tempfile.mkdtemp())
+        >>> for name in ("best.ckpt", "last.ckpt"):
+        ...     torch.save({}, run / name)
+        >>> find_checkpoint(run).name
+        'last.ckpt'
     """
     path = Path(path)
     check(path.exists(), "checkpoint", "an existing file or directory", str(path), "check the path")
@@ -90,17 +91,58 @@ def find_checkpoint(path: str | Path) -> Path:
     return path
 
 
+def read_args(checkpoint: Path) -> dict[str, Any]:
+    """The training config from ``args.json`` beside a checkpoint, or an empty dict without that file.
+
+    Raises:
+        UserError: when the file is not a JSON object, or a key that is read holds what it cannot hold.
+    """
+    path = checkpoint.parent / "args.json"
+    if not path.exists():
+        return {}
+    try:
+        args = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} must be readable JSON, got {error}; restore it or move it away and give backbone.name"
+        ) from error
+    check(isinstance(args, dict), str(path), "a JSON object with the training config", type(args).__name__)
+    for fault in _faults(args):
+        key, _, rest = str(fault).partition(" must be ")
+        raise UserError(f"{key} in {path} must be {rest}; restore what the training wrote")
+    return args
+
+
+def _faults(args: Mapping[str, Any]) -> Iterator[UserError]:
+    for where, model in PARTS.items():
+        node: Any = args
+        for part in where.split(".") if where else ():
+            node = node.get(part) or {}
+        try:
+            model.model_validate(node)
+        except ValidationError as error:
+            for fault in error.errors(include_url=False):
+                kind, found = fault["type"], fault["input"]
+                other = kind in LEFT_TO_ITS_READER or kind == "literal_error" and isinstance(found, str)
+                if not other and found is not None and (where or fault["loc"][0] in READ):
+                    yield as_line(model, fault, where, ())
+
+
 def recorded_host(args: Mapping[str, Any]) -> str | None:
     """Which host built the encoder, ``solo`` or ``embedded``; None where there is no training config.
 
-    Our methods write it down. A run of solo-learn's own method does not, but its ``wandb_run_id``, which
-    solo-learn always writes, gives it away; a config with neither is ours, from before the key.
+    Our methods record it. A run of solo-learn's own method does not, but solo-learn always writes a
+    ``wandb_run_id``; a config with neither is ours, from before the key.
 
     Args:
         args: the training config from ``args.json``.
 
     Raises:
         UserError: for a host that does not exist.
+
+    Example:
+        >>> recorded_host({"method": "byol", "wandb_run_id": None}), recorded_host({"host": "embedded"})
+        ('solo', 'embedded')
     """
     if not args:
         return None
@@ -109,129 +151,12 @@ def recorded_host(args: Mapping[str, Any]) -> str | None:
     return "solo" if "wandb_run_id" in args else "embedded"
 
 
-def load_pretrained(
-    path: str | Path,
-    backbone_name: str | None = None,
-    image_size: int | None = None,
-    backbone_kwargs: Mapping[str, Any] | None = None,
-    host: str | None = None,
-    method: str | None = None,
-    solo_factories: Factories | None = None,
-) -> Pretrained:
-    """Loads a trained encoder, every one of its keys, and the mask if there is one.
-
-    What is not given is taken from ``args.json`` beside the checkpoint. Files are read with
-    ``weights_only=True``: they cannot run code.
-
-    Args:
-        path: a checkpoint file, or the directory of a run, ours or solo-learn's.
-        backbone_name: as in :func:`~metamask_plugin.modules.encoders.build_encoder`, or solo-learn's.
-        image_size: side of the images the encoder was trained on, pixels.
-        backbone_kwargs: the encoder's own options.
-        host: whose encoder it is, see :func:`recorded_host`.
-        method: of the training; solo-learn's ViTs depend on it.
-        solo_factories: see :func:`~metamask_plugin.modules.solo_encoders.build_solo_encoder`.
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict of a checkpoint, its encoder under ``backbone.*``.
 
     Raises:
-        UserError: when the file cannot be read, holds no encoder, or one that does not fit.
+        UserError: when the file cannot be read, or holds no encoder.
     """
-    path = find_checkpoint(path)
-    args = read_args(path)
-    state = _read_state(path)
-    weights = encoder_weights(state)
-    own_name = _lookup(args, "backbone", "name")
-    name = backbone_name or own_name
-    expected = "given, as no args.json beside the checkpoint says it"
-    check(name is not None, "backbone.name", expected, None, "main_knn.py: --backbone")
-    if backbone_kwargs is None:
-        # options of one encoder mean nothing to another
-        backbone_kwargs = (_lookup(args, "backbone", "kwargs") or {}) if name == own_name else {}
-    own_size = backbone_kwargs.get("image_size") or _lookup(args, "augmentations", 0, "crop_size")
-    image_size = image_size or own_size
-    check(image_size is not None, "data.augmentations.crop_size", expected, None, "main_knn.py: --crop_size")
-    host = choose("host", host, HOSTS) if host is not None else recorded_host(args)
-    if host is None and name in RESNETS and _has_small_stem(weights) and "stem" not in backbone_kwargs:
-        # the same shapes in either, and other features
-        remedy = "main_knn.py: --host, main_linear.py: host="
-        check(False, "host", f"solo or embedded, as no args.json says who built the {name}", None, remedy)
-    build = partial(
-        encoder_of,
-        *(
-            name,
-            int(image_size),
-            backbone_kwargs,
-            host,
-            method or args.get("method"),
-            weights,
-            solo_factories,
-        ),
-    )
-    backbone = _filled(build, weights, path, name, own_name)
-    mask = _effective_mask(state, backbone.num_features, path)
-    loaded = Pretrained(backbone.eval(), mask, args, path)
-    loaded.check_side(int(image_size))
-    return loaded
-
-
-def load_mask(path: str | Path) -> torch.Tensor | None:
-    """The effective mask weights of a trained MetaMask, (D,); None where the checkpoint has no mask.
-
-    Args:
-        path: as of :func:`load_pretrained`.
-
-    Raises:
-        UserError: when the file cannot be read, or its mask is not finite.
-    """
-    path = find_checkpoint(path)
-    state = _read_state(path)
-    size = sum(tensor.numel() for key, tensor in state.items() if key in ("mask.logit", "mask.weight"))
-    return _effective_mask(state, size, path)
-
-
-def encoder_of(
-    name: str,
-    image_size: int,
-    kwargs: Mapping[str, Any],
-    host: str | None,
-    method: str | None,
-    weights: Mapping[str, torch.Tensor],
-    solo_factories: Factories | None = None,
-) -> nn.Module:
-    """Builds the network that a host calls ``name``, without its weights: also where they were once fetched.
-
-    Args:
-        name: ``backbone.name`` of the training.
-        image_size: side of the images it was trained on, pixels.
-        kwargs: its ``backbone.kwargs``.
-        host: whose network is meant.
-        method: ``method`` of the training.
-        weights: the encoder's state dict; of it only the size of a ResNet's first convolution is used.
-        solo_factories: see :func:`~metamask_plugin.modules.solo_encoders.build_solo_encoder`.
-    """
-    kwargs = {key: value for key, value in kwargs.items() if key != "pretrained"}
-    if host == "solo":
-        return build_solo_encoder(name, method, _has_small_stem(weights), solo_factories, **kwargs)
-    # the embedded host takes the size for the encoder from its kwargs first
-    return build_encoder(name, int(kwargs.pop("image_size", None) or image_size), **kwargs)
-
-
-def _has_small_stem(weights: Mapping[str, torch.Tensor]) -> bool:
-    conv = weights.get("conv1.weight")
-    return conv is not None and conv.shape[-1] == 3
-
-
-def _lookup(tree: Any, *keys: str | int) -> Any:
-    for key in keys:
-        if isinstance(tree, Mapping):
-            tree = tree.get(key)
-        elif isinstance(tree, list) and isinstance(key, int) and key < len(tree):
-            tree = tree[key]
-        else:
-            return None
-    return tree
-
-
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
     content = read_checkpoint(path)
     check(
         isinstance(content, dict),
@@ -265,7 +190,7 @@ def check_tensors(weights: Mapping[str, torch.Tensor], path: Path) -> None:
         weights: of an encoder or a mask, by name.
         path: their file.
     """
-    for key, tensor in weights.items():
+    for name, tensor in weights.items():
         kinds = {
             "complex": tensor.is_complex(),
             "quantised": tensor.is_quantized,
@@ -275,7 +200,7 @@ def check_tensors(weights: Mapping[str, torch.Tensor], path: Path) -> None:
         }
         found = next((kind for kind, present in kinds.items() if present), None)
         remedy = "save dense real tensors on the CPU: tensor.to_dense(), tensor.cpu()"
-        check(found is None, f"{key} in {path}", "a dense tensor of real numbers", found, remedy)
+        check(found is None, f"{name} in {path}", "a dense tensor of real numbers", found, remedy)
 
 
 class _Unread:
@@ -300,6 +225,13 @@ def read_checkpoint(path: Path) -> Any:
 
     Raises:
         UserError: when the file is damaged, or holds other Python objects.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "last.ckpt"
+        >>> torch.save({"epoch": 3}, path)
+        >>> read_checkpoint(path)
+        {'epoch': 3}
     """
     check_records(path)
     try:
@@ -341,77 +273,93 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     )
 
 
+def check_records(path: Path) -> None:
+    """Compares every record with its CRC-32, which ``torch.save`` writes and ``torch.load`` ignores.
+
+    A file in PyTorch's format from before 1.6 has no checksums and passes.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: it is truncated, or a record is not what was written.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return  # of the older format, or no such file at all: torch.load will tell
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, ValueError) as error:
+        damaged = str(error)
+    if damaged is not None:
+        raise UserError(
+            f"checkpoint {path} must be as torch.save wrote it, got other bytes ({damaged} does not match "
+            "its checksum); copy it again or take another"
+        )
+
+
+def content_digest(path: Path) -> str:
+    """Hex digits that differ where two files hold something else, whatever their dates say.
+
+    Of a checkpoint only the list of its records is read, with their sizes and checksums.
+
+    Args:
+        path: the file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = [(record.filename, record.file_size, record.CRC) for record in archive.infolist()]
+        return hashlib.sha256(repr(records).encode()).hexdigest()[:16]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()[:16]
+
+
 def encoder_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The encoder's part of a method's state dict; a momentum encoder (``momentum_backbone``) is another."""
     prefix = "backbone."
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _filled(
-    build: Callable[[], nn.Module],
-    weights: Mapping[str, torch.Tensor],
-    path: Path,
-    name: str,
-    own_name: str | None,
-) -> nn.Module:
-    """The encoder with the weights.
+def load_mask(path: str | Path) -> torch.Tensor | None:
+    """The effective mask weights of a trained MetaMask, (D,); None where the checkpoint has no mask.
 
-    Names and shapes are compared on the meta device first: an encoder that the file cannot fill, maybe of a
-    width for which no machine has the memory, is not built.
+    Args:
+        path: a checkpoint file, or the directory of a run.
+
+    Raises:
+        UserError: when the file cannot be read, or its mask is not finite.
     """
-    mismatch = None
-    with suppress(Exception), torch.device("meta"):  # not every network can be built there
-        mismatch = _first_mismatch(weights, build().state_dict())
-    if mismatch is None:
-        try:
-            backbone = build()
-        except (RuntimeError, ValueError, ArithmeticError, MemoryError, AttributeError) as error:
-            if isinstance(error, UserError):
-                raise
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(
-                f"backbone.name={name!r} cannot be built with its backbone.kwargs: {reason}"
-            ) from error
-        mismatch = _first_mismatch(weights, backbone.state_dict())
-    if mismatch is None:
-        backbone.load_state_dict(weights, strict=True)
-        return backbone
-    if own_name is not None and own_name != name:
-        remedy = f"the checkpoint's own encoder is {own_name!r}: set backbone.name={own_name}"
-    elif own_name is not None:
-        remedy = (
-            "it has the right name, so set backbone.kwargs and data.augmentations.crop_size as in training "
-            "(main_knn.py: --backbone_kwargs, --crop_size)"
-        )
-    else:
-        remedy = (
-            "set backbone.name and backbone.kwargs as in the training that wrote it (main_knn.py: "
-            "--backbone, --backbone_kwargs stem=cifar)"
-        )
-    raise UserError(f"checkpoint {path} does not fit backbone.name={name!r}: {mismatch}; {remedy}")
+    path = find_checkpoint(path)
+    return effective_mask(read_weights(path), None, path)
 
 
-def _first_mismatch(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str | None:
-    for key, tensor in expected.items():
-        if key not in weights:
-            return f"{key} {tuple(tensor.shape)} is missing from the checkpoint"
-        if weights[key].shape != tensor.shape:
-            found = tuple(weights[key].shape)
-            return f"{key} is {found} in the checkpoint and {tuple(tensor.shape)} in the encoder"
-    extra = [key for key in weights if key not in expected]
-    return f"{extra[0]} {tuple(weights[extra[0]].shape)} is not part of the encoder" if extra else None
+def effective_mask(state: Mapping[str, torch.Tensor], dim: int | None, path: Path) -> torch.Tensor | None:
+    """The mask's weights in a state dict; None without any.
 
+    Args:
+        state: of a method.
+        dim: of the features, where it is known.
+        path: the file, for messages.
 
-def _effective_mask(state: Mapping[str, torch.Tensor], dim: int, path: Path) -> torch.Tensor | None:
+    Raises:
+        UserError: for another number of weights, or weights that are not finite.
+
+    Example:
+        >>> effective_mask({"mask.logit": torch.zeros(2)}, 2, Path("last.ckpt"))
+        tensor([0.5000, 0.5000])
+    """
     if "mask.logit" in state:
         mask = state["mask.logit"].float().sigmoid().flatten()
     elif "mask.weight" in state:
         mask = state["mask.weight"].float().flatten()
     else:
         return None
-    check(
-        mask.shape == (dim,), f"mask in {path}", f"one weight for each of {dim} dimensions", tuple(mask.shape)
-    )
+    dim, shape = dim or len(mask), tuple(mask.shape)
+    check(shape == (dim,), f"mask in {path}", f"one weight for each of {dim} dimensions", shape)
     broken = int((~mask.isfinite()).sum())
     if broken:
         raise UserError(

@@ -19,7 +19,7 @@ from metamask_plugin import SCRIPTS
 from metamask_plugin.config.pretraining import Pretraining
 from metamask_plugin.config.read import with_defaults
 from metamask_plugin.errors import UserError, shown
-from metamask_plugin.evaluation.checksums import content_digest
+from metamask_plugin.evaluation.checkpoints import content_digest
 from metamask_plugin.renamed import OLD_NAMES, with_new_names
 from metamask_plugin.studies.spec import Study, Trial
 from metamask_plugin.training.experiment import NOT_THE_EXPERIMENT, leaves

@@ -13,11 +13,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from metamask_plugin.errors import check
-from metamask_plugin.evaluation.checkpoints import Pretrained, load_pretrained
+from metamask_plugin.evaluation.encoder import Encoder, load_encoder
 from metamask_plugin.evaluation.features import Features, extract_features
-from metamask_plugin.evaluation.frozen_encoders import load_frozen
 from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
-from metamask_plugin.host.solo_backbones import solo_factories
 from metamask_plugin.training.run_folder import RunFolder
 
 ANEW = "remove that folder, and the trial is trained anew"
@@ -56,7 +54,7 @@ class Subject:
         self,
         title: str,
         seed: int,
-        encoders: Mapping[str, Pretrained],
+        encoders: Mapping[str, Encoder],
         data: LabelledData,
         folder: Path | None = None,
         model: nn.Module | None = None,
@@ -73,9 +71,8 @@ class Subject:
 
     @property
     def dimensions(self) -> int:
-        """Of the features; found from two images."""
-        x, y = next(iter(self.data.evaluation_loader("test")))
-        return extract_features(self.encoders["last"].backbone, [(x[:2], y[:2])], self.device).feats.shape[1]
+        """Of the features."""
+        return self.encoders["last"].dim
 
     def features(self, split: str, checkpoint: str = "last") -> Features:
         """Of the ``train`` or ``test`` images, extracted once."""
@@ -111,15 +108,10 @@ def subject_of_run(run: RunFolder, seed: int, title: str, model: nn.Module | Non
     """The encoder of a finished run, on the data it was trained on."""
     paths = {"last": run.last_checkpoint, "best": run.best_checkpoint}
     check(paths["last"].exists(), "the trial's run", "one with a last.ckpt to measure", str(run.path), ANEW)
-    encoders = {
-        name: load_pretrained(path, solo_factories=solo_factories)
-        for name, path in paths.items()
-        if path.exists()
-    }
+    encoders = {name: load_encoder(path) for name, path in paths.items() if path.exists()}
     if "best" in encoders and _same(encoders["best"].backbone, encoders["last"].backbone):
         encoders["best"] = encoders["last"]
-    args = encoders["last"].args
-    data = _labelled(args, {}, args["augmentations"][0])
+    data = _labelled(encoders["last"], {})
     return Subject(title, seed, encoders, data, run.path, model)
 
 
@@ -127,20 +119,14 @@ def subject_of_checkpoint(checkpoint: str, data: Mapping[str, Any], seed: int, t
     """Any encoder: ours, solo-learn's, or ``timm:<model>``.
 
     Args:
-        checkpoint: see :func:`~metamask_plugin.evaluation.frozen_encoders.load_frozen`.
+        checkpoint: see :func:`~metamask_plugin.evaluation.encoder.load_encoder`.
         data: a ``data`` node; over what the checkpoint was trained on. ``crop_size``, ``mean`` and ``std`` in
             it go before the encoder's own.
         seed: of what the measures draw.
         title: what stands on pictures.
     """
-    data = dict(data)
-    view = {key: data.pop(key, None) for key in ("crop_size", "mean", "std")}
-    options = {} if checkpoint.startswith("timm:") else {"solo_factories": solo_factories}
-    frozen = load_frozen(checkpoint, image_size=view["crop_size"], **options)
-    own = {"crop_size": frozen.image_size, "mean": frozen.mean, "std": frozen.std}
-    view = {key: own[key] if value is None else value for key, value in view.items()}
-    pretrained = Pretrained(frozen.backbone, frozen.mask, frozen.args)
-    return Subject(title, seed, {"last": pretrained}, _labelled(frozen.args, data, view))
+    encoder = load_encoder(checkpoint, image_size=data.get("crop_size"))
+    return Subject(title, seed, {"last": encoder}, _labelled(encoder, data))
 
 
 def _same(first: nn.Module, second: nn.Module) -> bool:
@@ -148,9 +134,10 @@ def _same(first: nn.Module, second: nn.Module) -> bool:
     return all(torch.equal(one, other) for one, other in pairs)
 
 
-def _labelled(args: Mapping[str, Any], given: Mapping[str, Any], view: Mapping[str, Any]) -> LabelledData:
-    view = {key: view.get(key) for key in ("crop_size", "mean", "std")}
-    return _read(json.dumps([merged_data(args, given), view], sort_keys=True, default=str))
+def _labelled(encoder: Encoder, given: Mapping[str, Any]) -> LabelledData:
+    given = dict(given)
+    view = {key: given.pop(key, None) or encoder.view.get(key) for key in ("crop_size", "mean", "std")}
+    return _read(json.dumps([merged_data(encoder.args, given), view], sort_keys=True, default=str))
 
 
 @functools.lru_cache(maxsize=2)

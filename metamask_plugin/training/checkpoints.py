@@ -14,7 +14,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch.optim.lr_scheduler import LambdaLR
 
 from metamask_plugin.data.loaders import EpochPosition
-from metamask_plugin.evaluation.checksums import check_records
+from metamask_plugin.evaluation.checkpoints import check_records
 from metamask_plugin.evaluation.files import remove_unfinished, replacing
 from metamask_plugin.retry import retried
 from metamask_plugin.signals import Preempted, Preemption

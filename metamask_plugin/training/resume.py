@@ -16,12 +16,12 @@ from torch import nn
 
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.evaluation.checkpoints import (
-    encoder_of,
     encoder_weights,
     read_args,
     read_checkpoint,
     recorded_host,
 )
+from metamask_plugin.evaluation.encoder import network_of
 from metamask_plugin.evaluation.files import replacing
 from metamask_plugin.training.experiment import (
     NOT_IN_THE_DIGEST,
@@ -395,7 +395,7 @@ def _check_host(path: Path, model: nn.Module, weights: Mapping[str, torch.Tensor
     size = OmegaConf.select(cfg, "augmentations[0].crop_size", default=32)
     kwargs = args["backbone"].get("kwargs") or {}
     with torch.device("meta"):  # only its description is needed
-        theirs = encoder_of(name, size, kwargs, recorded, args.get("method"), encoder_weights(weights))
+        theirs = network_of(name, size, kwargs, recorded, args.get("method"), encoder_weights(weights))
     if str(theirs) != str(model.backbone):
         raise UserError(
             f"{NAME} must be of the host in use, {used!r}, whose {name} is another network of the same "

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+import metamask_plugin.host  # noqa: F401  (solo-learn's networks)
 from metamask_plugin.errors import UserError
-from metamask_plugin.evaluation.checkpoints import find_checkpoint, load_pretrained, recorded_host
+from metamask_plugin.evaluation.checkpoints import find_checkpoint, recorded_host
+from metamask_plugin.evaluation.encoder import load_encoder
 from metamask_plugin.modules.dimensional_mask import DimensionalMask
 from metamask_plugin.modules.encoders import build_encoder
 
@@ -46,11 +48,11 @@ def test_the_encoder_and_the_effective_mask_come_back(tmp_path, parameterisation
     method = Method(parameterisation)
     method.backbone(torch.randn(8, 3, 32, 32))  # running statistics that are not the initial ones
     path = write(tmp_path, method)
-    loaded = load_pretrained(path)
+    loaded = load_encoder(path)
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     assert torch.equal(loaded.backbone(x), method.backbone.eval()(x))
     torch.testing.assert_close(loaded.mask, method.mask.values())
-    assert loaded.args == ARGS
+    assert (loaded.args, loaded.dim, loaded.view) == (ARGS, 32, {"crop_size": 32})
     assert loaded.path == path
     assert not loaded.backbone.training
 
@@ -58,12 +60,12 @@ def test_the_encoder_and_the_effective_mask_come_back(tmp_path, parameterisation
 def test_a_method_without_a_mask_has_none(tmp_path):
     method = Method()
     del method.mask
-    assert load_pretrained(write(tmp_path, method)).mask is None
+    assert load_encoder(write(tmp_path, method)).mask is None
 
 
 def test_a_directory_means_its_last_or_its_only_checkpoint(tmp_path):
     only = write(tmp_path / "a", Method(), file="x-ep=3.ckpt")
-    assert load_pretrained(tmp_path / "a").path == only == find_checkpoint(tmp_path / "a")
+    assert load_encoder(tmp_path / "a").path == only == find_checkpoint(tmp_path / "a")
     last = write(tmp_path / "a", Method())
     assert find_checkpoint(tmp_path / "a") == last
     last.unlink()
@@ -103,9 +105,9 @@ def test_the_recorded_host_decides_which_resnet_is_built(tmp_path):
     paddings = []
     for host in ("embedded", "solo"):
         path = write(tmp_path / host, Method(name="resnet18"), {**args, "host": host})
-        paddings.append(load_pretrained(path).backbone.conv1.padding)
+        paddings.append(load_encoder(path).backbone.conv1.padding)
     assert paddings == [(1, 1), (2, 2)]
-    assert load_pretrained(path, host="embedded").backbone.conv1.padding == (1, 1)
+    assert load_encoder(path, host="embedded").backbone.conv1.padding == (1, 1)
     with pytest.raises(UserError, match="host in args.json must be one of embedded, solo, got 'lightly'"):
         recorded_host({"host": "lightly"})
 
@@ -114,12 +116,12 @@ def test_without_args_json_a_small_resnet_is_not_guessed(tmp_path):
     path = write(tmp_path, Method(name="resnet18"), args=None)
     given = {"backbone_name": "resnet18", "image_size": 32}
     with pytest.raises(UserError, match="host must be solo or embedded.*main_knn.py: --host"):
-        load_pretrained(path, **given)
-    assert load_pretrained(path, **given, host="solo").backbone.conv1.padding == (2, 2)
-    assert load_pretrained(path, **given, backbone_kwargs={"stem": "cifar"}).backbone.conv1.padding == (1, 1)
+        load_encoder(path, **given)
+    assert load_encoder(path, **given, host="solo").backbone.conv1.padding == (2, 2)
+    assert load_encoder(path, **given, backbone_kwargs={"stem": "cifar"}).backbone.conv1.padding == (1, 1)
     # of ImageNet's stem there is only one
     path = write(tmp_path, Method(name="resnet18", stem="imagenet"), args=None)
-    assert load_pretrained(path, **{**given, "image_size": 224}).backbone.conv1.padding == (3, 3)
+    assert load_encoder(path, **{**given, "image_size": 224}).backbone.conv1.padding == (3, 3)
 
 
 def test_solo_learns_older_name_for_the_encoder(tmp_path):
@@ -129,36 +131,35 @@ def test_solo_learns_older_name_for_the_encoder(tmp_path):
         if "mask" not in key
     }
     torch.save({"state_dict": state}, write(tmp_path, Method()))
-    assert load_pretrained(tmp_path).backbone.num_features == 32
+    assert load_encoder(tmp_path).backbone.num_features == 32
 
 
 def test_without_args_json_name_and_size_are_asked_for(tmp_path):
     path = write(tmp_path, Method(), args=None)
     with pytest.raises(UserError, match="backbone.name must be given"):
-        load_pretrained(path)
+        load_encoder(path)
     with pytest.raises(UserError, match="crop_size must be given"):
-        load_pretrained(path, backbone_name="conv4", backbone_kwargs={"width": 4})
-    loaded = load_pretrained(path, backbone_name="conv4", image_size=32, backbone_kwargs={"width": 4})
-    assert loaded.backbone.num_features == 32
-    assert loaded.args == {}
+        load_encoder(path, backbone_name="conv4", backbone_kwargs={"width": 4})
+    loaded = load_encoder(path, backbone_name="conv4", image_size=32, backbone_kwargs={"width": 4})
+    assert (loaded.dim, loaded.args, loaded.view) == (32, {}, {"crop_size": 32})
 
 
 def test_an_image_size_among_the_encoders_options_is_the_one_it_was_built_with(tmp_path):
     args = {**ARGS, "backbone": {"name": "conv", "kwargs": {"image_size": 64}}}
-    loaded = load_pretrained(write(tmp_path, Method(name="conv"), args=args))
+    loaded = load_encoder(write(tmp_path, Method(name="conv"), args=args))
     assert loaded.backbone.layers[0].stride == (4, 4)
 
 
 def test_a_plain_state_dict_is_a_checkpoint_too(tmp_path):
     torch.save(Method().state_dict(), tmp_path / "weights.pth")
     (tmp_path / "args.json").write_text(json.dumps(ARGS))
-    assert load_pretrained(tmp_path / "weights.pth").mask.shape == (32,)
+    assert load_encoder(tmp_path / "weights.pth").mask.shape == (32,)
 
 
 def test_the_wrong_encoder_is_named_with_shapes_and_the_right_one(tmp_path):
     path = write(tmp_path, Method())
     with pytest.raises(UserError) as caught:
-        load_pretrained(path, backbone_name="conv")
+        load_encoder(path, backbone_name="conv")
     message = str(caught.value)
     assert "does not fit backbone.name='conv'" in message
     assert "layers.0.weight is (4, 3, 3, 3) in the checkpoint and (64, 3, 5, 5) in the encoder" in message
@@ -172,27 +173,27 @@ def test_missing_and_surplus_keys_are_refused_not_skipped(tmp_path):
     del state["backbone.layers.4.weight"], state["backbone.layers.3.weight"]
     torch.save({"state_dict": state}, write(tmp_path, method))
     with pytest.raises(UserError, match="layers.3.weight .* is missing from the checkpoint.*right name"):
-        load_pretrained(tmp_path)
+        load_encoder(tmp_path)
     torch.save(
         {"state_dict": {**method.state_dict(), "backbone.fc.bias": torch.ones(3)}}, tmp_path / "last.ckpt"
     )
     with pytest.raises(UserError, match=r"fc.bias \(3,\) is not part of the encoder"):
-        load_pretrained(tmp_path)
+        load_encoder(tmp_path)
 
 
 def test_a_mask_of_another_length_is_refused(tmp_path):
     method = Method()
     method.mask = DimensionalMask(5)
     with pytest.raises(UserError, match="mask in .* one weight for each of 32 dimensions"):
-        load_pretrained(write(tmp_path, method))
+        load_encoder(write(tmp_path, method))
 
 
 def test_paths_that_are_no_checkpoint_are_named(tmp_path):
     with pytest.raises(UserError, match="checkpoint must be an existing file or directory, got .*nowhere"):
-        load_pretrained(tmp_path / "nowhere.ckpt")
+        load_encoder(tmp_path / "nowhere.ckpt")
     (tmp_path / "weights.bin").write_text("x")
     with pytest.raises(UserError, match="must be a .ckpt, .pth, .pt file"):
-        load_pretrained(tmp_path / "weights.bin")
+        load_encoder(tmp_path / "weights.bin")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated"])
@@ -201,7 +202,7 @@ def test_damaged_files_are_named_with_their_size(tmp_path, content):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content == "truncated" else content)
     with pytest.raises(UserError, match=r"written by torch.save, got \d+ bytes .* truncated") as caught:
-        load_pretrained(path)
+        load_encoder(path)
     assert "\n" not in str(caught.value)
 
 
@@ -219,10 +220,10 @@ def test_files_with_code_are_refused_unread(tmp_path):
     payload = Payload(tmp_path / "was-run")
     path = write(tmp_path, Method(), payload=payload)
     with pytest.raises(UserError, match="can run code"):
-        load_pretrained(path)
+        load_encoder(path)
     path.write_bytes(pickle.dumps(payload, protocol=2))
     with pytest.raises(UserError, match="can run code"):
-        load_pretrained(path)
+        load_encoder(path)
     assert not (tmp_path / "was-run").exists()
     pickle.loads(pickle.dumps(payload)).close()
     assert (tmp_path / "was-run").exists(), "the payload itself should work"
@@ -234,17 +235,17 @@ def test_a_checkpoint_without_an_encoder_says_what_it_has(tmp_path):
         {"state_dict": {"momentum.weight": torch.ones(1), "head.bias": torch.ones(1)}}, tmp_path / "a.ckpt"
     )
     with pytest.raises(UserError, match=r"keys 'backbone.\*', got head, momentum"):
-        load_pretrained(tmp_path)
+        load_encoder(tmp_path)
     torch.save([1, 2], tmp_path / "a.ckpt")
     with pytest.raises(UserError, match="a dictionary with a state_dict, got 'list'"):
-        load_pretrained(tmp_path)
+        load_encoder(tmp_path)
 
 
 def test_a_broken_args_json_is_named(tmp_path):
     path = write(tmp_path, Method())
     (tmp_path / "args.json").write_text('{"method":')
     with pytest.raises(UserError, match="args.json must be readable JSON"):
-        load_pretrained(path)
+        load_encoder(path)
 
 
 def test_a_timm_model_with_a_hidden_layer_comes_back(tmp_path):
@@ -255,6 +256,6 @@ def test_a_timm_model_with_a_hidden_layer_comes_back(tmp_path):
     )
     args = {"backbone": {"name": "mobilenetv3_small_050"}, "augmentations": [{"crop_size": 32}]}
     (tmp_path / "args.json").write_text(json.dumps(args))
-    loaded = load_pretrained(tmp_path)
+    loaded = load_encoder(tmp_path)
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(loaded.backbone(x), encoder(x))

@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from metamask_plugin.cli.linear import run
-from metamask_plugin.evaluation.checkpoints import load_pretrained
+from metamask_plugin.evaluation.encoder import load_encoder
 from metamask_plugin.evaluation.finetune import FineTuneProtocol, FineTuneResult, simclr_protocol
 
 
@@ -46,8 +46,8 @@ def test_files_hold_the_numbers_and_a_network_that_is_read_again(run_folder, cap
     out = capsys.readouterr().out
     assert f"{result.acc1_last:.2f}" in out and f"{result.images} of 1297 training images" in out
 
-    tuned = load_pretrained(folder / "finetuned.pt", "conv4", 16, {"width": 4}, host="embedded").backbone
-    trained = load_pretrained(run_folder).backbone
+    tuned = load_encoder(folder / "finetuned.pt", "conv4", 16, {"width": 4}, host="embedded").backbone
+    trained = load_encoder(run_folder).backbone
     key, weight = next(iter(tuned.state_dict().items()))
     assert torch.equal(weight, result.state_dict[f"backbone.{key}"])
     assert not torch.equal(weight, trained.state_dict()[key])

@@ -14,7 +14,7 @@ from metamask_plugin.cli import umap as cli
 from metamask_plugin.cli.umap import drawn_images, main, parse_args, run
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation import maps
-from metamask_plugin.evaluation.checkpoints import load_pretrained
+from metamask_plugin.evaluation.encoder import load_encoder
 from metamask_plugin.evaluation.features import extract_features
 from metamask_plugin.evaluation.labelled_data import LabelledData
 from metamask_plugin.evaluation.maps import class_maps, embed
@@ -100,7 +100,7 @@ def test_the_maps_show_the_features_of_the_drawn_images(run_folder, tmp_path, in
     assert written == [tmp_path / "maps" / "of" / f"umap_{split}.png" for split in ("train", "test")]
     assert [path for path, _ in figures] == written
     assert written[0].parent.is_dir()
-    loaded, data = load_pretrained(run_folder), LabelledData(DIGITS, 16)
+    loaded, data = load_encoder(run_folder), LabelledData(DIGITS, 16)
     for (_, figure), split in zip(figures, ("train", "test")):
         feats = extract_features(loaded.backbone, data.evaluation_loader(split)).feats
         unmasked, masked = figure.axes

@@ -14,8 +14,9 @@ from solo_checkout import REPOSITORY, ROOT, needs_solo_learn, under_solo
 
 from metamask_plugin.cli import foreground, knn, linear
 from metamask_plugin.errors import UserError
-from metamask_plugin.evaluation.checkpoints import find_checkpoint, load_pretrained, read_args, recorded_host
-from metamask_plugin.modules.solo_encoders import IN_TIMM
+from metamask_plugin.evaluation.checkpoints import find_checkpoint, read_args, recorded_host
+from metamask_plugin.evaluation.encoder import load_encoder
+from metamask_plugin.host.solo_networks import IN_TIMM
 
 pytestmark = needs_solo_learn
 
@@ -139,14 +140,14 @@ with torch.no_grad():
 LOAD = """
 import json, sys
 import torch
-from metamask_plugin.evaluation.checkpoints import load_pretrained
-from metamask_plugin.host.solo_backbones import solo_factories
+from metamask_plugin.evaluation.encoder import load_encoder
+import metamask_plugin.host
 
 torch.set_num_threads(1)
 with torch.no_grad():
     for folder in sys.argv[1:]:
         reference = torch.load(folder + "/../reference.pt")
-        feats = load_pretrained(folder, solo_factories=solo_factories).backbone(reference["probe"])
+        feats = load_encoder(folder).backbone(reference["probe"])
         print("RESULT", torch.equal(feats, reference["feats"]))
 """
 
@@ -184,7 +185,7 @@ def runs(tmp_path_factory):
 def features(folder, **options):
     reference = torch.load(folder.parent / "reference.pt")
     with torch.no_grad():
-        return load_pretrained(folder, **options).backbone(reference["probe"]), reference["feats"]
+        return load_encoder(folder, **options).backbone(reference["probe"]), reference["feats"]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -207,7 +208,7 @@ def test_with_solo_learn_all_of_them_are(runs):
 @pytest.mark.parametrize("name", ONLY_THERE)
 def test_networks_of_solo_learns_own_are_asked_for(runs, name):
     with pytest.raises(UserError, match="solo-learn for backbone.name=.* must be importable"):
-        load_pretrained(runs[name]["folder"])
+        load_encoder(runs[name]["folder"])
 
 
 def test_the_hosts_networks_differ_and_args_json_tells_them_apart(runs):
@@ -223,7 +224,7 @@ def test_what_a_schedule_with_a_fixed_rate_leaves_is_not_read(runs):
     folder = runs["simsiam"]["folder"]
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):
         torch.load(find_checkpoint(folder), weights_only=True)
-    ours = load_pretrained(folder).backbone.state_dict()
+    ours = load_encoder(folder).backbone.state_dict()
     # written as the error for other objects advises
     theirs = torch.load(folder.parent / "weights.pth", weights_only=True)["state_dict"]
     assert all(torch.equal(value, theirs[f"backbone.{key}"]) for key, value in ours.items())
@@ -264,9 +265,10 @@ def test_main_foreground_reads_a_run_of_solo_learns(runs, tmp_path):
 @pytest.mark.slow
 def test_every_name_in_the_table_is_the_same_network_there():
     script = """
+from unittest import mock
 import torch
-from metamask_plugin.host.solo_backbones import solo_factories
-from metamask_plugin.modules.solo_encoders import IN_TIMM, build_solo_encoder
+from metamask_plugin.evaluation.encoder import network_of
+from metamask_plugin.host.solo_networks import IN_TIMM, solo_factories
 
 torch.set_num_threads(1)
 side = {"vit": 32, "swin": 64, "convnext": 32}
@@ -276,8 +278,9 @@ for name in IN_TIMM:
         continue
     options = {"swin": {"img_size": 64, "window_size": 2}, "vit": {"img_size": 32}}.get(kind, {})
     for method in ("simclr", "mocov3", "mae") if kind == "vit" else ("simclr",):
-        theirs = build_solo_encoder(name, method, False, solo_factories, **options).eval()
-        ours = build_solo_encoder(name, method, False, **options).eval()
+        theirs = solo_factories()[name](method, **options).eval()
+        with mock.patch("metamask_plugin.host.solo_networks.solo_factories", dict):
+            ours = network_of(name, side[kind], options, "solo", method, {}).eval()
         ours.load_state_dict(theirs.state_dict(), strict=True)
         x = torch.randn(2, 3, side[kind], side[kind])
         with torch.no_grad():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from metamask_plugin.evaluation.checksums import content_digest
+from metamask_plugin.evaluation.checkpoints import content_digest
 from metamask_plugin.evaluation.files import read_json, remove_unfinished, replacing, write_whole
 
 ROOT = Path(__file__).resolve().parents[2]

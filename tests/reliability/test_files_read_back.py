@@ -10,8 +10,7 @@ from refusals import refused
 
 from metamask_plugin.cli import foreground, knn, linear, umap
 from metamask_plugin.errors import UserError
-from metamask_plugin.evaluation.checkpoints import Pretrained, load_pretrained
-from metamask_plugin.evaluation.frozen_encoders import load_frozen
+from metamask_plugin.evaluation.encoder import Encoder, load_encoder
 from metamask_plugin.modules.encoders import build_encoder
 
 ARGS = {
@@ -133,9 +132,8 @@ def test_a_mask_that_is_not_finite_is_refused(run, capsys, weight):
     for reader in ("main_knn", "main_linear", "main_foreground"):
         line = last_line(reader, folder, capsys)
         assert "last.ckpt must be finite, got NaN or infinity for 1 of 32 dimensions" in line
-    for load in (load_pretrained, load_frozen):
-        with pytest.raises(UserError, match="must be finite"):
-            load(folder)
+    with pytest.raises(UserError, match="must be finite"):
+        load_encoder(folder)
 
 
 BROKEN = {
@@ -170,7 +168,7 @@ def test_checkpoints_in_other_formats_say_what_they_hold(run, content, found):
     folder = run()
     torch.save(content, folder / "last.ckpt")
     with pytest.raises(UserError, match=found):
-        load_pretrained(folder)
+        load_encoder(folder)
 
 
 @pytest.mark.fault("encoders", source="huggingface/pytorch-image-models#597")
@@ -182,14 +180,14 @@ def test_an_evaluation_at_a_size_whose_border_is_not_seen(run, tmp_path):
     args = {"backbone": {"name": "test_vit", "kwargs": kwargs}, "augmentations": [{"crop_size": 64}]}
     folder = run(args)
     torch.save({"state_dict": state}, folder / "last.ckpt")
-    loaded = load_pretrained(folder)
+    loaded = load_encoder(folder)
     loaded.check_side(64)
     loaded.check_side(48)
     with pytest.raises(UserError, match="--crop_size must be a size that the encoder takes, got 40: Input"):
         loaded.check_side(40, "--crop_size")
     with pytest.raises(UserError, match="--crop_size must be a size whose border the encoder sees, got 28"):
-        Pretrained(other, None, args).check_side(28, "--crop_size")
+        Encoder(other, view={"crop_size": 64}).check_side(28, "--crop_size")
     path = tmp_path / "timm.pth"
     torch.save(encoder.state_dict(), path)
     with pytest.raises(UserError, match="crop_size must be a size that the encoder takes, got 72"):
-        load_frozen(f"timm:test_vit={path}", image_size=72)
+        load_encoder(f"timm:test_vit={path}", image_size=72)

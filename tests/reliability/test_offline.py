@@ -13,7 +13,7 @@ from composing import composed
 
 from metamask_plugin.cli import pretrain
 from metamask_plugin.errors import UserError
-from metamask_plugin.evaluation.frozen_encoders import load_frozen
+from metamask_plugin.evaluation.encoder import load_encoder
 from metamask_plugin.modules import timm_networks
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -91,7 +91,7 @@ def no_network(monkeypatch, tmp_path):
 def test_weights_of_timm_that_cannot_be_fetched_are_one_line_and_soon(no_network):
     started = time.monotonic()
     with pytest.raises(UserError, match="must have weights that can be fetched from here") as caught:
-        load_frozen("timm:resnet18")
+        load_encoder("timm:resnet18")
     assert time.monotonic() - started < 15
     assert "\n" not in str(caught.value) and "timm:resnet18=<file>" in str(caught.value)
 

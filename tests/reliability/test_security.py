@@ -12,8 +12,8 @@ from refusals import refused
 
 from metamask_plugin.cli import foreground, knn, linear, pretrain, umap
 from metamask_plugin.errors import UserError
-from metamask_plugin.evaluation.checkpoints import load_pretrained, read_checkpoint
-from metamask_plugin.evaluation.frozen_encoders import load_frozen
+from metamask_plugin.evaluation.checkpoints import read_checkpoint
+from metamask_plugin.evaluation.encoder import load_encoder
 from metamask_plugin.modules.encoders import build_encoder
 
 ARGS = {
@@ -65,7 +65,7 @@ def test_the_files_are_as_dangerous_as_they_are_said_to_be(tmp_path, shape):
 def test_no_shape_of_a_checkpoint_runs(tmp_path, canary, shape):
     path = placed(tmp_path, RUNNING[shape](canary))
     with pytest.raises(UserError) as caught:
-        load_pretrained(path)
+        load_encoder(path)
     assert "\n" not in str(caught.value)
 
 
@@ -74,7 +74,7 @@ def test_no_shape_of_a_checkpoint_runs(tmp_path, canary, shape):
 def test_what_is_no_checkpoint_is_one_line(tmp_path, shape):
     path = placed(tmp_path, BROKEN[shape])
     with pytest.raises(UserError) as caught:
-        load_pretrained(path)
+        load_encoder(path)
     assert "\n" not in str(caught.value)
 
 
@@ -109,7 +109,7 @@ def test_no_command_runs_a_checkpoint(tmp_path, canary, monkeypatch, capsys, com
 def test_no_weights_for_timm_run(tmp_path, canary, suffix):
     path = placed(tmp_path, RUNNING["zip"](canary), f"weights{suffix}")
     with pytest.raises(UserError) as caught:
-        load_frozen(f"timm:test_vit={path}")
+        load_encoder(f"timm:test_vit={path}")
     assert "\n" not in str(caught.value)
 
 
@@ -167,7 +167,7 @@ def test_a_run_folders_args_json_names_no_other_file_to_load(tmp_path, canary, k
     args = {**ARGS, "host": host, "backbone": {"name": "test_efficientnet", "kwargs": kwargs}}
     (path.parent / "args.json").write_text(json.dumps(args))
     with pytest.raises(UserError, match=f"backbone.kwargs must be without .*{key}"):
-        load_pretrained(path)
+        load_encoder(path)
 
 
 @security

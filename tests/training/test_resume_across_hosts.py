@@ -8,6 +8,7 @@ from method_config import bare_config
 from omegaconf import OmegaConf
 from torch import nn
 
+import metamask_plugin.host  # noqa: F401  (solo-learn's networks)
 from metamask_plugin.errors import UserError
 from metamask_plugin.modules.encoders import build_encoder
 from metamask_plugin.training.resume import check_resumable

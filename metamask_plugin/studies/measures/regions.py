@@ -21,12 +21,11 @@ def regions(
     subject.data.require_boxes()
 
     def rows(checkpoint: str) -> list[dict[str, Any]]:
-        pretrained = subject.encoders[checkpoint]
-        trained_on = (pretrained.args.get("data") or {}).get("region") or "full"
+        encoder = subject.encoders[checkpoint]
         found = region_accuracies(
-            pretrained.backbone,
+            encoder.backbone,
             lambda split, region: subject.data.evaluation_loader(split, region=region, form=form),
-            trained_on,
+            encoder.trained_on,
             fit_on,
             k,
             protocol=protocol,

@@ -6,6 +6,8 @@ for some methods. Here the ResNets are built as it builds them, and the others a
 them key for key; what timm does not have comes from solo-learn's own factories, where it is installed.
 """
 
+import importlib.util
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,12 +15,9 @@ from timm.models import convnext, swin_transformer, vision_transformer
 from torch import nn
 
 from metamask_plugin.errors import UserError, check
+from metamask_plugin.evaluation.encoder import AMBIGUOUS, BUILDERS
 from metamask_plugin.modules.encoders import ENCODERS, build_encoder
 
-Factories = Callable[[], Mapping[str, Callable[..., nn.Module]]]
-"""Gives solo-learn's factories by name, ``factory(method, **kwargs)``; an empty mapping without it."""
-
-RESNETS = ("resnet18", "resnet50")
 SIZES = ("tiny", "small", "base", "large")
 # timm's functions, not its names: solo-learn, once imported, puts its own networks under some of these
 IN_TIMM: dict[str, Callable[..., nn.Module]] = {
@@ -42,21 +41,32 @@ DEFAULT_SIZE = 32
 """Side in pixels for which ``conv4``, ``conv`` and ``fc`` are built under solo-learn, which names none."""
 
 
+def solo_factories() -> Mapping[str, Callable[..., nn.Module]]:
+    """solo-learn's factories by backbone name, ``factory(method, **kwargs)``; empty where it is not there.
+
+    Imports solo-learn, so it is called only where a checkpoint needs it.
+    """
+    if importlib.util.find_spec("solo") is None:
+        return {}
+    try:
+        from solo import backbones
+    except Exception as error:  # whatever breaks another package's import is a reason, not our crash
+        warnings.warn(f"solo-learn's backbones are not used: {type(error).__name__}: {error}", stacklevel=2)
+        return {}
+    return {name: getattr(backbones, name) for name in backbones.__all__}
+
+
 def build_solo_encoder(
-    name: str,
-    method: str | None,
-    small_stem: bool,
-    factories: Factories | None = None,
-    **kwargs: Any,
+    name: str, image_size: int, method: str | None, small_stem: bool, kwargs: Mapping[str, Any]
 ) -> nn.Module:
     """Builds the network that solo-learn, as the host, calls ``name``; random weights.
 
     Args:
         name: ``backbone.name`` of the training.
+        image_size: of no effect, as solo-learn does not tell it to its factories.
         method: its ``method``, on which solo-learn's ViTs depend.
         small_stem: for ResNets, whether the first convolution is 3x3, which solo-learn makes it for
             CIFAR-10 and CIFAR-100 alone, whatever the size of the images.
-        factories: gives solo-learn's own factories.
         kwargs: its ``backbone.kwargs``.
 
     Returns:
@@ -64,8 +74,14 @@ def build_solo_encoder(
 
     Raises:
         UserError: for a name or arguments without a network, or where solo-learn is needed to build it.
+
+    Example:
+        >>> network = build_solo_encoder("resnet18", 32, "byol", small_stem=True, kwargs={})
+        >>> network.conv1.padding  # ours has (1, 1)
+        (2, 2)
     """
-    if name in RESNETS:
+    kwargs = dict(kwargs)
+    if name in AMBIGUOUS:
         kwargs.setdefault("stem", "solo_cifar" if small_stem else "imagenet")
         return build_encoder(name, DEFAULT_SIZE, **kwargs)
     if name in ENCODERS:
@@ -73,12 +89,14 @@ def build_solo_encoder(
     if name.startswith("vit_"):
         remedy = "main_linear.py: pretrain_method"
         check(method is not None, "method", f"given, as solo-learn's {name} depends on it", None, remedy)
-    own = factories() if factories is not None else {}
+    own = solo_factories()
     try:
         if name in own:
             return own[name](method, **kwargs)
         if name in IN_TIMM:
-            return _in_timm(name, method, **kwargs)
+            heads = 16 if name == "vit_large" else 12
+            own_vit = {"num_heads": heads} if name.startswith("vit_") and method in OWN_VIT else {}
+            return IN_TIMM[name](**{"num_classes": 0, **own_vit, **kwargs})
     except TypeError as error:
         raise UserError(f"backbone.kwargs do not fit solo-learn's {name!r}: {error}") from error
     check(
@@ -91,7 +109,4 @@ def build_solo_encoder(
     return build_encoder(name, kwargs.pop("image_size", DEFAULT_SIZE), **kwargs)
 
 
-def _in_timm(name: str, method: str | None, **kwargs: Any) -> nn.Module:
-    if name.startswith("vit_") and method in OWN_VIT:
-        kwargs = {"num_heads": 16 if name == "vit_large" else 12, **kwargs}
-    return IN_TIMM[name](**{"num_classes": 0, **kwargs})
+BUILDERS["solo"] = build_solo_encoder

@@ -1,6 +1,4 @@
-"""Frozen encoders: what a line names is what comes back, and what cannot be had says why."""
-
-import json
+"""timm's encoders: what a line names is what comes back, and what cannot be had says why."""
 
 import pytest
 import timm
@@ -8,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from metamask_plugin.errors import UserError
-from metamask_plugin.evaluation.frozen_encoders import load_frozen
+from metamask_plugin.evaluation.encoder import load_encoder
 from metamask_plugin.modules import timm_networks
 
 MODEL = "test_efficientnet"
@@ -28,30 +26,6 @@ def images(size):
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def test_a_run_folder_gives_encoder_mask_and_what_its_config_says(run_folder):
-    args = json.loads((run_folder / "args.json").read_text())
-    args["name"] = "digits"
-    args["augmentations"][0].update(mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.2])
-    (run_folder / "args.json").write_text(json.dumps(args))
-    encoder = load_frozen(run_folder)
-    assert encoder.backbone(images(16)).shape == (2, 32)
-    assert encoder.mask[:16].all()
-    assert not encoder.mask[16:].any()
-    assert (encoder.title, encoder.image_size) == ("digits", 16)
-    assert (encoder.mean, encoder.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
-    assert encoder.path == run_folder / "last.ckpt"
-    assert load_frozen(run_folder / "last.ckpt", title="mine").title == "mine"
-
-
-def test_without_a_config_the_options_of_checkpoints_say_it(run_folder):
-    (run_folder / "args.json").unlink()
-    settings = {"backbone_name": "conv4", "backbone_kwargs": {"width": 4}}
-    encoder = load_frozen(run_folder, image_size=16, **settings)
-    assert (encoder.title, encoder.image_size, encoder.mean) == ("run", 16, None)
-    with pytest.raises(UserError, match=r"backbone\.name must be given"):
-        load_frozen(run_folder)
-
-
 @pytest.mark.parametrize("suffix", ["pth", "pt", "safetensors"])
 @pytest.mark.parametrize("layout", ["plain", "state_dict", "module"])
 def test_timm_weights_of_a_file_without_the_classifier(tmp_path, model, suffix, layout):
@@ -63,15 +37,15 @@ def test_timm_weights_of_a_file_without_the_classifier(tmp_path, model, suffix, 
         save_file(state, path)
     else:
         torch.save(state if layout == "plain" else {"state_dict": state, "epoch": 3}, path)
-    encoder = load_frozen(f"timm:{MODEL}={path}")
+    encoder = load_encoder(f"timm:{MODEL}={path}")
     x = images(64)
     expected = model.forward_head(model.forward_features(x), pre_logits=True)
     assert torch.equal(encoder.backbone(x), expected)
     assert not encoder.backbone.training
     assert encoder.mask is None
     cfg = model.pretrained_cfg
-    assert (encoder.image_size, encoder.title, encoder.path) == (cfg["input_size"][-1], MODEL, path)
-    assert (encoder.mean, encoder.std) == (tuple(cfg["mean"]), tuple(cfg["std"]))
+    assert encoder.view == {"crop_size": cfg["input_size"][-1], "mean": cfg["mean"], "std": cfg["std"]}
+    assert (encoder.dim, encoder.path, encoder.args) == (expected.shape[1], path, {})
 
 
 def test_fetched_weights_are_asked_for_and_images_may_have_another_size(monkeypatch):
@@ -84,12 +58,12 @@ def test_fetched_weights_are_asked_for_and_images_may_have_another_size(monkeypa
 
     monkeypatch.setattr(timm, "create_model", fetched)
     monkeypatch.setattr(timm_networks, "_check_fetchable", lambda name, setting: None)
-    encoder = load_frozen("timm:test_vit.r160_in1k", image_size=64)
+    encoder = load_encoder("timm:test_vit.r160_in1k", image_size=64)
     model = {"name": "test_vit.r160_in1k", "num_classes": 0, "img_size": 64}
     # once with weights, then to measure the width of its features
     assert asked == [{**model, "pretrained": True}, {**model, "pretrained": False}]
-    assert encoder.image_size == 64
-    assert encoder.backbone(images(64)).ndim == 2
+    assert encoder.view["crop_size"] == 64
+    assert encoder.backbone(images(64)).shape == (2, encoder.dim)
     assert encoder.path is None
 
 
@@ -100,7 +74,7 @@ def test_without_a_network_one_line_says_to_give_a_file(monkeypatch):
     monkeypatch.setattr(timm, "create_model", offline)
     monkeypatch.setattr(timm_networks, "_check_fetchable", lambda name, setting: None)
     with pytest.raises(UserError, match=f"give them as a file: timm:{MODEL}=<file>") as caught:
-        load_frozen(f"timm:{MODEL}.r160_in1k")
+        load_encoder(f"timm:{MODEL}.r160_in1k")
     assert "cannot reach the hub" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -109,25 +83,25 @@ def test_weights_that_do_not_fit_are_refused_by_their_first_key(tmp_path, model)
     state = model.state_dict()
     first = next(iter(state))
     for change, message in (
-        (lambda s: s.pop(first), f"{first} .* is missing, and 0 more"),
-        (lambda s: s.update(other=torch.ones(1)), "other is not part of the model"),
-        (lambda s: s.update({first: torch.ones(2)}), rf"{first} is \(2,\) in the file"),
+        (lambda s: s.pop(first), f"{first} .* is missing"),
+        (lambda s: s.update(other=torch.ones(1)), r"other \(1,\) is not part of the encoder"),
+        (lambda s: s.update({first: torch.ones(2)}), rf"{first} is \(2,\) in the checkpoint"),
     ):
         changed = dict(state)
         change(changed)
         torch.save(changed, tmp_path / "changed.pth")
         with pytest.raises(UserError, match=message) as caught:
-            load_frozen(f"timm:{MODEL}={tmp_path / 'changed.pth'}")
+            load_encoder(f"timm:{MODEL}={tmp_path / 'changed.pth'}")
         assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_model_no_file_or_no_weights_is_refused(tmp_path, run_folder):
+def test_what_is_no_model_no_file_or_no_weights_is_refused(tmp_path):
     with pytest.raises(UserError, match="did you mean 'resnet18'"):
-        load_frozen("timm:resnet1888")
+        load_encoder("timm:resnet1888")
     with pytest.raises(UserError, match=r"any name in timm\.list_models"):
-        load_frozen("timm:")
+        load_encoder("timm:")
     with pytest.raises(UserError, match="timm weights must be an existing file"):
-        load_frozen(f"timm:{MODEL}={tmp_path / 'none.pth'}")
+        load_encoder(f"timm:{MODEL}={tmp_path / 'none.pth'}")
     for name, content, message in (
         ("x.bin", b"x", "timm weights must be a .safetensors, .pth, .pt file"),
         ("x.safetensors", b"x", "timm weights must be a complete safetensors file"),
@@ -135,11 +109,9 @@ def test_what_is_no_model_no_file_or_no_weights_is_refused(tmp_path, run_folder)
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
-            load_frozen(f"timm:{MODEL}={tmp_path / name}")
+            load_encoder(f"timm:{MODEL}={tmp_path / name}")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(UserError, match="timm weights must be a state dict of tensors"):
-        load_frozen(f"timm:{MODEL}={tmp_path / 'empty.pth'}")
-    with pytest.raises(UserError, match="options of a timm model must be title and image_size only"):
-        load_frozen(f"timm:{MODEL}", host="solo")
-    with pytest.raises(UserError, match="checkpoint must be an existing file or directory"):
-        load_frozen(tmp_path / "nowhere")
+        load_encoder(f"timm:{MODEL}={tmp_path / 'empty.pth'}")
+    with pytest.raises(UserError, match="options of a timm model must be image_size only"):
+        load_encoder(f"timm:{MODEL}", host="solo")

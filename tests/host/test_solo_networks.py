@@ -5,8 +5,18 @@ import torch
 from torch import nn
 
 from metamask_plugin.errors import UserError
+from metamask_plugin.host import solo_networks
+from metamask_plugin.host.solo_networks import IN_TIMM, NOT_IN_TIMM
 from metamask_plugin.modules.encoders import build_encoder
-from metamask_plugin.modules.solo_encoders import IN_TIMM, NOT_IN_TIMM, build_solo_encoder
+
+
+@pytest.fixture(autouse=True)
+def without_solo_learn(monkeypatch):
+    monkeypatch.setattr(solo_networks, "solo_factories", dict)
+
+
+def build_solo_encoder(name, method, small_stem, **kwargs):
+    return solo_networks.build_solo_encoder(name, 224, method, small_stem, kwargs)
 
 
 @pytest.mark.parametrize(("small", "kernel", "side"), [(True, (3, 3), 34), (False, (7, 7), 16)])
@@ -31,14 +41,15 @@ def test_a_vit_has_the_heads_of_its_method(method, heads):
     assert network(torch.randn(1, 3, 32, 32)).shape == (1, network.num_features)
 
 
-def test_solo_learns_own_factories_come_first():
+def test_solo_learns_own_factories_come_first(monkeypatch):
     asked = []
 
     def vit_tiny(method, **kwargs):
         asked.append((method, kwargs))
         return nn.Linear(1, 1)
 
-    network = build_solo_encoder("vit_tiny", "dino", False, lambda: {"vit_tiny": vit_tiny}, img_size=32)
+    monkeypatch.setattr(solo_networks, "solo_factories", lambda: {"vit_tiny": vit_tiny})
+    network = build_solo_encoder("vit_tiny", "dino", False, img_size=32)
     assert isinstance(network, nn.Linear) and asked == [("dino", {"img_size": 32})]
 
 
@@ -54,7 +65,7 @@ def test_solo_learns_own_factories_come_first():
 )
 def test_wrong_input(name, method, kwargs, message):
     with pytest.raises(UserError, match=message):
-        build_solo_encoder(name, method, False, dict, **kwargs)
+        build_solo_encoder(name, method, False, **kwargs)
 
 
 def test_no_name_is_in_both_lists():
