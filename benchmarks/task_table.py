@@ -82,10 +82,10 @@ def evaluate(folder: Path, cfg, seed: int) -> dict[str, float]:
     from metamask_plugin.evaluation.encoder import load_encoder
     from metamask_plugin.evaluation.features import extract_features, feature_std
     from metamask_plugin.evaluation.knn import knn_table
+    from metamask_plugin.evaluation.labelled_images import LabelledImages
     from metamask_plugin.evaluation.linear import linear_probe
-    from metamask_plugin.training.evaluation_data import EvaluationData
 
-    data = EvaluationData(PretrainDataModule(load_dataset(cfg.data), cfg))
+    data = LabelledImages.of_run(PretrainDataModule(load_dataset(cfg.data), cfg))
     backbone = load_encoder(folder).backbone
     train, test = (extract_features(backbone, data.evaluation_loader(split)) for split in ("train", "test"))
     knn = knn_table(train, test, ks=(5,), temperature=cfg.evaluation.knn.temperature)

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from metamask_plugin.evaluation.encoder import Encoder, load_encoder
 from metamask_plugin.evaluation.features import Features, extract_features
-from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
+from metamask_plugin.evaluation.labelled_images import LabelledImages, merged_data
 
 
 def pretrained_encoder(args: argparse.Namespace) -> Encoder:
@@ -23,7 +23,7 @@ def pretrained_encoder(args: argparse.Namespace) -> Encoder:
     )
 
 
-def labelled_data(args: argparse.Namespace, pretrained: Encoder) -> LabelledData:
+def labelled_data(args: argparse.Namespace, pretrained: Encoder) -> LabelledImages:
     """The images to extract features of."""
     given = {
         "dataset": args.dataset,
@@ -38,7 +38,7 @@ def labelled_data(args: argparse.Namespace, pretrained: Encoder) -> LabelledData
     entry = pretrained.view
     if args.crop_size:
         pretrained.check_side(args.crop_size, "--crop_size")
-    return LabelledData(
+    return LabelledImages.read(
         merged_data(pretrained.args, given),
         args.crop_size or entry.get("crop_size"),
         args.mean or entry.get("mean"),

@@ -22,7 +22,7 @@ from metamask_plugin.evaluation.checkpoints import find_checkpoint, read_args
 from metamask_plugin.evaluation.encoder import load_encoder
 from metamask_plugin.evaluation.figures import save
 from metamask_plugin.evaluation.knn import within_bank
-from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
+from metamask_plugin.evaluation.labelled_images import LabelledImages, merged_data
 from metamask_plugin.evaluation.linear import PROTOCOLS
 from metamask_plugin.evaluation.regions import FIT_ON, SETTINGS, region_accuracies, summarise_seeds
 from metamask_plugin.evaluation.report import format_table, write_summary
@@ -171,19 +171,19 @@ def _form(asked: str | None, runs: Sequence[Run]) -> str:
     return choose("--form", forms[0], FORMS)
 
 
-def _images(data: LabelledData, form: str, split: str, region: str) -> tqdm:
+def _images(data: LabelledImages, form: str, split: str, region: str) -> tqdm:
     """Batches of images, with a bar on a terminal."""
     loader = data.evaluation_loader(split, region=region, form=form)
     return tqdm(loader, f"{region} {split} features", leave=False, disable=not sys.stderr.isatty())
 
 
 def _test(runs: Sequence[Run], form: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    loaded: dict[str, LabelledData] = {}
+    loaded: dict[str, LabelledImages] = {}
     device = "cuda" if torch.cuda.is_available() else None
     rows = []
     for run in runs:
         if run.data_key not in loaded:
-            data = LabelledData(run.data, **run.view, batch_size=args.batch_size)
+            data = LabelledImages.read(run.data, **run.view, batch_size=args.batch_size)
             data.require_boxes()
             sizes = f"{data.sizes['test']} test and {data.sizes['train']} training images"
             print(f"{run.data['dataset']}: {sizes}", flush=True)

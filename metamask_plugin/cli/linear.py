@@ -31,7 +31,7 @@ from metamask_plugin.evaluation.finetune import (
     labelled_subset,
     simclr_protocol,
 )
-from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
+from metamask_plugin.evaluation.labelled_images import LabelledImages, merged_data
 from metamask_plugin.evaluation.linear import PROTOCOLS, LinearProtocol, LinearResult, linear_probe
 from metamask_plugin.evaluation.report import format_table, write_summary
 
@@ -233,7 +233,7 @@ def _data_node(cfg: DictConfig, pretrained: Encoder) -> tuple[dict[str, Any], di
     return merged_data(pretrained.args, given), view
 
 
-def _data(pretrained: Encoder, node: dict[str, Any], view: dict[str, Any]) -> LabelledData:
+def _data(pretrained: Encoder, node: dict[str, Any], view: dict[str, Any]) -> LabelledImages:
     crop_size = view.get("crop_size")
     check(
         isinstance(crop_size, int) and crop_size >= 1,
@@ -242,10 +242,10 @@ def _data(pretrained: Encoder, node: dict[str, Any], view: dict[str, Any]) -> La
         crop_size,
     )
     pretrained.check_side(crop_size, "data.augmentations.crop_size")
-    return LabelledData(node, crop_size, view.get("mean"), view.get("std"))
+    return LabelledImages.read(node, crop_size, view.get("mean"), view.get("std"))
 
 
-def _extract(pretrained: Encoder, data: LabelledData, split: str, device: torch.device) -> Features:
+def _extract(pretrained: Encoder, data: LabelledImages, split: str, device: torch.device) -> Features:
     loader = data.evaluation_loader(split)
     with tqdm(total=len(loader), desc=f"{split} features", disable=not sys.stderr.isatty()) as bar:
         return extract_features(pretrained.backbone, loader, device, lambda done, total: bar.update())

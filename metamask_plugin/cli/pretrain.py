@@ -30,6 +30,7 @@ from metamask_plugin.data.worker_failure import worker_failure, worker_failures
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.knn import within_bank
+from metamask_plugin.evaluation.labelled_images import LabelledImages
 from metamask_plugin.methods import METHODS
 from metamask_plugin.signals import Preempted
 from metamask_plugin.training.callbacks import DataWait, History, NonFiniteReport, OnlineKNN, Progress
@@ -40,7 +41,6 @@ from metamask_plugin.training.checkpoints import (
     SettingsApply,
     WholeCheckpointIO,
 )
-from metamask_plugin.training.evaluation_data import EvaluationData
 from metamask_plugin.training.experiment import experiment_of
 from metamask_plugin.training.ranks import RankDraws, SameFolder, watched_ranks, with_timeout
 from metamask_plugin.training.report import evaluation_of, final_report
@@ -152,10 +152,10 @@ def _completed(
     cfg: DictConfig, start: Start, datamodule: PretrainDataModule, model: pl.LightningModule
 ) -> RunFolder:
     """Does what is left to do of a run: nothing, a report, or a training."""
-    folder, data = start.folder, EvaluationData(datamodule)
+    folder, data = start.folder, LabelledImages.of_run(datamodule)
     reported = cfg.evaluation.enabled and cfg.evaluation.final_report and data.available
     if cfg.evaluation.enabled and data.available:
-        ks = within_bank("evaluation.knn.k", cfg.evaluation.knn.k, data.bank)
+        ks = within_bank("evaluation.knn.k", cfg.evaluation.knn.k, data.sizes["train"])
         cfg = changed(cfg, "evaluation.knn.k", ks)
     evaluation = evaluation_of(cfg, data) if reported else None
     if folder.is_complete(cfg.checkpoint.enabled, evaluation):
@@ -199,7 +199,7 @@ def _quiet() -> None:
 
 
 def _callbacks(
-    cfg: DictConfig, start: Start, datamodule: PretrainDataModule, data: EvaluationData
+    cfg: DictConfig, start: Start, datamodule: PretrainDataModule, data: LabelledImages
 ) -> dict[str, Any]:
     """In the order in which they must run: record, save, measure, show."""
     folder, saved = start.folder, cfg.checkpoint if cfg.checkpoint.enabled else {}

@@ -25,7 +25,7 @@ from metamask_plugin.data.loaders import TrainingLoader
 from metamask_plugin.data.registry import FRACTION_SEED
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.evaluation.features import Features, Progress, extract_features
-from metamask_plugin.evaluation.labelled_data import LabelledData
+from metamask_plugin.evaluation.labelled_images import LabelledImages
 from metamask_plugin.evaluation.linear import LinearProtocol, warn_of_divergence
 
 ALL = -1
@@ -160,7 +160,7 @@ def labelled_subset(
 
 def finetune(
     backbone: nn.Module,
-    data: LabelledData,
+    data: LabelledImages,
     fraction: float = ALL,
     protocol: FineTuneProtocol | None = None,
     seed: int = 0,
@@ -273,7 +273,7 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def _with_classifier(backbone: nn.Module, data: LabelledData, device: torch.device) -> nn.Sequential:
+def _with_classifier(backbone: nn.Module, data: LabelledImages, device: torch.device) -> nn.Sequential:
     network = copy.deepcopy(backbone).to(device)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         network.requires_grad_(True)

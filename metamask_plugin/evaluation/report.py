@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from metamask_plugin.errors import printable
 from metamask_plugin.evaluation.features import Features, extract_features, raw_pixels
 from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.knn import knn_predict, knn_table, masked_features, vote_temperature
+from metamask_plugin.evaluation.labelled_images import LabelledImages
 from metamask_plugin.evaluation.linear import LinearProtocol, linear_probe
 
 RAW_PIXELS = "raw pixels"
@@ -21,15 +22,8 @@ ERROR = "_standard_error"
 """Ends the key of what is one."""
 
 
-class EvaluationData(Protocol):
-    """What is needed of a data module: loaders in a fixed order, split ``"train"`` or ``"test"``."""
-
-    def evaluation_loader(self, split: str, batch_size: int = 256):
-        """Iterates over normalised images (B, 3, s, s) and labels (B,)."""
-
-
 def evaluate_rows(
-    datamodule: EvaluationData,
+    images: LabelledImages,
     backbones: Mapping[str, nn.Module],
     masks: Mapping[str, torch.Tensor] | None = None,
     pixels: bool = True,
@@ -45,7 +39,7 @@ def evaluate_rows(
     """Evaluates raw pixels and encoders on the same data, by kNN and a probe.
 
     Args:
-        datamodule: gives the two splits.
+        images: training and test images.
         backbones: by the name of their row, e.g. ``"random initialisation"``.
         masks: effective mask weights (D,) by the same names; each adds a row ``"<name>, masked"``.
         pixels: whether the images themselves are the first row.
@@ -86,11 +80,10 @@ def evaluate_rows(
         rows.append(row)
 
     if pixels:
-        add(RAW_PIXELS, *(raw_pixels(datamodule.evaluation_loader(split)) for split in ("train", "test")))
+        add(RAW_PIXELS, *(raw_pixels(images.evaluation_loader(split)) for split in ("train", "test")))
     for name, backbone in backbones.items():
         train, test = (
-            extract_features(backbone, datamodule.evaluation_loader(split), device)
-            for split in ("train", "test")
+            extract_features(backbone, images.evaluation_loader(split), device) for split in ("train", "test")
         )
         add(name, train, test)
         if masks.get(name) is not None:

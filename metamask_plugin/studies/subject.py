@@ -15,7 +15,7 @@ from torch import nn
 from metamask_plugin.errors import check
 from metamask_plugin.evaluation.encoder import Encoder, load_encoder
 from metamask_plugin.evaluation.features import Features, extract_features
-from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
+from metamask_plugin.evaluation.labelled_images import LabelledImages, merged_data
 from metamask_plugin.training.run_folder import RunFolder
 
 ANEW = "remove that folder, and the trial is trained anew"
@@ -55,7 +55,7 @@ class Subject:
         title: str,
         seed: int,
         encoders: Mapping[str, Encoder],
-        data: LabelledData,
+        data: LabelledImages,
         folder: Path | None = None,
         model: nn.Module | None = None,
     ):
@@ -134,14 +134,14 @@ def _same(first: nn.Module, second: nn.Module) -> bool:
     return all(torch.equal(one, other) for one, other in pairs)
 
 
-def _labelled(encoder: Encoder, given: Mapping[str, Any]) -> LabelledData:
+def _labelled(encoder: Encoder, given: Mapping[str, Any]) -> LabelledImages:
     given = dict(given)
     view = {key: given.pop(key, None) or encoder.view.get(key) for key in ("crop_size", "mean", "std")}
     return _read(json.dumps([merged_data(encoder.args, given), view], sort_keys=True, default=str))
 
 
 @functools.lru_cache(maxsize=2)
-def _read(key: str) -> LabelledData:
+def _read(key: str) -> LabelledImages:
     """Trials of one process mostly share their images: these are read once."""
     data, view = json.loads(key)
-    return LabelledData(data, **view)
+    return LabelledImages.read(data, **view)

@@ -17,8 +17,8 @@ from metamask_plugin.errors import NonFiniteError
 from metamask_plugin.evaluation.features import extract_features
 from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.knn import knn_table
+from metamask_plugin.evaluation.labelled_images import LabelledImages
 from metamask_plugin.evaluation.report import write_summary
-from metamask_plugin.training.evaluation_data import EvaluationData
 from metamask_plugin.training.run_folder import RunFolder
 
 
@@ -225,7 +225,7 @@ class OnlineKNN(pl.Callback):
 
     def __init__(
         self,
-        data: EvaluationData,
+        data: LabelledImages,
         history: History,
         ks: Sequence[int],
         every_n_epochs: int,

@@ -16,6 +16,7 @@ from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation import figures, semantic_figures
 from metamask_plugin.evaluation.features import extract_features, feature_std
 from metamask_plugin.evaluation.files import write_whole
+from metamask_plugin.evaluation.labelled_images import LabelledImages
 from metamask_plugin.evaluation.linear import PROTOCOLS
 from metamask_plugin.evaluation.redundancy import similarity_figure
 from metamask_plugin.evaluation.regions import region_accuracies
@@ -29,14 +30,13 @@ from metamask_plugin.evaluation.report import (
 )
 from metamask_plugin.modules.encoder_split import EncoderSplit
 from metamask_plugin.training.callbacks import History
-from metamask_plugin.training.evaluation_data import EvaluationData
 from metamask_plugin.training.run_folder import RunFolder
 
 SEMANTIC_SAMPLES, SEMANTIC_IMAGES = 256, 3
 """Number of test images over which A's Gram matrix is averaged, and whose maps are drawn."""
 
 
-def evaluation_of(cfg: DictConfig, data: EvaluationData) -> dict[str, Any]:
+def evaluation_of(cfg: DictConfig, data: LabelledImages) -> dict[str, Any]:
     """The settings and test images that decide the numbers of an encoder's final report."""
     return {
         "knn": {"k": list(cfg.evaluation.knn.k), "temperature": cfg.evaluation.knn.temperature},
@@ -49,7 +49,7 @@ def evaluation_of(cfg: DictConfig, data: EvaluationData) -> dict[str, Any]:
 def final_report(
     cfg: DictConfig,
     folder: RunFolder,
-    data: EvaluationData,
+    data: LabelledImages,
     initial: pl.LightningModule,
     model: pl.LightningModule,
     history: History,
@@ -137,7 +137,7 @@ def final_report(
 
 def _regions(
     cfg: DictConfig,
-    data: EvaluationData,
+    data: LabelledImages,
     initial: pl.LightningModule,
     model: pl.LightningModule,
     device: torch.device,
@@ -179,7 +179,7 @@ def _draw(folder, data, initial, model, mask, history, before, after) -> list[st
 
 @torch.no_grad()
 def _semantic_pictures(
-    data: EvaluationData, initial: pl.LightningModule, model: pl.LightningModule
+    data: LabelledImages, initial: pl.LightningModule, model: pl.LightningModule
 ) -> dict[str, Figure]:
     """Maps of ICL-MSR's weight vectors, and their Gram matrices."""
     originals = data.samples(SEMANTIC_SAMPLES, model.original.crop_size)

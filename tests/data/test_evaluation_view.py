@@ -10,8 +10,7 @@ from torchvision import transforms
 from metamask_plugin.data import EvaluationView, FileImages, PretrainDataModule
 from metamask_plugin.data.registry import DATASETS, Dataset, evaluation_resize, load_dataset
 from metamask_plugin.errors import UserError
-from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
-from metamask_plugin.training.evaluation_data import EvaluationData
+from metamask_plugin.evaluation.labelled_images import LabelledImages, merged_data
 
 LARGE = ("imagenet", "imagenet100", "custom", "coco", "tiny_imagenet")
 
@@ -71,12 +70,14 @@ def test_training_and_evaluators_see_the_same(trees, pipeline, given):
     expected = EvaluationView(224, trained.dataset.mean, trained.dataset.std, given or 256)
     files = [FileImages.image(load_dataset(data).test, index) for index in range(2)]
     expected = torch.stack([expected(image) for image in files])
-    evaluated = LabelledData(merged_data({"data": data}, {"pipeline": pipeline, "num_workers": 0}), 224)
+    evaluated = LabelledImages.read(
+        merged_data({"data": data}, {"pipeline": pipeline, "num_workers": 0}), 224
+    )
     seen = [
         views(trained.val_dataloader()),
-        views(EvaluationData(trained).evaluation_loader("test")),
+        views(LabelledImages.of_run(trained).evaluation_loader("test")),
         views(evaluated.evaluation_loader("test")),
-        EvaluationData(trained).samples(2),
+        LabelledImages.of_run(trained).samples(2),
     ]
     tolerance = 0.03 if pipeline == "kornia" else 0  # rounded to whole grey levels
     for images in seen:
@@ -92,7 +93,7 @@ def test_another_data_set_has_its_own_resize():
 
 def test_small_images_are_bit_by_bit_as_ever():
     node = {"dataset": "digits", "kwargs": {"size": 32}}
-    found = LabelledData(node, 32)
+    found = LabelledImages.read(node, 32)
     assert isinstance(load_dataset(node), Dataset)
     split = found.images("test")
     images = views(found.evaluation_loader("test"))

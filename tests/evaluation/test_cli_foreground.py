@@ -13,7 +13,7 @@ from refusals import refused
 from metamask_plugin.cli import foreground
 from metamask_plugin.cli.foreground import main, parse_args, run
 from metamask_plugin.evaluation.encoder import load_encoder
-from metamask_plugin.evaluation.labelled_data import LabelledData
+from metamask_plugin.evaluation.labelled_images import LabelledImages
 from metamask_plugin.evaluation.regions import region_accuracies
 from metamask_plugin.modules.encoders import build_encoder
 
@@ -57,7 +57,7 @@ def summary_of(*argv):
 
 def test_rows_hold_what_the_functions_give_and_seeds_are_averaged(runs, tmp_path, capsys):
     summary = summary_of(*runs, "--protocol", "none", "--output", tmp_path / "out")
-    data, expected = LabelledData(DATA, 16), []
+    data, expected = LabelledImages.read(DATA, 16), []
     for folder, trained_on in zip(runs, ("full", "full", "foreground")):
         encoder = load_encoder(folder).backbone
         images = lambda split, region: data.evaluation_loader(split, region=region)  # noqa: E731

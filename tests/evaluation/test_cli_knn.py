@@ -12,7 +12,7 @@ from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.encoder import load_encoder
 from metamask_plugin.evaluation.features import extract_features
 from metamask_plugin.evaluation.knn import knn_accuracies, masked_features
-from metamask_plugin.evaluation.labelled_data import LabelledData
+from metamask_plugin.evaluation.labelled_images import LabelledImages
 from metamask_plugin.modules.encoders import build_encoder
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ def rows_of(*argv):
 def test_the_table_holds_what_the_functions_give(run_folder):
     rows = rows_of("--pretrained_checkpoint_dir", run_folder, "--k", 5, 20, "--temperature", 0.07, 0.2)
     loaded = load_encoder(run_folder)
-    data = LabelledData({"dataset": "digits", "kwargs": {"size": 16}}, 16)
+    data = LabelledImages.read({"dataset": "digits", "kwargs": {"size": 16}}, 16)
     pair = [extract_features(loaded.backbone, data.evaluation_loader(split)) for split in ("train", "test")]
     expected = []
     for kind in ("backbone", "masked"):

@@ -16,7 +16,7 @@ from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation import maps
 from metamask_plugin.evaluation.encoder import load_encoder
 from metamask_plugin.evaluation.features import extract_features
-from metamask_plugin.evaluation.labelled_data import LabelledData
+from metamask_plugin.evaluation.labelled_images import LabelledImages
 from metamask_plugin.evaluation.maps import class_maps, embed
 
 DIGITS = {"dataset": "digits", "kwargs": {"size": 16}}
@@ -100,7 +100,7 @@ def test_the_maps_show_the_features_of_the_drawn_images(run_folder, tmp_path, in
     assert written == [tmp_path / "maps" / "of" / f"umap_{split}.png" for split in ("train", "test")]
     assert [path for path, _ in figures] == written
     assert written[0].parent.is_dir()
-    loaded, data = load_encoder(run_folder), LabelledData(DIGITS, 16)
+    loaded, data = load_encoder(run_folder), LabelledImages.read(DIGITS, 16)
     for (_, figure), split in zip(figures, ("train", "test")):
         feats = extract_features(loaded.backbone, data.evaluation_loader(split)).feats
         unmasked, masked = figure.axes
@@ -138,7 +138,7 @@ def test_without_a_mask_there_is_one_map(run_folder, instant, monkeypatch):
 
 
 def test_the_seed_draws_the_images():
-    loader = LabelledData(DIGITS, 16, batch_size=30).evaluation_loader("test")
+    loader = LabelledImages.read(DIGITS, 16, batch_size=30).evaluation_loader("test")
 
     def labels(limit, seed):
         return torch.cat([y for _, y in drawn_images(loader, limit, seed)])

@@ -14,7 +14,7 @@ from metamask_plugin.data.loaders import EpochShuffle
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.features import extract_features
 from metamask_plugin.evaluation.finetune import FineTuneProtocol, finetune, labelled_subset, simclr_protocol
-from metamask_plugin.evaluation.labelled_data import LabelledData
+from metamask_plugin.evaluation.labelled_images import LabelledImages
 from metamask_plugin.evaluation.linear import linear_probe
 from metamask_plugin.modules.encoders import build_encoder
 
@@ -26,7 +26,7 @@ SHORT = FineTuneProtocol("sgd", lr=0.1, epochs=2, batch_size=32, scheduler="cosi
 
 @pytest.fixture(scope="module")
 def data():
-    return LabelledData(NODE, 16)
+    return LabelledImages.read(NODE, 16)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_an_untrained_encoder_learns_digits_and_more_than_a_probe_on_it(data, ba
     assert result.curve[result.best_epoch - 1] == result.acc1_best == max(result.curve)
     assert result.acc1_last < result.acc5_last <= 100
 
-    frozen = LabelledData({**NODE, "fraction": 0.3}, 16)
+    frozen = LabelledImages.read({**NODE, "fraction": 0.3}, 16)
     train, test = (extract_features(backbone, frozen.evaluation_loader(split)) for split in ("train", "test"))
     assert len(train.labels) == result.images, "the same fraction, the same images"
     assert linear_probe(train, test, 10, "fast").acc1_last < result.acc1_last - 5
@@ -154,7 +154,7 @@ def test_the_steps_are_those_of_a_plain_loop(data, backbone):
     tuned = finetune(backbone, data, 0.05, protocol, seed=2)
     chosen = labelled_subset(data.images("train"), 0.05)
     images = torch.cat(
-        [x for x, _ in LabelledData({**NODE, "fraction": 0.05}, 16).evaluation_loader("train")]
+        [x for x, _ in LabelledImages.read({**NODE, "fraction": 0.05}, 16).evaluation_loader("train")]
     )
     network = nn.Sequential(copy.deepcopy(backbone), nn.Linear(backbone.num_features, 10))
     nn.init.zeros_(network[1].weight)
@@ -230,7 +230,7 @@ def folders(tmp_path):
 
 def folder_data(folders, **more):
     paths = {"train_path": str(folders / "train"), "val_path": str(folders / "val")}
-    return LabelledData({"dataset": "custom", "num_workers": 0, **paths, **more}, 16)
+    return LabelledImages.read({"dataset": "custom", "num_workers": 0, **paths, **more}, 16)
 
 
 def test_a_list_of_files_says_which_images(folders, backbone):

@@ -12,7 +12,7 @@ from PIL import Image
 from metamask_plugin.data import PretrainDataModule, load_dataset, region_of
 from metamask_plugin.data.image_file import Reading, read_rgb
 from metamask_plugin.errors import UserError
-from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
+from metamask_plugin.evaluation.labelled_images import LabelledImages, merged_data
 
 pytestmark = pytest.mark.fault(
     "data", source="python-pillow/Pillow#2574, python-pillow/Pillow#5991, python-pillow/Pillow#6765"
@@ -108,7 +108,7 @@ def test_every_reader_scales_alike(tmp_path, capfd):
     whole.boxes = torch.tensor([[0, 0, 20, 16]] * 8, dtype=torch.int32)
     assert region_of(whole, "foreground").image(0).getpixel((0, 0)) == (255, 255, 255)
     trained = {"data": {"dataset": "custom", "train_path": str(tree), "val_path": str(tree), "bits": 12}}
-    evaluated = LabelledData(merged_data(trained, {"num_workers": 0}), 16)
+    evaluated = LabelledImages.read(merged_data(trained, {"num_workers": 0}), 16)
     images, _ = next(iter(evaluated.evaluation_loader("test")))
     assert images.max() > 2
     assert "bits" not in merged_data(trained, {"dataset": "digits"})

@@ -16,7 +16,7 @@ from metamask_plugin.cli import verify as verify_folders
 from metamask_plugin.data import FileImages, PretrainDataModule, load_dataset
 from metamask_plugin.data.unreadable import InvalidImages, MachineFault, UnreadableImage
 from metamask_plugin.errors import UserError
-from metamask_plugin.evaluation.labelled_data import LabelledData
+from metamask_plugin.evaluation.labelled_images import LabelledImages
 
 pytestmark = pytest.mark.fault("data")
 AUGMENTATIONS = [{"crop_size": 8, "num_crops": 2}]
@@ -184,9 +184,9 @@ def test_an_evaluator_stops_and_goes_on_likewise(tree, tmp_path, capfd):
     inject("JPEG cut in half", tmp_path / "val" / "dog" / "3.jpg")
     data = node(tree, val_path=str(tmp_path / "val"))
     with pytest.raises(InvalidImages) as error:
-        LabelledData(data, 8)
+        LabelledImages.read(data, 8)
     message(error, tmp_path / "val" / "dog" / "3.jpg")
-    evaluation = LabelledData({**data, "invalid_images": "skip"}, 8)
+    evaluation = LabelledImages.read({**data, "invalid_images": "skip"}, 8)
     assert (
         torch.cat([labels for _, labels in evaluation.evaluation_loader("test")]).tolist()
         == [0] * 4 + [1] * 3

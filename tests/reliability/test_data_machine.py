@@ -22,7 +22,7 @@ from metamask_plugin.data import (
 )
 from metamask_plugin.data.unreadable import InvalidImages, MachineFault, UnreadableImage
 from metamask_plugin.data.verify import unreadable
-from metamask_plugin.evaluation.labelled_data import LabelledData
+from metamask_plugin.evaluation.labelled_images import LabelledImages
 
 pytestmark = pytest.mark.fault("data")
 AWAY = ("EIO", "ESTALE", "ENOTCONN", "EBUSY", "ETIMEDOUT")
@@ -178,8 +178,8 @@ def test_it_is_refused_where_it_is_evaluated_and_where_nothing_is_verified(tree,
     bad.write_bytes(elongated(20_000_000, 1))
     data = node(tree, val_path=str(tmp_path / "val"))
     with pytest.raises(InvalidImages, match="resized to 32 makes"):
-        LabelledData(data, 32)
-    loader = LabelledData({**data, "verify": "none"}, 32).evaluation_loader("test")
+        LabelledImages.read(data, 32)
+    loader = LabelledImages.read({**data, "verify": "none"}, 32).evaluation_loader("test")
     with pytest.raises(UnreadableImage, match="resized to 32 makes") as error:
         list(loader)
     assert str(bad) in str(error.value)

@@ -14,7 +14,7 @@ from torch import nn
 from metamask_plugin.cli.config import complete, for_method
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.encoder import load_encoder
-from metamask_plugin.evaluation.labelled_data import LabelledData
+from metamask_plugin.evaluation.labelled_images import LabelledImages
 from metamask_plugin.methods import METHODS
 from metamask_plugin.modules.encoders import build_encoder
 from metamask_plugin.studies.measures import MEASURES
@@ -64,7 +64,7 @@ def test_cost_leaves_out_the_first_epoch_and_the_online_classifier(run):
         {"backbone": nn.Linear(3, 2), "mask": nn.Linear(4, 1, bias=False), "classifier": nn.Linear(9, 9)}
     )
     pretrained = load_encoder(run)
-    data = LabelledData(DATA, 16)
+    data = LabelledImages.read(DATA, 16)
     subject = Subject("mine", 0, {"last": pretrained}, data, run, model)
     found = values(MEASURES["cost"](subject))
     assert found["parameters"] == 8 + 4 and found["parameters: mask"] == 4
@@ -97,7 +97,7 @@ def test_parameters_are_those_of_metamasks_table_3(arm, run):
         model = METHODS[own.method](own)
     pretrained = load_encoder(run)
     pretrained.args["method_kwargs"]["meta"]["enabled"] = False
-    subject = Subject("mine", 0, {"last": pretrained}, LabelledData(DATA, 16), run, model)
+    subject = Subject("mine", 0, {"last": pretrained}, LabelledImages.read(DATA, 16), run, model)
     found = values(MEASURES["cost"](subject, predictors=True))
     assert (found["parameters"] + ours_omits) / 1e6 == pytest.approx(without, abs=0.005)
     assert (found["parameters_with_predictors"] + ours_omits) / 1e6 == pytest.approx(
@@ -124,7 +124,7 @@ def test_labelled_images_of_a_list(run, tmp_path):
         f"{key}_path": str(tmp_path / "images" / split)
         for key, split in (("train", "train"), ("val", "test"))
     }
-    images = LabelledData({"dataset": "custom", "num_workers": 0, **paths}, 16)
+    images = LabelledImages.read({"dataset": "custom", "num_workers": 0, **paths}, 16)
     subject = Subject("mine", 0, {"last": load_encoder(run)}, images)
     found = MEASURES["few_labels"](subject, [0.5], epochs=1, subset_files=[str(tmp_path / "list.txt")])
     assert values(found)["labelled_images"] == 3
@@ -147,7 +147,7 @@ def test_cost_of_a_checkpoint_is_refused(subject):
 
 def test_best_epoch_that_is_the_last_is_measured_once(run):
     pretrained = load_encoder(run)
-    subject = Subject("mine", 0, {"last": pretrained, "best": pretrained}, LabelledData(DATA, 16))
+    subject = Subject("mine", 0, {"last": pretrained, "best": pretrained}, LabelledImages.read(DATA, 16))
     calls = []
 
     def measure(checkpoint):
@@ -164,7 +164,7 @@ HISTORY = "epoch,knn5,knn5_masked\n0,31.0,30.0\n1,,\n2,34.0,33.5\n3,33.0,33.0\n"
 def accuracy_of_run(run, knn):
     pretrained = load_encoder(run)
     pretrained.args["evaluation"] = {"knn": knn}
-    subject = Subject("mine", 0, {"last": pretrained}, LabelledData(DATA, 16), run)
+    subject = Subject("mine", 0, {"last": pretrained}, LabelledImages.read(DATA, 16), run)
     return values(MEASURES["accuracy"](subject, ks=[20], protocol=None))
 
 

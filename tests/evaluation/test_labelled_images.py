@@ -9,8 +9,8 @@ from metamask_plugin.data.regions import region_of
 from metamask_plugin.data.registry import Dataset
 from metamask_plugin.data.splits import FolderImages
 from metamask_plugin.errors import UserError
-from metamask_plugin.evaluation import labelled_data
-from metamask_plugin.evaluation.labelled_data import LabelledData, merged_data
+from metamask_plugin.evaluation import labelled_images
+from metamask_plugin.evaluation.labelled_images import LabelledImages, merged_data
 
 TRAINED = {
     "data": {
@@ -36,7 +36,7 @@ def test_options_of_the_training_data_are_kept_for_the_same_data_set_only():
 def test_it_normalises_as_the_training_did():
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.4, 0.3])
     trained = {"data": {"dataset": "digits", "mean": mean.tolist(), "std": std.tolist()}}
-    data = LabelledData(merged_data(trained, {}), 32)
+    data = LabelledImages.read(merged_data(trained, {}), 32)
     x, _ = next(iter(data.evaluation_loader("test")))
     pixels = data.images("test").images[: len(x)] / 255
     torch.testing.assert_close(x, (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1))
@@ -59,7 +59,8 @@ def test_an_evaluation_reads_full_images_whatever_the_encoder_saw():
         merged_data(TRAINED, {"region": "background"})
     node = {"dataset": "confounded_digits", "kwargs": {"size": 16}}
     full, seen = (
-        LabelledData({**node, **more}, 16) for more in ({}, {"region": "foreground", "region_form": "zoom"})
+        LabelledImages.read({**node, **more}, 16)
+        for more in ({}, {"region": "foreground", "region_form": "zoom"})
     )
     for (x, _), (y, _) in zip(full.evaluation_loader("test"), seen.evaluation_loader("test")):
         assert torch.equal(x, y)
@@ -74,8 +75,8 @@ def fake(monkeypatch, train, test):
     dataset = Dataset(
         "digits", images(train), None if test is None else images(test), 2, (0.0,) * 3, (1.0,) * 3
     )
-    monkeypatch.setattr(labelled_data, "load_dataset", lambda data: dataset)
-    return LabelledData({"dataset": "digits"}, 32, batch_size=2)
+    monkeypatch.setattr(labelled_images, "load_dataset", lambda data: dataset)
+    return LabelledImages.read({"dataset": "digits"}, 32, batch_size=2)
 
 
 def test_unlabelled_images_are_left_out_and_the_order_is_kept(monkeypatch):
@@ -107,7 +108,7 @@ def test_folders_of_images_are_read_with_the_given_mean(tmp_path):
         "num_workers": 0,
     }
     node = {key: str(value) if key.endswith("path") else value for key, value in node.items()}
-    data = LabelledData(node, 16, mean=[0.5] * 3, std=[0.5] * 3)
+    data = LabelledImages.read(node, 16, mean=[0.5] * 3, std=[0.5] * 3)
     ((x, y),) = data.evaluation_loader("test")
     assert x.shape == (2, 3, 16, 16)
     assert x[:, 0, 0, 0].tolist() == [-1, 1]
@@ -123,8 +124,8 @@ def test_regions_are_those_of_the_labelled_images_with_the_mean_as_0(monkeypatch
     split = MemoryImages(noise, [0, -1, 1], ["a", "b"], boxes)
     mean, std = (0.2, 0.4, 0.6), (0.5, 0.25, 0.125)
     dataset = Dataset("confounded_digits", split, split, 2, mean, std)
-    monkeypatch.setattr(labelled_data, "load_dataset", lambda data: dataset)
-    data = LabelledData({"dataset": "confounded_digits"}, 32)
+    monkeypatch.setattr(labelled_images, "load_dataset", lambda data: dataset)
+    data = LabelledImages.read({"dataset": "confounded_digits"}, 32)
     ((x, y),) = data.evaluation_loader("train", region=region, form=form)
     expected = region_of(split.subset([0, 2]), region, mean, form).images.float() / 255
     expected = (expected - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
@@ -142,9 +143,9 @@ def test_files_that_the_module_decodes_into_memory_keep_their_boxes(monkeypatch,
     split = FolderImages(tmp_path)
     split.boxes = torch.tensor([[0, 0, 16, 32], [16, 0, 32, 32]], dtype=torch.int32)
     dataset = Dataset("tiny_imagenet", split, split, 2, (1.0,) * 3, (1.0,) * 3)
-    monkeypatch.setattr(labelled_data, "load_dataset", lambda data: dataset)
+    monkeypatch.setattr(labelled_images, "load_dataset", lambda data: dataset)
     for pipeline in ("kornia", "torchvision"):
-        data = LabelledData({"dataset": "tiny_imagenet", "pipeline": pipeline, "num_workers": 0}, 32)
+        data = LabelledImages.read({"dataset": "tiny_imagenet", "pipeline": pipeline, "num_workers": 0}, 32)
         ((x, _),) = data.evaluation_loader("test", region="foreground")
         assert x[0, 0, 0, 0] == -1 and x[0, 0, 0, 31] == 0
         assert x[1, 0, 0, 0] == 0 and x[1, 0, 0, 31] == pytest.approx(200 / 255 - 1)
