@@ -1,11 +1,9 @@
 """What ``main_knn.py`` and ``main_umap.py`` share: solo-learn's flags for a checkpoint and its data."""
 
 import argparse
-import sys
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from metamask_plugin.evaluation.encoder import Encoder, load_encoder
 from metamask_plugin.evaluation.features import Features, extract_features
@@ -50,5 +48,4 @@ def labelled_data(args: argparse.Namespace, pretrained: Encoder) -> LabelledImag
 def features_of(pretrained: Encoder, loader: DataLoader, split: str) -> Features:
     """Extracts a split's features, on the GPU where there is one, and shows how far it is."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tqdm(total=len(loader), desc=f"{split} features", disable=not sys.stderr.isatty()) as bar:
-        return extract_features(pretrained.backbone, loader, device, lambda done, total: bar.update())
+    return extract_features(pretrained.backbone, loader, device, f"{split} features")

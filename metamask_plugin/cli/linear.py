@@ -246,9 +246,7 @@ def _data(pretrained: Encoder, node: dict[str, Any], view: dict[str, Any]) -> La
 
 
 def _extract(pretrained: Encoder, data: LabelledImages, split: str, device: torch.device) -> Features:
-    loader = data.evaluation_loader(split)
-    with tqdm(total=len(loader), desc=f"{split} features", disable=not sys.stderr.isatty()) as bar:
-        return extract_features(pretrained.backbone, loader, device, lambda done, total: bar.update())
+    return extract_features(pretrained.backbone, data.evaluation_loader(split), device, f"{split} features")
 
 
 def _folder(kind: str, cfg: DictConfig, pretrained: Encoder, settings: Sequence[Any]) -> Path:

@@ -1,4 +1,4 @@
-"""Features of a whole split, extracted once: what every evaluation here starts from."""
+"""Features of a whole split, extracted once, and the accuracy of a classifier on them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.modules import feature_spread
@@ -25,11 +26,47 @@ class Features(NamedTuple):
     labels: torch.Tensor
 
 
+class Accuracy(NamedTuple):
+    """Top-1 and top-5 accuracy in percent."""
+
+    acc1: float
+    acc5: float
+
+
+def top_hits(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Whether the label is the class of the largest, second largest ... fifth largest score.
+
+    Args:
+        scores: (N, C).
+        labels: (N,).
+
+    Returns:
+        bool (N, min(5, C)), on the scores' device; at most one is True in a row.
+
+    Example:
+        >>> scores = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2]])
+        >>> top_hits(scores, torch.tensor([1, 1]))
+        tensor([[ True, False, False],
+                [False,  True, False]])
+    """
+    return scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+
+
+def accuracy(hits: torch.Tensor) -> Accuracy:
+    """Top-1 and top-5 accuracy of :func:`top_hits`.
+
+    Example:
+        >>> accuracy(torch.tensor([[True, False, False], [False, True, False]]))
+        Accuracy(acc1=50.0, acc5=100.0)
+    """
+    return Accuracy(*(100.0 * int(count) / len(hits) for count in (hits[:, 0].sum(), hits.sum())))
+
+
 def extract_features(
     backbone: nn.Module,
     loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
     device: torch.device | str | None = None,
-    progress: Progress | None = None,
+    bar: str | None = None,
 ) -> Features:
     """Runs ``backbone`` over ``loader`` in evaluation mode and without gradients.
 
@@ -40,21 +77,28 @@ def extract_features(
         backbone: from (B, 3, s, s) to (B, D).
         loader: yields normalised images (B, 3, s, s) and labels (B,).
         device: where to compute; by default where the backbone is.
-        progress: called with (batches done, batches in all or None) after every batch.
+        bar: title of a progress bar on a terminal; None for no bar.
 
     Returns:
         The features and labels of all images, in the loader's order.
 
     Raises:
         UserError: when a feature is not finite, or when there are no images.
+
+    Example:
+        >>> batches = [(torch.zeros(4, 3, 8, 8), torch.arange(4)), (torch.ones(2, 3, 8, 8), torch.arange(2))]
+        >>> features = extract_features(nn.Flatten(), batches)
+        >>> features.feats.shape, features.labels.tolist()
+        (torch.Size([6, 192]), [0, 1, 2, 3, 0, 1])
     """
     reference = next(backbone.parameters(), torch.empty(()))
     home, dtype = reference.device, reference.dtype  # float32, unless the training has another precision
     device = torch.device(device) if device is not None else home
-    total = len(loader) if hasattr(loader, "__len__") else None
     feats, labels, bad_images, bad_inputs = [], [], 0, 0
-    with _evaluating(backbone, home, device), _generators_kept(device), torch.no_grad():
-        for done, (x, y) in enumerate(loader, start=1):
+    # iterating over a DataLoader draws its workers' base seed from the global generator
+    generators_kept = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with _evaluating(backbone, home, device), generators_kept, torch.no_grad():
+        for x, y in tqdm(loader, bar, disable=bar is None or None):  # None: where there is no terminal
             h = backbone(x.to(device, dtype, non_blocking=True)).float()
             if h.ndim != 2:
                 raise UserError(
@@ -67,8 +111,6 @@ def extract_features(
                 bad_inputs += int((~x.isfinite().flatten(1).all(dim=1)).sum())
             feats.append(h.cpu())
             labels.append(y.long().cpu())
-            if progress is not None:
-                progress(done, total)
     check(len(feats) > 0, "evaluation images", "at least one", 0, "check data.train_path and data.val_path")
     features = Features(torch.cat(feats), torch.cat(labels))
     _refuse_non_finite(bad_images, bad_inputs, len(features.labels))
@@ -83,6 +125,10 @@ def raw_pixels(loader: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Features:
 
     Raises:
         UserError: when a pixel is not finite, or when there are no images.
+
+    Example:
+        >>> raw_pixels([(torch.zeros(4, 3, 8, 8), torch.arange(4))]).feats.shape
+        torch.Size([4, 192])
     """
     return extract_features(nn.Flatten(), loader)
 
@@ -118,10 +164,3 @@ def _evaluating(backbone: nn.Module, home: torch.device, device: torch.device) -
         for module, flag in flags:
             module.training = flag
         backbone.to(home)
-
-
-@contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    # iterating over a DataLoader draws its workers' base seed from the global generator
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield

@@ -1,7 +1,6 @@
 """Weighted k-nearest-neighbour classification of frozen features."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +9,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from metamask_plugin.data.remarks import tell
 from metamask_plugin.errors import check, choose
-from metamask_plugin.evaluation.features import Features
+from metamask_plugin.evaluation.features import Accuracy, Features, accuracy, top_hits
 
 DISTANCES = ("cosine", "euclidean")
 
@@ -31,13 +30,6 @@ CHUNK_ENTRIES = 16_000_000
 
 # keeps the weight of a test image that lies in the bank itself finite
 EUCLIDEAN_EPS = 1e-5
-
-
-class KNNAccuracy(NamedTuple):
-    """Accuracy in percent. A class that none of the neighbours has is never counted as a hit."""
-
-    acc1: float
-    acc5: float
 
 
 def vote_temperature(k: int, temperature: float | None = None) -> float:
@@ -61,6 +53,10 @@ def within_bank(name: str, k: Sequence[int], bank: int) -> list[int]:
 
     Returns:
         ``k`` with the size of the bank in place of what exceeds it, each number once.
+
+    Example:
+        >>> within_bank("--k", [5, 20], 1000)
+        [5, 20]
     """
     within = list(dict.fromkeys(min(size, bank) for size in k))
     above = [str(size) for size in k if size > bank]
@@ -72,46 +68,59 @@ def within_bank(name: str, k: Sequence[int], bank: int) -> list[int]:
     return within
 
 
-def knn_predict(
-    train_feats: torch.Tensor,
-    train_labels: torch.Tensor,
-    test_feats: torch.Tensor,
-    num_classes: int,
-    k: int,
+def knn_hits(
+    train: Features,
+    test: Features,
+    k: Sequence[int] = (5, 20, 200),
     temperature: float | None = None,
     distance: str = "cosine",
-) -> torch.Tensor:
-    """Class scores by a weighted vote of the ``k`` nearest training features.
+    device: torch.device | str | None = None,
+) -> dict[int, torch.Tensor]:
+    """Classifies by a weighted vote of the nearest training features, for several ``k`` by one search.
 
-    ``score_c = sum over neighbours i of class c of w_i``, scaled so that a row sums to 1, with
-    ``w_i = exp(cos_i / temperature)`` (cosine) or ``w_i = 1 / (d_i + 1e-5)`` (euclidean).
-    The matrix of distances is never held as a whole: 50,000 x 10,000 at D = 512 takes 0.3 GB.
+    ``score_c = sum over neighbours i of class c of w_i`` with ``w_i = exp(cos_i / temperature)`` (cosine) or
+    ``w_i = 1 / (d_i + 1e-5)`` (euclidean). The matrix of distances is never held as a whole: 50,000 x 10,000
+    at D = 512 takes 0.3 GB.
 
     Args:
-        train_feats: the bank, shape (M, D).
-        train_labels: shape (M,), from 0 to ``num_classes - 1``.
-        test_feats: shape (N, D).
-        num_classes: C.
-        k: number of neighbours; a ``k`` above M is clipped to M.
+        train: the bank, (M, D).
+        test: (N, D).
+        k: numbers of neighbours; one above M is clipped to M, and keeps its own key in the result.
         temperature: of the exponential, by default :func:`vote_temperature`'s; unused if euclidean.
         distance: ``"cosine"`` or ``"euclidean"``.
+        device: where to search; by default where the features are.
 
     Returns:
-        Scores, shape (N, C).
+        For each ``k`` what :func:`~metamask_plugin.evaluation.features.top_hits` finds, bool (N, at most 5),
+        on the CPU. A class that none of the neighbours has is never a hit.
 
     Raises:
         UserError: for features or labels that do not fit, or a setting out of range.
 
+    Example:
+        >>> bank = Features(torch.eye(3), torch.tensor([0, 1, 2]))
+        >>> test = Features(torch.tensor([[0.9, 0.1, 0.0], [0.1, 0.9, 0.0]]), torch.tensor([0, 2]))
+        >>> knn_hits(bank, test, k=(1,))[1]
+        tensor([[ True, False, False],
+                [False, False, False]])
+
     [0] Wu et al., *Unsupervised Feature Learning via Non-Parametric Instance Discrimination*, CVPR 2018.
     [1] Caron et al., *Emerging Properties in Self-Supervised Vision Transformers*, ICCV 2021, Appendix F.
     """
-    check_settings((k,), temperature, distance)
-    temperature = vote_temperature(k, temperature)
-    check_bank(train_feats, train_labels, test_feats)
-    check(int(train_labels.max()) < num_classes, "num_classes", "> the largest label", num_classes)
-    chunks = _nearest(train_feats, test_feats, k, distance)
-    votes = [vote(s, train_labels[i], num_classes, temperature, distance) for _, s, i in chunks]
-    return torch.cat(votes) if votes else train_feats.new_zeros(0, num_classes)
+    check_settings(k, temperature, distance)
+    check_bank(train.feats, train.labels, test.feats, test.labels)
+    bank, bank_labels = train.feats.to(device), train.labels.to(device)
+    feats, labels = test.feats.to(device), test.labels.to(device)
+    num_classes = int(torch.max(bank_labels.max(), labels.max())) + 1
+    hits: dict[int, list[torch.Tensor]] = {size: [] for size in k}
+    for rows, similarities, indices in _nearest(bank, feats, max(k), distance):
+        neighbours, own = bank_labels[indices], labels[rows]
+        for size in hits:
+            voting = (similarities[:, :size], neighbours[:, :size])
+            scores = vote(*voting, num_classes, vote_temperature(size, temperature), distance)
+            voted_for = scores.gather(1, own[:, None]) > 0
+            hits[size].append((top_hits(scores, own) & voted_for).cpu())
+    return {size: torch.cat(parts) for size, parts in hits.items()}
 
 
 def knn_accuracies(
@@ -121,57 +130,16 @@ def knn_accuracies(
     temperature: float | None = None,
     distance: str = "cosine",
     device: torch.device | str | None = None,
-) -> dict[int, KNNAccuracy]:
-    """Top-1 and top-5 accuracy for several ``k`` from one neighbour search at the largest of them.
+) -> dict[int, Accuracy]:
+    """Top-1 and top-5 accuracy in percent for each ``k``; see :func:`knn_hits` for the arguments.
 
-    Args:
-        train: the bank, (M, D).
-        test: (N, D).
-        k: numbers of neighbours; one above M is clipped to M, and keeps its own key in the result.
-        temperature: as in :func:`knn_predict`.
-        distance: as in :func:`knn_predict`.
-        device: where to search; by default where the features are.
-
-    Returns:
-        For each ``k`` the accuracies in percent.
-
-    Raises:
-        UserError: for features or labels that do not fit, or a setting out of range.
+    Example:
+        >>> bank = Features(torch.eye(3), torch.tensor([0, 1, 2]))
+        >>> knn_accuracies(bank, bank, k=(1, 3))
+        {1: Accuracy(acc1=100.0, acc5=100.0), 3: Accuracy(acc1=100.0, acc5=100.0)}
     """
-    check_settings(k, temperature, distance)
-    check_bank(train.feats, train.labels, test.feats, test.labels)
-    bank, bank_labels = train.feats.to(device), train.labels.to(device)
-    feats, labels = test.feats.to(device), test.labels.to(device)
-    num_classes = int(torch.max(bank_labels.max(), labels.max())) + 1
-    hits = {size: torch.zeros(2, dtype=torch.long) for size in k}
-    for rows, similarities, indices in _nearest(bank, feats, max(k), distance):
-        neighbour_labels = bank_labels[indices]
-        for size in hits:
-            scores = vote(
-                similarities[:, :size],
-                neighbour_labels[:, :size],
-                num_classes,
-                vote_temperature(size, temperature),
-                distance,
-            )
-            hits[size] += _count_hits(scores, labels[rows])
-    return {
-        size: KNNAccuracy(*(100.0 * count / len(labels) for count in counts.tolist()))
-        for size, counts in hits.items()
-    }
-
-
-def knn_accuracy(
-    train: Features,
-    test: Features,
-    k: Sequence[int] = (5, 20, 200),
-    temperature: float | None = None,
-    distance: str = "cosine",
-    device: torch.device | str | None = None,
-) -> dict[int, float]:
-    """Top-1 accuracy in percent for each ``k``; see :func:`knn_accuracies`."""
-    accuracies = knn_accuracies(train, test, k, temperature, distance, device)
-    return {size: accuracy.acc1 for size, accuracy in accuracies.items()}
+    hits = knn_hits(train, test, k, temperature, distance, device)
+    return {size: accuracy(found) for size, found in hits.items()}
 
 
 def masked_features(features: Features, mask: torch.Tensor) -> Features:
@@ -179,6 +147,11 @@ def masked_features(features: Features, mask: torch.Tensor) -> Features:
 
     Raises:
         UserError: when the mask has another number of dimensions.
+
+    Example:
+        >>> features = Features(torch.ones(1, 3), torch.tensor([0]))
+        >>> masked_features(features, torch.tensor([1.0, 0.0, 0.5])).feats
+        tensor([[1.0000, 0.0000, 0.5000]])
     """
     dim = features.feats.shape[1]
     check(mask.shape == (dim,), "mask", f"one weight for each of the {dim} dimensions", tuple(mask.shape))
@@ -206,19 +179,25 @@ def knn_table(
         test: (N, D).
         mask: effective weights (D,), or None.
         ks: numbers of neighbours.
-        temperature: as in :func:`knn_predict`.
-        distance: as in :func:`knn_predict`.
+        temperature: as in :func:`knn_hits`.
+        distance: as in :func:`knn_hits`.
         device: where to search; by default where the features are.
 
     Returns:
         Accuracies in percent.
+
+    Example:
+        >>> bank = Features(torch.eye(3), torch.tensor([0, 1, 2]))
+        >>> knn_table(bank, bank, mask=torch.ones(3), ks=(1,))
+        {'knn1': 100.0, 'knn1_masked': 100.0}
     """
     ks = list(dict.fromkeys(min(k, len(train.labels)) for k in ks))
-    settings = {"k": ks, "temperature": temperature, "distance": distance, "device": device}
-    table = {f"knn{k}": acc for k, acc in knn_accuracy(train, test, **settings).items()}
+    found = knn_accuracies(train, test, ks, temperature, distance, device)
+    table = {f"knn{k}": acc1 for k, (acc1, _) in found.items()}
     if mask is not None:
-        masked = knn_accuracy(masked_features(train, mask), masked_features(test, mask), **settings)
-        table.update({f"knn{k}_masked": acc for k, acc in masked.items()})
+        masked = (masked_features(split, mask) for split in (train, test))
+        found = knn_accuracies(*masked, ks, temperature, distance, device)
+        table |= {f"knn{k}_masked": acc1 for k, (acc1, _) in found.items()}
     return table
 
 
@@ -239,6 +218,13 @@ class WeightedKNNClassifier(Metric):
 
     Raises:
         UserError: for a setting out of range.
+
+    Example:
+        >>> knn = WeightedKNNClassifier(k=1)
+        >>> knn(train_features=torch.eye(3), train_targets=torch.arange(3))
+        >>> knn(test_features=torch.eye(3), test_targets=torch.tensor([0, 1, 1]))
+        >>> knn.compute()
+        (66.66666666666667, 66.66666666666667)
     """
 
     full_state_update = False
@@ -285,10 +271,10 @@ class WeightedKNNClassifier(Metric):
             return -1, -1
         train = Features(dim_zero_cat(self.train_features), dim_zero_cat(self.train_targets))
         test = Features(dim_zero_cat(self.test_features), dim_zero_cat(self.test_targets))
-        accuracy = knn_accuracies(train, test, (self.k,), self.T, self.distance_fx)[self.k]
+        found = knn_accuracies(train, test, (self.k,), self.T, self.distance_fx)[self.k]
         # BaseMethod never resets its metric, so the next validation epoch would add to this one's
         self.reset()
-        return accuracy.acc1, accuracy.acc5
+        return found.acc1, found.acc5
 
 
 def check_settings(k: Sequence[int], temperature: float | None, distance: str) -> None:
@@ -300,25 +286,16 @@ def check_settings(k: Sequence[int], temperature: float | None, distance: str) -
 
 
 def check_bank(
-    train_feats: torch.Tensor,
-    train_labels: torch.Tensor,
-    test_feats: torch.Tensor,
-    test_labels: torch.Tensor | None = None,
+    train_feats: torch.Tensor, train_labels: torch.Tensor, test_feats: torch.Tensor, test_labels: torch.Tensor
 ) -> None:
     """Raises a :class:`UserError` for features or labels that do not fit each other."""
     check(len(train_feats) > 0, "training features", "at least one", 0)
     dims = (train_feats.shape[1], test_feats.shape[1])
     check(dims[0] == dims[1], "training and test features", "of one dimension", dims)
-    for split, feats, labels in (
-        ("training", train_feats, train_labels),
-        ("test", test_feats, test_labels),
-    ):
-        if labels is not None:
-            check(
-                len(labels) == len(feats) > 0, f"{split} labels", f"{len(feats)} > 0 in number", len(labels)
-            )
-            remedy = "leave out unlabelled images"
-            check(int(labels.min()) >= 0, f"{split} labels", ">= 0", int(labels.min()), remedy)
+    for split, feats, labels in (("training", train_feats, train_labels), ("test", test_feats, test_labels)):
+        check(len(labels) == len(feats) > 0, f"{split} labels", f"{len(feats)} > 0 in number", len(labels))
+        remedy = "leave out unlabelled images"
+        check(int(labels.min()) >= 0, f"{split} labels", ">= 0", int(labels.min()), remedy)
 
 
 def _nearest(
@@ -349,7 +326,12 @@ def vote(
     temperature: float,
     distance: str,
 ) -> torch.Tensor:
-    """Class scores (N, C) from similarities (N, k), the largest first, and the neighbours' labels (N, k)."""
+    """Class scores (N, C) from similarities (N, k), the largest first, and the neighbours' labels (N, k).
+
+    Example:
+        >>> vote(torch.tensor([[1.0, 0.9, 0.8]]), torch.tensor([[0, 1, 1]]), 2, 1.0, "cosine")
+        tensor([[0.3672, 0.6328]])
+    """
     if distance == "cosine":
         # relative to the nearest, which cancels in the normalisation: exp(1 / T) overflows for small T
         weights = ((similarities - similarities[:, :1]) / temperature).exp()
@@ -357,9 +339,3 @@ def vote(
         weights = 1 / (EUCLIDEAN_EPS - similarities)
     scores = weights.new_zeros(len(weights), num_classes).scatter_add_(1, neighbour_labels, weights)
     return scores / scores.sum(dim=1, keepdim=True)
-
-
-def _count_hits(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    top_scores, top_classes = scores.topk(min(5, scores.shape[1]), dim=1)
-    hit = (top_classes == labels[:, None]) & (top_scores > 0)
-    return torch.stack([hit[:, 0].sum(), hit.sum()]).cpu()

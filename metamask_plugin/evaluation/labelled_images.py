@@ -63,7 +63,7 @@ def merged_data(args: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
     Example:
         >>> trained = {"data": {"dataset": "digits", "kwargs": {"size": 16}, "no_labels": True}}
         >>> merged_data(trained, {"num_workers": 0})
-        {'dataset': 'digits', 'kwargs': {'size': 16}, 'num_workers': 0}
+        {'kwargs': {'size': 16}, 'dataset': 'digits', 'num_workers': 0}
     """
     given = {key: value for key, value in given.items() if value is not None}
     trained_on = args.get("data") or {}

@@ -12,7 +12,7 @@ from torch import nn
 
 from metamask_plugin.data.regions import REGIONS
 from metamask_plugin.errors import check, choose
-from metamask_plugin.evaluation.features import Features, extract_features
+from metamask_plugin.evaluation.features import Features, accuracy, extract_features, top_hits
 from metamask_plugin.evaluation.knn import knn_table
 from metamask_plugin.evaluation.linear import PROTOCOLS, LinearProtocol, build_head, linear_probe
 
@@ -138,4 +138,4 @@ def _head(
 
 @torch.no_grad()
 def _accuracy(head: nn.Module, test: Features) -> float:
-    return 100.0 * int((head(test.feats).argmax(dim=1) == test.labels).sum()) / len(test.labels)
+    return accuracy(top_hits(head(test.feats), test.labels)).acc1

@@ -11,9 +11,9 @@ from torch import nn
 
 from metamask_plugin.audit.statistics import standard_error
 from metamask_plugin.errors import printable
-from metamask_plugin.evaluation.features import Features, extract_features, raw_pixels
+from metamask_plugin.evaluation.features import Features, accuracy, extract_features, raw_pixels
 from metamask_plugin.evaluation.files import write_whole
-from metamask_plugin.evaluation.knn import knn_predict, knn_table, masked_features, vote_temperature
+from metamask_plugin.evaluation.knn import knn_hits, masked_features, vote_temperature
 from metamask_plugin.evaluation.labelled_images import LabelledImages
 from metamask_plugin.evaluation.linear import LinearProtocol, linear_probe
 
@@ -70,8 +70,10 @@ def evaluate_rows(
         say(name)
         known, unknown = (train, test) if mask is None else (masked_features(f, mask) for f in (train, test))
         row = {"features": name, "dim": train.feats.shape[1]}
-        row |= knn_table(known, unknown, ks=ks, temperature=temperature, device=device)
-        row |= _knn_error(row, known, unknown, ks[0], temperature, originals, device)
+        sizes = list(dict.fromkeys(min(k, len(train.labels)) for k in ks))
+        hits = knn_hits(known, unknown, sizes, temperature, device=device)
+        row |= {f"knn{k}": accuracy(found).acc1 for k, found in hits.items()}
+        row[f"knn{sizes[0]}{ERROR}"] = standard_error(hits[sizes[0]][:, 0], originals)
         if protocol is not None:
             num_classes = int(max(train.labels.max(), test.labels.max())) + 1
             result = linear_probe(train, test, num_classes, protocol, head, seed, device, mask)
@@ -89,24 +91,6 @@ def evaluate_rows(
         if masks.get(name) is not None:
             add(f"{name}, masked", train, test, masks[name])
     return rows
-
-
-def _knn_error(
-    row: Mapping[str, Any],
-    train: Features,
-    test: Features,
-    k: int,
-    temperature: float | None,
-    originals: torch.Tensor | None,
-    device: torch.device | str | None,
-) -> dict[str, float]:
-    """The standard error of a row's first kNN accuracy."""
-    metric = f"knn{min(k, len(train.labels))}"
-    if originals is None:  # then the accuracy says it, without another search
-        return {metric + ERROR: math.sqrt(row[metric] * (100 - row[metric]) / max(1, len(test.labels) - 1))}
-    bank, labels, feats = (tensor.to(device) for tensor in (train.feats, train.labels, test.feats))
-    scores = knn_predict(bank, labels, feats, int(labels.max()) + 1, k, temperature)
-    return {metric + ERROR: standard_error(scores.argmax(dim=1).cpu() == test.labels.cpu(), originals)}
 
 
 def without_errors(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -150,6 +134,7 @@ def format_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> str:
 def evaluation_in_words(ks: Sequence[int], temperature: float | None, protocol: LinearProtocol) -> str:
     """How the numbers of a table come about, in one line.
 
+    >>> from metamask_plugin.evaluation.linear import PROTOCOLS
     >>> print(evaluation_in_words([5, 20], None, PROTOCOLS["fast"]))
     kNN: cosine, votes exp(cos / T), T = 1 (k = 5), 0.07 (k = 20). Probe: standardised features, 100 epochs.
     """

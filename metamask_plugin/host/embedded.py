@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DistributedSampler
 
 from metamask_plugin.errors import check, choose
+from metamask_plugin.evaluation.features import top_hits
 from metamask_plugin.evaluation.knn import WeightedKNNClassifier
 from metamask_plugin.host.contract import DEFAULTS, REQUIRED_KEYS
 from metamask_plugin.host.optimizers import build_optimizer, build_scheduler, without_decay_on_vectors
@@ -29,8 +30,7 @@ def topk_accuracy(logits: torch.Tensor, targets: torch.Tensor, k: int) -> torch.
 
     Images without a label have the target -1.
     """
-    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return (top == targets[:, None]).any(dim=1).sum() / _labelled(targets) * 100
+    return top_hits(logits, targets)[:, :k].sum() / _labelled(targets) * 100
 
 
 def _labelled(targets: torch.Tensor) -> torch.Tensor:

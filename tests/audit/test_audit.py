@@ -12,7 +12,7 @@ from metamask_plugin.audit import audit, confounders
 from metamask_plugin.audit.figures import ORANGE
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.features import Features
-from metamask_plugin.evaluation.knn import knn_accuracy, masked_features
+from metamask_plugin.evaluation.knn import knn_accuracies, masked_features
 
 DIM, CLASSES, PLANTED = 24, 5, [3, 11, 20]
 SMALL = {"rates": (0.1, 0.3), "draws": 40, "banzhaf_masks": 400}
@@ -79,11 +79,11 @@ def test_without_confounders_the_gain_is_selection_noise():
 
 def test_effects_are_differences_of_accuracies(confounded):
     train, test = features(300, 0, PLANTED), features(300, 3, PLANTED)
-    everything = knn_accuracy(train, test, (20,))[20]
+    everything = knn_accuracies(train, test, (20,))[20].acc1
     assert confounded.accuracy["all"] == pytest.approx(everything)
     without = torch.ones(DIM)
     without[3] = 0
-    left = knn_accuracy(masked_features(train, without), masked_features(test, without), (20,))[20]
+    left = knn_accuracies(masked_features(train, without), masked_features(test, without), (20,))[20].acc1
     single = confounded.effects["leave_one_out"]
     assert single.all.value[3] == pytest.approx(everything - left)
     assert (single.selection + single.held_out) / 2 == pytest.approx(single.all.value, abs=1e-6)

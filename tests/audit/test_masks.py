@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 from metamask_plugin.audit import below_average, masked_correct, masks, random_masks
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.features import Features
-from metamask_plugin.evaluation.knn import knn_predict, masked_features
+from metamask_plugin.evaluation.knn import knn_hits, masked_features
 
 DIM, CLASSES = 40, 4
 
@@ -37,7 +37,7 @@ def knn_loop(train, test, drawn, k):
     outcomes = []
     for mask in drawn:
         bank, feats = masked_features(train, mask), masked_features(test, mask)
-        outcomes.append(knn_predict(*bank, feats.feats, CLASSES, k, 0.07).argmax(1) == test.labels)
+        outcomes.append(knn_hits(bank, feats, (k,), 0.07)[k][:, 0])
     return torch.stack(outcomes)
 
 

@@ -11,10 +11,11 @@ from metamask_plugin.evaluation.features import Features
 from metamask_plugin.evaluation.knn import (
     WeightedKNNClassifier,
     knn_accuracies,
-    knn_accuracy,
-    knn_predict,
+    knn_hits,
     knn_table,
     masked_features,
+    vote,
+    vote_temperature,
 )
 
 CLASSES = 7
@@ -49,11 +50,17 @@ def oracle(train, test, k, temperature, distance):
     return torch.tensor(scores)
 
 
+def scores_of(k, temperature=None, distance="cosine"):
+    chunks = knn._nearest(TRAIN.feats, TEST.feats, k, distance)
+    settings = (CLASSES, vote_temperature(k, temperature), distance)
+    return torch.cat([vote(near, TRAIN.labels[indices], *settings) for _, near, indices in chunks])
+
+
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
 @pytest.mark.parametrize("k", [1, 5, 20, 60])
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 def test_scores_equal_the_loop(distance, k, temperature):
-    scores = knn_predict(*TRAIN, TEST.feats, CLASSES, k, temperature, distance)
+    scores = scores_of(k, temperature, distance)
     expected = oracle(TRAIN, TEST, k, temperature, distance)
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
 
@@ -82,7 +89,7 @@ def test_chunks_do_not_change_the_result(distance, monkeypatch):
 
 
 def test_a_k_above_the_bank_is_clipped_and_keeps_its_key():
-    found = knn_accuracy(TRAIN, TEST, k=(60, 200))
+    found = knn_accuracies(TRAIN, TEST, k=(60, 200))
     assert set(found) == {60, 200}
     assert found[60] == found[200]
 
@@ -91,14 +98,11 @@ def test_each_k_votes_by_its_own_protocol_unless_a_temperature_is_given():
     own = knn_accuracies(TRAIN, TEST, k=(5, 20))
     assert own[5] == knn_accuracies(TRAIN, TEST, k=(5,), temperature=1.0)[5]
     assert own[20] == knn_accuracies(TRAIN, TEST, k=(20,), temperature=0.07)[20]
-    default, papers = (knn_predict(*TRAIN, TEST.feats, CLASSES, 5, T) for T in (None, 1.0))
-    assert torch.equal(default, papers)
-    assert not torch.equal(default, knn_predict(*TRAIN, TEST.feats, CLASSES, 5, 0.07))
+    assert own[5] != knn_accuracies(TRAIN, TEST, k=(5,), temperature=0.01)[5]
 
 
 def test_a_tiny_temperature_is_the_nearest_neighbour_and_does_not_overflow():
-    scores = knn_predict(*TRAIN, TEST.feats, CLASSES, k=20, temperature=1e-4)
-    nearest = knn_predict(*TRAIN, TEST.feats, CLASSES, k=1)
+    scores, nearest = scores_of(20, temperature=1e-4), scores_of(1)
     assert scores.isfinite().all()
     assert torch.equal(scores.argmax(1), nearest.argmax(1))
 
@@ -106,7 +110,7 @@ def test_a_tiny_temperature_is_the_nearest_neighbour_and_does_not_overflow():
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
 def test_an_image_that_lies_in_the_bank_finds_itself(distance):
     shifted = Features(TRAIN.feats + (100 if distance == "euclidean" else 0), TRAIN.labels)
-    assert knn_accuracy(shifted, shifted, k=(1,), distance=distance) == {1: 100.0}
+    assert knn_accuracies(shifted, shifted, k=(1,), distance=distance)[1].acc1 == 100
 
 
 def test_top5_counts_no_class_that_has_no_vote():
@@ -120,8 +124,8 @@ def test_the_mask_multiplies_the_features():
     table = knn_table(TRAIN, TEST, mask, ks=(5, 20))
     byhand = [Features(split.feats * mask, split.labels) for split in (TRAIN, TEST)]
     assert list(table) == ["knn5", "knn20", "knn5_masked", "knn20_masked"]
-    assert table["knn20"] == knn_accuracy(TRAIN, TEST, k=(20,))[20]
-    assert table["knn20_masked"] == knn_accuracy(*byhand, k=(20,))[20] != table["knn20"]
+    assert table["knn20"] == knn_accuracies(TRAIN, TEST, k=(20,))[20].acc1
+    assert table["knn20_masked"] == knn_accuracies(*byhand, k=(20,))[20].acc1 != table["knn20"]
     assert "knn5_masked" not in knn_table(TRAIN, TEST, ks=(5,))
     with pytest.raises(UserError, match="mask must be one weight for each of the 6 dimensions"):
         masked_features(TRAIN, mask[:3])
@@ -138,18 +142,18 @@ def test_the_mask_multiplies_the_features():
 )
 def test_settings_out_of_range_are_named(settings, message):
     with pytest.raises(UserError, match=message):
-        knn_accuracy(TRAIN, TEST, **settings)
+        knn_hits(TRAIN, TEST, **settings)
 
 
 def test_features_that_do_not_fit_are_named():
     with pytest.raises(UserError, match="of one dimension, got \\(6, 5\\)"):
-        knn_accuracy(TRAIN, Features(TEST.feats[:, :5], TEST.labels))
+        knn_hits(TRAIN, Features(TEST.feats[:, :5], TEST.labels))
     with pytest.raises(UserError, match="training labels must be >= 0, got -1"):
-        knn_accuracy(Features(TRAIN.feats, TRAIN.labels - 1), TEST)
+        knn_hits(Features(TRAIN.feats, TRAIN.labels - 1), TEST)
     with pytest.raises(UserError, match="test labels"):
-        knn_accuracy(TRAIN, Features(TEST.feats, TEST.labels[:3]))
+        knn_hits(TRAIN, Features(TEST.feats, TEST.labels[:3]))
     with pytest.raises(UserError, match="training features must be at least one"):
-        knn_accuracy(Features(TRAIN.feats[:0], TRAIN.labels[:0]), TEST)
+        knn_hits(Features(TRAIN.feats[:0], TRAIN.labels[:0]), TEST)
 
 
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])

@@ -11,7 +11,7 @@ from metamask_plugin.data.regions import region_of
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation import regions
 from metamask_plugin.evaluation.features import extract_features
-from metamask_plugin.evaluation.knn import knn_accuracy
+from metamask_plugin.evaluation.knn import knn_accuracies
 from metamask_plugin.evaluation.linear import LinearProtocol, linear_probe
 from metamask_plugin.evaluation.regions import region_accuracies, summarise_seeds
 
@@ -100,7 +100,7 @@ def test_rows_hold_what_the_functions_give(trained_on, fit_on):
         fitted = region if fit_on == "tested" else trained_on
         train = extract_features(encoder, Data()("train", fitted))
         test = extract_features(encoder, Data()("test", region))
-        assert row["knn7"] == knn_accuracy(train, test, (7,))[7]
+        assert row["knn7"] == knn_accuracies(train, test, (7,))[7].acc1
         assert row["linear"] == linear_probe(train, test, CLASSES, QUICK, seed=3).acc1_last
     assert len({row["linear"] for row in found.values()}) > 1
 

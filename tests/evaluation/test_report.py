@@ -10,7 +10,7 @@ from torch import nn
 
 from metamask_plugin.audit.statistics import standard_error
 from metamask_plugin.evaluation.features import extract_features, raw_pixels
-from metamask_plugin.evaluation.knn import knn_accuracy, knn_predict, masked_features
+from metamask_plugin.evaluation.knn import knn_accuracies, knn_hits, masked_features
 from metamask_plugin.evaluation.linear import PROTOCOLS, LinearProtocol, linear_probe
 from metamask_plugin.evaluation.report import (
     errors_in_words,
@@ -53,7 +53,8 @@ def test_rows_hold_what_the_functions_give(encoder):
     feats = [extract_features(encoder, Data().evaluation_loader(split)) for split in ("train", "test")]
     masked = [masked_features(split, mask) for split in feats]
     for row, (train, test) in zip(rows, (pixels, feats, masked)):
-        assert {k: row[f"knn{k}"] for k in (5, 20)} == knn_accuracy(train, test, (5, 20))
+        found = knn_accuracies(train, test, (5, 20))
+        assert [row["knn5"], row["knn20"]] == [found[5].acc1, found[20].acc1]
     assert rows[1]["linear"] == linear_probe(*feats, 3, PROBE, seed=3).acc1_last
     assert rows[2]["linear_best"] == linear_probe(*feats, 3, PROBE, seed=3, mask=mask).acc1_best
     assert rows[0]["knn20"] > 40, "the patterns should be visible in the pixels"
@@ -67,7 +68,7 @@ def test_standard_errors_are_in_the_rows_over_originals_and_not_in_the_table(enc
     originals = torch.arange(30) % 15
     (over,) = evaluate_rows(Data(), {"a": encoder}, **settings, originals=originals)
     train, test = (extract_features(encoder, Data().evaluation_loader(split)) for split in ("train", "test"))
-    right = knn_predict(*train, test.feats, 3, 20).argmax(1) == test.labels
+    right = knn_hits(train, test, (20,))[20][:, 0]
     assert over["knn20_standard_error"] == standard_error(right, originals) != row["knn20_standard_error"]
     assert over["linear_standard_error"] != row["linear_standard_error"]
     assert without_errors([over]) == without_errors([row])
