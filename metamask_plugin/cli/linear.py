@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from metamask_plugin.cli.checked import checked_linear, frozen
 from metamask_plugin.cli.dry_run import check_data_kwargs
@@ -26,13 +25,12 @@ from metamask_plugin.evaluation.finetune import (
     ALL,
     BATCH_SIZE,
     FineTuneProtocol,
-    FineTuneResult,
     finetune,
     labelled_subset,
     simclr_protocol,
 )
 from metamask_plugin.evaluation.labelled_images import LabelledImages, merged_data
-from metamask_plugin.evaluation.linear import PROTOCOLS, LinearProtocol, LinearResult, linear_probe
+from metamask_plugin.evaluation.linear import PROTOCOLS, LinearProtocol, ProbeResult, linear_probe
 from metamask_plugin.evaluation.report import format_table, write_summary
 
 FINETUNE_PROTOCOLS = ("paper", "custom")
@@ -42,7 +40,7 @@ ELSEWHERE = ("mixup", "cutmix", "label_smoothing", "auto_augment")
 """Settings of solo-learn's ``main_linear.py`` that there are none of here."""
 
 
-def run(cfg: DictConfig) -> LinearResult | FineTuneResult:
+def run(cfg: DictConfig) -> ProbeResult:
     """Trains the probe, prints its accuracies, writes ``args.json``, ``summary.json`` and ``head.pt``.
 
     They lie in ``<checkpoint.dir>/linear/<name>-<digest>``, where the digest is of the encoder's weights, the
@@ -58,7 +56,7 @@ def run(cfg: DictConfig) -> LinearResult | FineTuneResult:
         return _run(cfg)
 
 
-def _run(cfg: DictConfig) -> LinearResult | FineTuneResult:
+def _run(cfg: DictConfig) -> ProbeResult:
     cfg = _complete(cfg)
     if cfg.finetune:
         return _finetune(cfg)
@@ -86,7 +84,7 @@ def _run(cfg: DictConfig) -> LinearResult | FineTuneResult:
         "head": cfg.head,
         "protocol": protocol_name,
         "acc@1": result.acc1_last,
-        "acc@5": result.acc5,
+        "acc@5": result.acc5_last,
         "best acc@1": result.acc1_best,
     }
     print(format_table([row]))
@@ -98,7 +96,7 @@ def _run(cfg: DictConfig) -> LinearResult | FineTuneResult:
     return result
 
 
-def _finetune(cfg: DictConfig) -> FineTuneResult:
+def _finetune(cfg: DictConfig) -> ProbeResult:
     for key, expected in (("masked", False), ("head", "linear")):
         check(cfg[key] == expected, key, f"{expected} with finetune=True", cfg[key])
     device = torch.device(device_type(cfg.accelerator))
@@ -119,16 +117,8 @@ def _finetune(cfg: DictConfig) -> FineTuneResult:
         f"{of} training images and {data.sizes['test']} test images",
         flush=True,
     )
-    with tqdm(total=protocol.epochs, desc="epochs", disable=not sys.stderr.isatty()) as bar:
-        result = finetune(
-            pretrained.backbone,
-            data,
-            protocol=protocol,
-            seed=cfg.seed,
-            device=device,
-            progress=lambda done, total: bar.update(),
-            **choice,
-        )
+    settings = {"protocol": protocol, "seed": cfg.seed, "device": device, "bar": "epochs"}
+    result = finetune(pretrained.backbone, data, **settings, **choice)
     row = {
         "features": "fine-tuned",
         "images": images,
@@ -141,7 +131,8 @@ def _finetune(cfg: DictConfig) -> FineTuneResult:
     print(format_table([row]))
     if cfg.checkpoint.enabled:
         folder = _folder("finetune", cfg, pretrained, [node, view, choice, vars(protocol)])
-        settings = {"best_epoch": result.best_epoch, "steps": result.steps, "curve": result.curve}
+        curve = [acc1 for acc1, _ in result.accuracies]
+        settings = {"best_epoch": result.best_epoch, "steps": result.steps, "curve": curve}
         _save(folder / "finetuned.pt", {"state_dict": result.state_dict})
         _write(folder, cfg, pretrained, {**row, **choice, **settings, "protocol_settings": vars(protocol)})
     return result

@@ -17,16 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from metamask_plugin.data import ImageSplit, stratified_subset
 from metamask_plugin.data.loaders import TrainingLoader
 from metamask_plugin.data.registry import FRACTION_SEED
 from metamask_plugin.errors import UserError, check
-from metamask_plugin.evaluation.features import Features, Progress, extract_features
+from metamask_plugin.evaluation.features import accuracy, extract_features, top_hits
 from metamask_plugin.evaluation.labelled_images import LabelledImages
-from metamask_plugin.evaluation.linear import LinearProtocol, warn_of_divergence
+from metamask_plugin.evaluation.linear import (
+    LinearProtocol,
+    ProbeResult,
+    set_rate,
+    train_epoch,
+    warn_of_divergence,
+)
 
 ALL = -1
 """The fraction that stands for all labels, as in ``data.fraction``."""
@@ -97,35 +103,6 @@ def simclr_protocol(
     )
 
 
-@dataclass(frozen=True)
-class FineTuneResult:
-    """What the fine-tuned network reached on the test images; accuracies in percent.
-
-    Attributes:
-        acc1_last: top-1 after the last epoch.
-        acc5_last: top-5 after the last epoch (100 with five classes or fewer).
-        acc1_best: top-1 of the best epoch, chosen on the test images, as the papers' code does.
-        acc5_best: top-5 of that epoch.
-        best_epoch: that epoch, counted from 1.
-        epochs: number of epochs trained.
-        images: number of labelled images trained on.
-        steps: number of optimiser steps.
-        curve: top-1 after every epoch.
-        state_dict: ``backbone.*`` and ``classifier.*`` after the last epoch, on the CPU.
-    """
-
-    acc1_last: float
-    acc5_last: float
-    acc1_best: float
-    acc5_best: float
-    best_epoch: int
-    epochs: int
-    images: int
-    steps: int
-    curve: tuple[float, ...]
-    state_dict: dict[str, torch.Tensor]
-
-
 def labelled_subset(
     split: ImageSplit,
     fraction: float = ALL,
@@ -165,10 +142,10 @@ def finetune(
     protocol: FineTuneProtocol | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
-    progress: Progress | None = None,
+    bar: str | None = None,
     subset_seed: int = FRACTION_SEED,
     subset_file: str | Path | None = None,
-) -> FineTuneResult:
+) -> ProbeResult:
     """Trains a copy of an encoder with a linear classifier on few labels; tests it after every epoch.
 
     Batch normalisation is in training mode in training, and uses its running statistics in the tests. The
@@ -182,7 +159,7 @@ def finetune(
         protocol: by default :func:`simclr_protocol` for this fraction.
         seed: of the order of the images and of their augmentation; the classifier starts at zero.
         device: where to train; by default where the encoder is.
-        progress: called with (epochs done, epochs in all) after every epoch.
+        bar: title of a progress bar on a terminal; None for no bar.
         subset_seed: see :func:`labelled_subset`.
         subset_file: see :func:`labelled_subset`.
 
@@ -197,29 +174,31 @@ def finetune(
     device = torch.device(device) if device is not None else home
     batch_size = min(protocol.batch_size, len(chosen))
     loader = data.augmented(chosen, protocol.view, batch_size, seed, device)
-    curve = []
-    # this may be called from a validation hook, where gradients are off
-    with _seeded(device, seed), torch.inference_mode(False), torch.enable_grad():
+    accuracies = []
+    with _seeded(device, seed), torch.inference_mode(False):
         network = _with_classifier(backbone, data, device)
-        optimizer = _optimizer(protocol, network)
-        for epoch in range(protocol.epochs):
-            loader.sampler.set_epoch(epoch)
-            loss = _train_epoch(network, loader, optimizer, protocol, epoch, batch_size)
-            curve.append(_accuracies(extract_features(network, data.evaluation_loader("test"), device)))
-            if progress is not None:
-                progress(epoch + 1, protocol.epochs)
+        optimizer = protocol.build_optimizer(network, nesterov=protocol.nesterov)
+        for epoch in tqdm(range(protocol.epochs), bar, disable=bar is None or None):
+            batches = _batches(loader, optimizer, protocol, epoch)
+            loss = train_epoch(
+                network.train(), batches, optimizer, "the loss of fine-tuning", protocol, epoch
+            )
+            hits = top_hits(*extract_features(network, data.evaluation_loader("test"), device))
+            accuracies.append(accuracy(hits))
     warn_of_divergence("fine-tuning", loss, data.num_classes, protocol.lr)
-    best = max(range(len(curve)), key=lambda epoch: curve[epoch][0])
-    return FineTuneResult(
-        *curve[-1],
-        *curve[best],
-        best_epoch=best + 1,
-        epochs=protocol.epochs,
-        images=len(chosen),
-        steps=protocol.epochs * len(loader),
-        curve=tuple(acc1 for acc1, _ in curve),
-        state_dict={key: tensor.cpu() for key, tensor in network.state_dict().items()},
-    )
+    state = {key: tensor.cpu() for key, tensor in network.state_dict().items()}
+    return ProbeResult(tuple(accuracies), hits[:, 0], len(chosen), protocol.epochs * len(loader), state)
+
+
+def _batches(
+    loader: TrainingLoader, optimizer: torch.optim.Optimizer, protocol: FineTuneProtocol, epoch: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Images and labels of an epoch; sets the learning rate of each step."""
+    loader.sampler.set_epoch(epoch)
+    for step, (_, (x,), y) in enumerate(loader):
+        lr = protocol.lr_at(epoch + step / len(loader))
+        set_rate(optimizer, lr * loader.batch_size / protocol.batch_size)
+        yield x, y
 
 
 def _require_every_class(split: ImageSplit, remedy: str) -> None:
@@ -283,47 +262,3 @@ def _with_classifier(backbone: nn.Module, data: LabelledImages, device: torch.de
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
     return nn.Sequential(OrderedDict(backbone=network, classifier=classifier))
-
-
-def _optimizer(protocol: FineTuneProtocol, network: nn.Module) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    settings = {"lr": protocol.lr, "weight_decay": protocol.weight_decay}
-    if protocol.optimizer == "sgd":
-        nesterov = protocol.nesterov and protocol.momentum > 0
-        return torch.optim.SGD(parameters, momentum=protocol.momentum, nesterov=nesterov, **settings)
-    kind = torch.optim.Adam if protocol.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, **settings)
-
-
-def _train_epoch(
-    network: nn.Module,
-    loader: TrainingLoader,
-    optimizer: torch.optim.Optimizer,
-    protocol: FineTuneProtocol,
-    epoch: int,
-    batch_size: int,
-) -> float:
-    """Returns the mean loss of the epoch."""
-    device = next(network.parameters()).device
-    network.train()
-    total = torch.zeros((), device=device)
-    for step, (_, (x,), y) in enumerate(loader):
-        for group in optimizer.param_groups:
-            group["lr"] = protocol.lr_at(epoch + step / len(loader)) * batch_size / protocol.batch_size
-        loss = F.cross_entropy(network(x), y)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        total += loss.detach()
-    if not torch.isfinite(total):  # asked once an epoch: every question waits for the GPU
-        raise UserError(
-            f"optimizer.lr must keep the loss of fine-tuning finite, got {protocol.lr!r} and a loss of "
-            f"{loss.item()} in epoch {epoch + 1}; lower optimizer.lr"
-        )
-    return total.item() / len(loader)
-
-
-def _accuracies(logits: Features) -> tuple[float, float]:
-    """Top-1 and top-5 in percent."""
-    top = logits.feats.topk(min(5, logits.feats.shape[1]), dim=1).indices == logits.labels[:, None]
-    return tuple(100.0 * int(top[:, :k].sum()) / len(top) for k in (1, 5))

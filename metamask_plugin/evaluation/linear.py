@@ -3,16 +3,17 @@
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from metamask_plugin.errors import UserError, check, choose
-from metamask_plugin.evaluation.features import Features
+from metamask_plugin.evaluation.features import Accuracy, Features, accuracy, moments, top_hits
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULERS = ("none", "step", "cosine", "exponential")
@@ -49,6 +50,11 @@ class LinearProtocol:
 
     Raises:
         UserError: for a setting that does not exist or is out of range.
+
+    Example:
+        >>> protocol = LinearProtocol("sgd", lr=0.1, epochs=100, batch_size=256, scheduler="cosine")
+        >>> protocol.lr_at(0), round(protocol.lr_at(50), 3)
+        (0.1, 0.05)
     """
 
     optimizer: str
@@ -73,8 +79,8 @@ class LinearProtocol:
         if self.scheduler == "exponential":
             check(self.lr_end > 0, "scheduler.min_lr", "> 0 for the exponential schedule", self.lr_end)
 
-    def lr_at(self, epoch: int) -> float:
-        """Learning rate of an epoch, counted from 0."""
+    def lr_at(self, epoch: float) -> float:
+        """Learning rate of an epoch, counted from 0; within it for a fraction."""
         done = epoch / self.epochs
         if self.scheduler == "step":
             return self.lr * 0.1 ** sum(epoch >= step for step in self.lr_decay_steps)
@@ -83,6 +89,24 @@ class LinearProtocol:
         if self.scheduler == "exponential":
             return self.lr * (self.lr_end / self.lr) ** done
         return self.lr
+
+    def build_optimizer(
+        self, network: nn.Module, nesterov: bool = False, **options: Any
+    ) -> torch.optim.Optimizer:
+        """The optimiser of the parameters that have gradients.
+
+        Args:
+            network: what is trained.
+            nesterov: of SGD with momentum.
+            options: further ones of torch's optimiser.
+        """
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        options = {"lr": self.lr, "weight_decay": self.weight_decay, **options}
+        if self.optimizer == "sgd":
+            nesterov = nesterov and self.momentum > 0
+            return torch.optim.SGD(parameters, momentum=self.momentum, nesterov=nesterov, **options)
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        return kind(parameters, **options)
 
 
 PAPER = LinearProtocol(
@@ -105,26 +129,59 @@ PROTOCOLS: dict[str, LinearProtocol] = {
 
 
 @dataclass(frozen=True)
-class LinearResult:
-    """What a probe reached on the test features; accuracies in percent.
+class ProbeResult:
+    """What a trained classifier reached on the test images.
 
     Attributes:
-        acc1_last: top-1 after the last epoch.
-        acc1_best: top-1 of the best epoch, chosen on the test features, as the papers' code does.
-        best_epoch: that epoch, counted from 1.
-        acc5: top-5 after the last epoch (100 with five classes or fewer).
-        epochs: number of epochs trained.
-        state_dict: of :func:`build_head` after the last epoch; takes the features as extracted.
-        correct: which test features are classified rightly after the last epoch, bool (N,).
+        accuracies: after every epoch.
+        correct: which test images are classified rightly after the last epoch, bool (N,).
+        images: number of labelled images trained on.
+        steps: number of optimiser steps.
+        state_dict: after the last epoch, on the CPU: of :func:`build_head`, which takes the features as
+            extracted; or ``backbone.*`` and ``classifier.*`` where the encoder was trained, too.
+
+    Example:
+        >>> curve = (Accuracy(50.0, 90.0), Accuracy(70.0, 100.0), Accuracy(60.0, 100.0))
+        >>> result = ProbeResult(curve, torch.tensor([True, False]), images=10, steps=30, state_dict={})
+        >>> result.acc1_last, result.acc1_best, result.best_epoch
+        (60.0, 70.0, 2)
     """
 
-    acc1_last: float
-    acc1_best: float
-    best_epoch: int
-    acc5: float
-    epochs: int
-    state_dict: dict[str, torch.Tensor]
+    accuracies: tuple[Accuracy, ...]
     correct: torch.Tensor
+    images: int
+    steps: int
+    state_dict: dict[str, torch.Tensor]
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs trained."""
+        return len(self.accuracies)
+
+    @property
+    def best_epoch(self) -> int:
+        """By top-1 on the test images, as the papers' code chooses it; counted from 1."""
+        return 1 + max(range(self.epochs), key=lambda epoch: self.accuracies[epoch].acc1)
+
+    @property
+    def acc1_last(self) -> float:
+        """Top-1 after the last epoch, percent."""
+        return self.accuracies[-1].acc1
+
+    @property
+    def acc5_last(self) -> float:
+        """Top-5 after the last epoch, percent (100 with five classes or fewer)."""
+        return self.accuracies[-1].acc5
+
+    @property
+    def acc1_best(self) -> float:
+        """Top-1 of the best epoch, percent."""
+        return self.accuracies[self.best_epoch - 1].acc1
+
+    @property
+    def acc5_best(self) -> float:
+        """Top-5 of the best epoch, percent."""
+        return self.accuracies[self.best_epoch - 1].acc5
 
 
 class UnitLength(nn.Module):
@@ -145,6 +202,10 @@ def build_head(head: str, dim: int, num_classes: int, scaling: str = "standardis
         dim: D.
         num_classes: C.
         scaling: see :class:`LinearProtocol`.
+
+    Example:
+        >>> build_head("mlp", dim=64, num_classes=10).state_dict()["classifier.0.weight"].shape
+        torch.Size([200, 64])
     """
     choose("head", head, HEADS)
     widths = [dim, num_classes] if head == "linear" else [dim, MLP_HIDDEN_DIM, num_classes]
@@ -167,7 +228,7 @@ def linear_probe(
     seed: int = 0,
     device: torch.device | str | None = None,
     mask: torch.Tensor | None = None,
-) -> LinearResult:
+) -> ProbeResult:
     """Trains a classification head on frozen features and tests it after every epoch.
 
     Features are scaled first (:class:`LinearProtocol`), so that one learning rate fits encoders of any
@@ -186,6 +247,12 @@ def linear_probe(
 
     Raises:
         UserError: for features or labels that do not fit, or when the loss is no longer finite.
+
+    Example:
+        >>> feats = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+        >>> features = Features(feats, (feats[:, 0] > 0).long())
+        >>> linear_probe(features, features, num_classes=2, protocol="fast").acc1_last > 80
+        True
     """
     if isinstance(protocol, str):
         protocol = PROTOCOLS[choose("protocol", protocol, PROTOCOLS)]
@@ -194,7 +261,10 @@ def linear_probe(
     generator = torch.Generator().manual_seed(seed)
     network = build_head(head, train.feats.shape[1], num_classes, protocol.scaling)
     if protocol.scaling == "standardise":
-        _set_statistics(network.standardise, train.feats)
+        mean, variance, varies = moments(train.feats)
+        network.standardise.running_mean.copy_(mean)
+        # a dimension that never varies (a dead ReLU) has no scale: do not blow it up
+        network.standardise.running_var.copy_(torch.where(varies, variance, 1.0))
     _initialise(network.classifier, generator)
     network.to(device).eval()
     mask = torch.ones(train.feats.shape[1]) if mask is None else mask.detach().float()
@@ -204,12 +274,13 @@ def linear_probe(
         for split in (train, test)
     ]
     with _threads_for(train.feats.shape[1] * (MLP_HIDDEN_DIM if head == "mlp" else num_classes), protocol):
-        curve, acc5, correct = _train(network.classifier, *prepared, protocol, generator)
+        accuracies, correct = _train(network.classifier, *prepared, protocol, generator)
     with torch.no_grad():  # fold the mask into the first layer, so that the head takes plain features
         network.classifier[0].weight.mul_(mask.to(device))
-    best = max(range(len(curve)), key=curve.__getitem__)
     state = {key: tensor.cpu() for key, tensor in network.state_dict().items()}
-    return LinearResult(curve[-1], curve[best], best + 1, acc5, protocol.epochs, state, correct)
+    images = len(train.labels)
+    steps = protocol.epochs * math.ceil(images / protocol.batch_size)
+    return ProbeResult(tuple(accuracies), correct, images, steps, state)
 
 
 @contextmanager
@@ -235,16 +306,6 @@ def _check_features(train: Features, test: Features, num_classes: int) -> None:
         check(fits, f"{name} labels", f"from 0 to {num_classes - 1}", (low, high), "check data.dataset")
 
 
-def _set_statistics(standardise: nn.BatchNorm1d, feats: torch.Tensor) -> None:
-    if feats.device.type == "mps":  # which has no float64
-        feats = feats.cpu()
-    variance, mean = torch.var_mean(feats.double(), dim=0, correction=0)
-    # a dimension that never varies beyond rounding (a dead ReLU) has no scale: do not blow it up
-    variance[variance <= 1e-12 * mean**2] = 1.0
-    standardise.running_mean.copy_(mean)
-    standardise.running_var.copy_(variance)
-
-
 def _initialise(classifier: nn.Sequential, generator: torch.Generator) -> None:
     """PyTorch's default for nn.Linear, uniform within 1 / sqrt(fan_in), from our own generator."""
     with torch.no_grad():
@@ -255,49 +316,78 @@ def _initialise(classifier: nn.Sequential, generator: torch.Generator) -> None:
                 layer.bias.uniform_(-bound, bound, generator=generator)
 
 
-def _optimizer(protocol: LinearProtocol, classifier: nn.Module) -> torch.optim.Optimizer:
-    # fused: one call instead of a dozen, which on small heads is half of the time
-    settings = {"lr": protocol.lr, "weight_decay": protocol.weight_decay, "fused": True}
-    if protocol.optimizer == "sgd":
-        return torch.optim.SGD(classifier.parameters(), momentum=protocol.momentum, **settings)
-    kind = torch.optim.Adam if protocol.optimizer == "adam" else torch.optim.AdamW
-    return kind(classifier.parameters(), **settings)
-
-
 def _train(
     classifier: nn.Sequential,
     train: Features,
     test: Features,
     protocol: LinearProtocol,
     generator: torch.Generator,
-) -> tuple[list[float], float, torch.Tensor]:
-    """Returns top-1 after every epoch, top-5 after the last, in percent, and what is right after the last."""
-    optimizer = _optimizer(protocol, classifier)
-    curve = []
+) -> tuple[list[Accuracy], torch.Tensor]:
+    """Returns the accuracy after every epoch, and which test features are right after the last."""
+    # fused: one call instead of a dozen, which on small heads is half of the time
+    optimizer = protocol.build_optimizer(classifier, fused=True)
+    accuracies = []
     for epoch in range(protocol.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = protocol.lr_at(epoch)
+        set_rate(optimizer, protocol.lr_at(epoch))
         order = torch.randperm(len(train.labels), generator=generator).to(train.labels.device)
-        # enable_grad: a probe may be run from a validation hook, where gradients are off
-        with torch.inference_mode(False), torch.enable_grad():
-            for batch in order.split(protocol.batch_size):
-                loss = F.cross_entropy(classifier(train.feats[batch]), train.labels[batch])
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"optimizer.lr must keep the probe's loss finite, got {protocol.lr!r} and a loss of "
-                f"{loss.item()} in epoch {epoch + 1}; lower optimizer.lr"
-            )
+        batches = ((train.feats[batch], train.labels[batch]) for batch in order.split(protocol.batch_size))
+        train_epoch(classifier, batches, optimizer, "the probe's loss", protocol, epoch)
         with torch.no_grad():
-            logits = classifier(test.feats)
-        curve.append(_accuracy(logits, test.labels, top=1))
+            hits = top_hits(classifier(test.feats), test.labels)
+        accuracies.append(accuracy(hits))
     with torch.no_grad():
-        loss = F.cross_entropy(classifier(train.feats), train.labels).item()
+        logits = classifier(train.feats)
+        loss = F.cross_entropy(logits, train.labels).item()
     warn_of_divergence("the probe", loss, logits.shape[1], protocol.lr)
-    correct = (logits.argmax(dim=1) == test.labels).cpu()
-    return curve, _accuracy(logits, test.labels, top=5), correct
+    return accuracies, hits[:, 0].cpu()
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def train_epoch(
+    network: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    optimizer: torch.optim.Optimizer,
+    what: str,
+    protocol: LinearProtocol,
+    epoch: int,
+) -> float:
+    """One pass over batches of inputs and labels, by cross-entropy.
+
+    Args:
+        network: from inputs to logits.
+        batches: of one epoch.
+        optimizer: of the network.
+        what: the loss that must stay finite, for messages.
+        protocol: likewise.
+        epoch: likewise, counted from 0.
+
+    Returns:
+        The mean loss.
+
+    Raises:
+        UserError: a loss is no longer finite.
+    """
+    losses = []
+    # this may be called from a validation hook, where gradients are off
+    with torch.inference_mode(False), torch.enable_grad():
+        for x, y in batches:
+            loss = F.cross_entropy(network(x), y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+    mean = torch.stack(losses).mean().item()  # asked once an epoch: every question waits for the GPU
+    if not math.isfinite(mean):
+        raise UserError(
+            f"optimizer.lr must keep {what} finite, got {protocol.lr!r} and a loss of {losses[-1].item()} in "
+            f"epoch {epoch + 1}; lower optimizer.lr"
+        )
+    return mean
 
 
 def warn_of_divergence(what: str, loss: float, num_classes: int, lr: float) -> None:
@@ -315,8 +405,3 @@ def warn_of_divergence(what: str, loss: float, num_classes: int, lr: float) -> N
             f"{math.log(num_classes):.3g}: optimizer.lr={lr:g} is too high, the accuracy means nothing",
             file=sys.stderr,
         )
-
-
-def _accuracy(logits: torch.Tensor, labels: torch.Tensor, top: int) -> float:
-    predicted = logits.topk(min(top, logits.shape[1]), dim=1).indices
-    return 100.0 * int((predicted == labels[:, None]).sum()) / len(labels)

@@ -48,9 +48,8 @@ def test_an_untrained_encoder_learns_digits_and_more_than_a_probe_on_it(data, ba
     result = finetune(backbone, data, 0.3, replace(SHORT, epochs=5))
     assert result.images == pytest.approx(0.3 * data.sizes["train"], abs=5)
     assert result.acc1_last > 70, "chance is 10"
-    assert (len(result.curve), result.epochs, result.steps) == (5, 5, 5 * (result.images // 32))
-    assert result.curve[-1] == result.acc1_last
-    assert result.curve[result.best_epoch - 1] == result.acc1_best == max(result.curve)
+    assert (result.epochs, result.steps) == (5, 5 * (result.images // 32))
+    assert result.acc1_best == max(acc1 for acc1, _ in result.accuracies)
     assert result.acc1_last < result.acc5_last <= 100
 
     frozen = LabelledImages.read({**NODE, "fraction": 0.3}, 16)
@@ -201,11 +200,9 @@ def test_a_loss_that_is_not_finite_ends_it_with_one_line(data, backbone):
     assert "\n" not in str(caught.value)
 
 
-def test_other_optimizers_and_progress(data, backbone):
-    seen = []
+def test_another_optimizer(data, backbone):
     protocol = replace(SHORT, optimizer="adamw", lr=0.01, weight_decay=0.01, scheduler="none")
-    result = finetune(backbone, data, 0.3, protocol, progress=lambda *done: seen.append(done))
-    assert seen == [(1, 2), (2, 2)]
+    result = finetune(backbone, data, 0.3, protocol)
     assert result.acc1_last > 30
 
 

@@ -46,7 +46,7 @@ def accuracy(
             )
             found[f"{head}{suffix}"] = result.acc1_last
             found[f"{head}_best{suffix}"] = result.acc1_best
-            found[f"{head}_top5{suffix}"] = result.acc5
+            found[f"{head}_top5{suffix}"] = result.acc5_last
         found["feature_std"] = feature_std(test.feats)
         return [{"metric": metric, "value": value} for metric, value in found.items()]
 
