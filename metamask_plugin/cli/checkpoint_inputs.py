@@ -5,9 +5,10 @@ import argparse
 import torch
 from torch.utils.data import DataLoader
 
-from metamask_plugin.evaluation.encoder import Encoder, load_encoder
+from metamask_plugin.evaluation.encoder import Encoder
 from metamask_plugin.evaluation.features import Features, extract_features
 from metamask_plugin.evaluation.labelled_images import LabelledImages, merged_data
+from metamask_plugin.host import load_encoder
 
 
 def pretrained_encoder(args: argparse.Namespace) -> Encoder:

@@ -19,7 +19,6 @@ from metamask_plugin.cli.paths import made_folder
 from metamask_plugin.data.regions import FORMS, REGIONS
 from metamask_plugin.errors import check, choose
 from metamask_plugin.evaluation.checkpoints import find_checkpoint, read_args
-from metamask_plugin.evaluation.encoder import load_encoder
 from metamask_plugin.evaluation.figures import save
 from metamask_plugin.evaluation.knn import within_bank
 from metamask_plugin.evaluation.labelled_images import LabelledImages, merged_data
@@ -27,6 +26,7 @@ from metamask_plugin.evaluation.linear import PROTOCOLS
 from metamask_plugin.evaluation.regions import FIT_ON, SETTINGS, region_accuracies, summarise_seeds
 from metamask_plugin.evaluation.report import format_table, write_summary
 from metamask_plugin.evaluation.semantic_figures import region_bars
+from metamask_plugin.host import load_encoder
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from metamask_plugin.cli.machine import device_type
 from metamask_plugin.data.registry import FRACTION_SEED
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.evaluation.checkpoints import content_digest, find_checkpoint, read_args
-from metamask_plugin.evaluation.encoder import Encoder, load_encoder
-from metamask_plugin.evaluation.features import Features, extract_features
+from metamask_plugin.evaluation.encoder import Encoder
+from metamask_plugin.evaluation.features import extract_features
 from metamask_plugin.evaluation.files import replacing
 from metamask_plugin.evaluation.finetune import (
     ALL,
@@ -32,6 +32,7 @@ from metamask_plugin.evaluation.finetune import (
 from metamask_plugin.evaluation.labelled_images import LabelledImages, merged_data
 from metamask_plugin.evaluation.linear import PROTOCOLS, LinearProtocol, ProbeResult, linear_probe
 from metamask_plugin.evaluation.report import format_table, write_summary
+from metamask_plugin.host import load_encoder
 
 FINETUNE_PROTOCOLS = ("paper", "custom")
 """Values of ``protocol`` with ``finetune=True``; ``paper`` is SimCLR's."""
@@ -75,7 +76,10 @@ def _run(cfg: DictConfig) -> ProbeResult:
         f"{data.sizes['train']} training and {data.sizes['test']} test images",
         flush=True,
     )
-    train, test = (_extract(pretrained, data, split, device) for split in ("train", "test"))
+    train, test = (
+        extract_features(pretrained.backbone, data.evaluation_loader(split), device, f"{split} features")
+        for split in ("train", "test")
+    )
     mask = pretrained.mask if cfg.masked else None
     result = linear_probe(train, test, data.num_classes, protocol, cfg.head, cfg.seed, device, mask)
     row = {
@@ -234,10 +238,6 @@ def _data(pretrained: Encoder, node: dict[str, Any], view: dict[str, Any]) -> La
     )
     pretrained.check_side(crop_size, "data.augmentations.crop_size")
     return LabelledImages.read(node, crop_size, view.get("mean"), view.get("std"))
-
-
-def _extract(pretrained: Encoder, data: LabelledImages, split: str, device: torch.device) -> Features:
-    return extract_features(pretrained.backbone, data.evaluation_loader(split), device, f"{split} features")
 
 
 def _folder(kind: str, cfg: DictConfig, pretrained: Encoder, settings: Sequence[Any]) -> Path:

@@ -15,8 +15,10 @@ from timm.models import convnext, swin_transformer, vision_transformer
 from torch import nn
 
 from metamask_plugin.errors import UserError, check
-from metamask_plugin.evaluation.encoder import AMBIGUOUS, BUILDERS
+from metamask_plugin.evaluation.encoder import AMBIGUOUS, BUILDERS, load_encoder
 from metamask_plugin.modules.encoders import ENCODERS, build_encoder
+
+__all__ = ["IN_TIMM", "NOT_IN_TIMM", "build_solo_encoder", "load_encoder", "solo_factories"]
 
 SIZES = ("tiny", "small", "base", "large")
 # timm's functions, not its names: solo-learn, once imported, puts its own networks under some of these

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from metamask_plugin.errors import check
-from metamask_plugin.evaluation.encoder import Encoder, load_encoder
+from metamask_plugin.evaluation.encoder import Encoder
 from metamask_plugin.evaluation.features import Features, extract_features
 from metamask_plugin.evaluation.labelled_images import LabelledImages, merged_data
+from metamask_plugin.host import load_encoder
 from metamask_plugin.training.run_folder import RunFolder
 
 ANEW = "remove that folder, and the trial is trained anew"
@@ -38,10 +39,11 @@ class Measured:
     about: str = ""
 
 
+@dataclass
 class Subject:
     """An encoder at one or two of its epochs, and the images to measure it on.
 
-    Args:
+    Attributes:
         title: what stands on pictures.
         seed: of what the measures draw.
         encoders: by checkpoint, ``last`` and maybe ``best``.
@@ -50,17 +52,14 @@ class Subject:
         model: the whole method as it was initialised, to count its parameters; or None.
     """
 
-    def __init__(
-        self,
-        title: str,
-        seed: int,
-        encoders: Mapping[str, Encoder],
-        data: LabelledImages,
-        folder: Path | None = None,
-        model: nn.Module | None = None,
-    ):
-        self.title, self.seed, self.encoders, self.data = title, seed, encoders, data
-        self.folder, self.model = folder, model
+    title: str
+    seed: int
+    encoders: dict[str, Encoder]
+    data: LabelledImages
+    folder: Path | None = None
+    model: nn.Module | None = None
+
+    def __post_init__(self):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._features: dict[tuple[str, str], Features] = {}
 
@@ -68,11 +67,6 @@ class Subject:
     def mask(self) -> torch.Tensor | None:
         """The learned mask after the last epoch, (D,), or None."""
         return self.encoders["last"].mask
-
-    @property
-    def dimensions(self) -> int:
-        """Of the features."""
-        return self.encoders["last"].dim
 
     def features(self, split: str, checkpoint: str = "last") -> Features:
         """Of the ``train`` or ``test`` images, extracted once."""

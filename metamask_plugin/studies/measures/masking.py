@@ -92,7 +92,7 @@ def confounder_audit(
     The options are those of :func:`metamask_plugin.audit.audit`. All it finds is in the details, the verdict
     in words, too; the rows have its main numbers, gains in percentage points.
     """
-    check_options(subject.dimensions, draws, banzhaf_masks, removal)
+    check_options(subject.encoders["last"].dim, draws, banzhaf_masks, removal)
     with _shown("masks") as progress:
         result = audit(
             *subject.features("train"),
