@@ -9,7 +9,7 @@ from common import build_model, device, noise_views, table
 from precision import matrix_precision
 from trained import load_method, two_batches
 
-from metamask_plugin.bilevel import Estimator, Exact, FiniteDifference, FirstOrder, Trial, Unrolled
+from metamask_plugin.bilevel import Estimator, Exact, FiniteDifference, FirstOrder, InnerStep, Unrolled
 from metamask_plugin.methods import MetaMask
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -22,7 +22,11 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def measure_errors(
-    model: MetaMask, views: list[torch.Tensor], other: list[torch.Tensor], trial: Trial, precisions: list[str]
+    model: MetaMask,
+    views: list[torch.Tensor],
+    other: list[torch.Tensor],
+    trial: InnerStep,
+    precisions: list[str],
 ) -> dict[str, Any]:
     """Relative error and cosine against the float64 oracle, by estimator and precision.
 
@@ -36,8 +40,8 @@ def measure_errors(
     """
     double = copy.deepcopy(model).double()
     exactly = double.meta_problem([x.double() for x in views])
-    truth = Unrolled().gradient(exactly, trial).weights[0]
-    second = Unrolled().gradient(double.meta_problem([x.double() for x in other]), trial).weights[0]
+    truth = Unrolled().gradient(exactly, trial).outer_params[0]
+    second = Unrolled().gradient(double.meta_problem([x.double() for x in other]), trial).outer_params[0]
     between = torch.cosine_similarity(truth, second, dim=0).item()
     del second
 
@@ -59,7 +63,7 @@ def measure_errors(
             cast = torch.autocast(views[0].device.type, torch.bfloat16, everywhere, cache_enabled=False)
             try:
                 with matrix_precision(precision), cast:
-                    ours = estimator.gradient(its_problem, trial).weights[0].double()
+                    ours = estimator.gradient(its_problem, trial).outer_params[0].double()
             except RuntimeError as error:  # not every estimator exists in every precision
                 errors[name][precision] = {"failed": " ".join(str(error).split())[:200]}
                 continue

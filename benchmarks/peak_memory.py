@@ -29,15 +29,15 @@ from memory import Memory, peak_memory
 from peers import PEERS, UNIT, Release
 from precision import matrix_precision
 
-from metamask_plugin.bilevel import Exact, PlainStep, Trial
+from metamask_plugin.bilevel import Exact, InnerStep, PlainStep
 
 LEFT_OUT = ("k = 4", "k = 8")  # the peak of k iterations is that of the one with the meta step
 
 
 def meta_candidates(loop: Loop, lr: float = 0.1) -> dict[str, Callable[[], Any]]:
     """The meta step alone, by estimator, on the model and batch of a loop."""
-    model, views = loop.model, [loop.model._layout(x) for x in loop.batch[1]]
-    trial = Trial(PlainStep(lr), PlainStep(lr))
+    model, views = loop.model, [x.to(memory_format=loop.model.memory_format) for x in loop.batch[1]]
+    trial = InnerStep(PlainStep(lr), PlainStep(lr))
     problem, half = model.meta_problem(views), model.meta_problem([x[: len(x) // 2] for x in views])
     candidates: dict[str, Callable[[], Any]] = {
         name: lambda e=estimator: e.gradient(problem, trial)

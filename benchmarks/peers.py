@@ -10,10 +10,10 @@ import copy
 from typing import Any
 
 import torch
+from metamask_plugin.bilevel.estimator import relative_length
 from torch import nn
 
-from metamask_plugin.bilevel import BilevelProblem, Estimator, Functional, MetaGradient, Trial
-from metamask_plugin.bilevel.estimator import relative_length
+from metamask_plugin.bilevel import BilevelProblem, Estimator, Functional, InnerStep, MetaGradient
 
 UNIT = "SimCLR + Barlow"
 
@@ -51,7 +51,7 @@ class Release(Estimator):
         self.r = r
         self.second: tuple[Tensors, Tensors, Tensors] | None = None
 
-    def gradient(self, problem: BilevelProblem, trial: Trial) -> MetaGradient:
+    def gradient(self, problem: BilevelProblem, trial: InnerStep) -> MetaGradient:
         """Raises ValueError if the two trial steps' lengths differ: the release has one learning rate."""
         if trial.encoder.lr != trial.head.lr:
             raise ValueError(f"Release: one learning rate expected, got {trial.encoder.lr}, {trial.head.lr}")
@@ -108,7 +108,7 @@ class Release(Estimator):
 
     @staticmethod
     def _mask(problem: BilevelProblem) -> tuple[torch.Tensor, ...]:
-        return tuple(w.detach().clone().requires_grad_() for w in problem.weights)
+        return tuple(w.detach().clone().requires_grad_() for w in problem.outer_params)
 
     def _loss(self, problem: BilevelProblem, loss, network, mask) -> torch.Tensor:
         theta, phi, idle = network

@@ -51,7 +51,7 @@ from peers import PEERS, UNIT, Release
 from precision import matrix_precision
 from trained import backbone_name
 
-from metamask_plugin.bilevel import Exact, PlainStep, Trial
+from metamask_plugin.bilevel import Exact, InnerStep, PlainStep
 from metamask_plugin.methods import MetaMask
 
 PARTS = ("meta", "full", "flops", "error")
@@ -70,8 +70,8 @@ def measure_meta(
     """The meta step alone, by estimator."""
     torch.manual_seed(args.seed)
     model = build_model(backbone, args.size, **meta_settings(own_precision(precision)))
-    views = [model._layout(x) for x in noise_views(batch, args.size)]
-    trial = Trial(PlainStep(args.lr), PlainStep(args.lr))
+    views = [x.to(memory_format=model.memory_format) for x in noise_views(batch, args.size)]
+    trial = InnerStep(PlainStep(args.lr), PlainStep(args.lr))
     problem, half = model.meta_problem(views), model.meta_problem([x[: batch // 2] for x in views])
     loop_precision = torch.autocast(views[0].device.type, torch.bfloat16, enabled=precision == "bf16")
 
@@ -251,7 +251,7 @@ def measure_cell(cell: dict[str, Any], args: argparse.Namespace, until: float | 
     errors = None
     if "error" in args.parts and precision == args.precision[0]:  # of all precisions at once
         model, views, other = error_setting(backbone, batch, args.size, args.seed, args.checkpoint)
-        trial = Trial(PlainStep(args.lr), PlainStep(args.lr))
+        trial = InnerStep(PlainStep(args.lr), PlainStep(args.lr))
         precisions = list(dict.fromkeys(["float32", *args.precision]))
         cell["error"] = errors = measure_errors(model, views, other, trial, precisions)
         del model

@@ -80,8 +80,8 @@ def icl_msr_config(backbone="conv4", crop_size=32, **overrides):
     return method_config(backbone, crop_size, **{**settings, **overrides})
 
 
-def bare_config(backbone="conv4", crop_size=32, **overrides):
+def baseline_config(backbone="conv4", crop_size=32, **overrides):
     """A complete config of a task alone."""
     task_kwargs = {"proj_hidden_dim": 24, "proj_output_dim": 16}
-    settings = {"method": "bare", "method_kwargs": {"task_kwargs": task_kwargs}}
+    settings = {"method": "baseline", "method_kwargs": {"task_kwargs": task_kwargs}}
     return method_config(backbone, crop_size, **{**settings, **overrides})

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from metamask_plugin.methods.task_method import TaskMethod
+from metamask_plugin.methods.base import TaskMethod
 
 
 class Views(Dataset):

@@ -1,41 +1,38 @@
-"""Bi-level optimisation with one trial step, in pure PyTorch.
+"""Bi-level optimisation with one inner step, in pure PyTorch.
 
     minimise over w   L_out(theta', phi', w)
     where             theta' = theta - l * grad_theta L_in(theta, phi, w),   phi' alike
 
-:class:`BilevelProblem` says what the two losses are, :class:`Trial` how the trial weights are made,
-and an :class:`Estimator` how the gradient with respect to w is computed. Imports torch and nothing
-else; knows neither Lightning nor self-supervised learning.
+:class:`BilevelProblem` says what the two losses are, :class:`InnerStep` how the adapted parameters theta',
+phi' are made, and an :class:`Estimator` how the gradient with respect to the outer parameters w is computed.
+Imports torch and nothing else; knows neither Lightning nor self-supervised learning.
 """
 
 from metamask_plugin.bilevel.cuda_graph import CaptureError, CudaGraph
-from metamask_plugin.bilevel.estimator import Estimator, MetaGradient
-from metamask_plugin.bilevel.exact import Exact
-from metamask_plugin.bilevel.finite_difference import FiniteDifference
-from metamask_plugin.bilevel.first_order import FirstOrder
-from metamask_plugin.bilevel.functional import Functional
-from metamask_plugin.bilevel.permuted import Permuted
-from metamask_plugin.bilevel.problem import BilevelProblem, EncoderPass
-from metamask_plugin.bilevel.processes import DistributedBatch, OneProcess, Processes, joined
-from metamask_plugin.bilevel.tape import Tape
-from metamask_plugin.bilevel.trial import (
+from metamask_plugin.bilevel.estimators import (
+    ESTIMATORS,
+    Estimator,
+    Exact,
+    FiniteDifference,
+    FirstOrder,
+    HeadsOnly,
+    MetaGradient,
+    Permuted,
+    Unrolled,
+)
+from metamask_plugin.bilevel.inner_step import (
     AdamStep,
+    InnerStep,
     MatchedStep,
     MomentumStep,
     PlainStep,
-    Trial,
-    TrialStep,
+    StepRule,
     TrustRatioStep,
+    rule_following,
 )
-from metamask_plugin.bilevel.unrolled import Unrolled
-
-ESTIMATORS: dict[str, type[Estimator]] = {
-    "exact": Exact,
-    "unrolled": Unrolled,
-    "finite_difference": FiniteDifference,
-    "first_order": FirstOrder,
-    "permuted": Permuted,
-}
+from metamask_plugin.bilevel.problem import BilevelProblem, EncoderPass, Functional
+from metamask_plugin.bilevel.ranks import Ranks, current_ranks, global_batch
+from metamask_plugin.bilevel.tape import Tape
 
 __all__ = [
     "ESTIMATORS",
@@ -43,24 +40,25 @@ __all__ = [
     "BilevelProblem",
     "CaptureError",
     "CudaGraph",
-    "DistributedBatch",
     "EncoderPass",
     "Estimator",
     "Exact",
     "FiniteDifference",
     "FirstOrder",
     "Functional",
+    "HeadsOnly",
+    "InnerStep",
     "MatchedStep",
     "MetaGradient",
     "MomentumStep",
-    "OneProcess",
     "Permuted",
     "PlainStep",
-    "Processes",
+    "Ranks",
+    "StepRule",
     "Tape",
-    "Trial",
-    "TrialStep",
     "TrustRatioStep",
     "Unrolled",
-    "joined",
+    "current_ranks",
+    "global_batch",
+    "rule_following",
 ]

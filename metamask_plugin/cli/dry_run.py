@@ -25,10 +25,9 @@ from metamask_plugin.errors import UserError, check, choose, shown
 from metamask_plugin.host.optimizers import build_optimizer
 from metamask_plugin.host.solo_settings import is_solo_task
 from metamask_plugin.methods import METHODS
-from metamask_plugin.methods.bilevel_method import BilevelMethod
+from metamask_plugin.methods.base import original_pipeline
 from metamask_plugin.methods.icl_msr import needs_regularizer
-from metamask_plugin.methods.task_method import original_pipeline
-from metamask_plugin.methods.trial_steps import check_trial, resolved
+from metamask_plugin.methods.meta_checks import check_inner_step, check_run
 from metamask_plugin.modules.encoder_reach import (
     patch_size,
     refusal,
@@ -69,7 +68,7 @@ def dry_run(cfg: DictConfig, own: DictConfig) -> None:
             meta.optimizer.name, _plain(meta, "optimizer.kwargs"), "method_kwargs.meta.optimizer"
         )
         if meta.enabled:
-            check_trial(resolved(meta.trial, meta.inner_lr, main), meta.inner_lr, main)
+            check_inner_step(meta, main)
     check_together(cfg, own, kwargs)
     encoders = _encoders(cfg, own)
     patches = [check_encoder(*encoder) for encoder in encoders]
@@ -104,9 +103,8 @@ def _check_method(cfg: DictConfig) -> None:
         raise
     except Exception:  # not everything can be built so; where it cannot be at all, training says it
         return
-    if isinstance(model, BilevelMethod) and model.meta is not None:
-        model.meta.check(str(cfg.precision))
-        model.check_processes(processes(cfg))
+    if getattr(model, "meta", None) is not None:
+        check_run(model.meta.cfg, model, str(cfg.precision), processes(cfg))
     tensors = [*model.parameters(), *model.buffers()]
     needed = COPIES * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     there = memory()

@@ -182,7 +182,8 @@ class Baseline(MSR, MetaMask):
 METHOD_KWARGS: Mapping[str, type[Block]] = {
     "metamask": MetaMask,
     "icl_msr": ICLMSR,
-    "bare": Baseline,
+    "baseline": Baseline,
+    "bare": Baseline,  # its earlier name
     "supervised": Baseline,
 }
 

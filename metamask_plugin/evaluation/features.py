@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from metamask_plugin.errors import UserError, check
-from metamask_plugin.modules import feature_spread
+from metamask_plugin.modules import encoders
 
 Progress = Callable[[int, int | None], None]
 
@@ -151,8 +151,8 @@ def raw_pixels(loader: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Features:
 
 
 def feature_std(feats: torch.Tensor) -> float:
-    """How far features (N, D) are from collapse, see :mod:`~metamask_plugin.modules.feature_spread`."""
-    return feature_spread.feature_std(feats).item()
+    """How far features (N, D) are from collapse, see :mod:`~metamask_plugin.modules.encoders`."""
+    return encoders.feature_std(feats).item()
 
 
 def _refuse_non_finite(bad_images: int, bad_inputs: int, total: int) -> None:

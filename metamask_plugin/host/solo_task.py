@@ -2,7 +2,7 @@
 
 The method is solo-learn's own object, with its own heads, loss, queue and settings; nothing of it is
 restated here. Where it has a backbone it gets a stand-in, which hands out features that are there
-already, so that masked features, trial weights and the target network's features can be put through its
+already, so that masked features, adapted parameters and the target network's features can be put through its
 ``training_step`` like images.
 """
 
@@ -17,11 +17,56 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metamask_plugin.errors import UserError, check, choose
 from metamask_plugin.host.solo_settings import NOT_TASKS, PREFIX, WITH_MSR
-from metamask_plugin.modules.target_network import TargetNetwork
-from metamask_plugin.tasks.base import Projections, Strata, Task
+from metamask_plugin.tasks.base import Positives, Projections, TargetNetwork, Task, TaskOutput
 
 
-class SoloTask(Task):
+class HostTask(Task):
+    """A task that depends on more than features: what it is told besides, and asked.
+
+    Attributes:
+        gathers_itself: whether its loss gathers other ranks' samples, and is to be given this rank's alone.
+        loss_may_be_nan: where it has nothing to compare, with a gradient of zero.
+        resumes_within_epoch: whether parameters and buffers are all that an epoch's next batch depends on.
+    """
+
+    gathers_itself: bool = False
+    loss_may_be_nan: bool = False
+    resumes_within_epoch: bool = True
+
+    def parameter_groups(self) -> list[dict[str, Any]] | None:
+        """What the main optimiser trains of the task, in groups; None: all of it that requires a gradient."""
+        return None
+
+    def check_meta_step(self, ranks: int) -> None:
+        """Raises a UserError where the loss has no second derivative.
+
+        Args:
+            ranks: how many train together.
+        """
+
+    def start_training(self, trainer: Any) -> None:
+        """Called once training starts, with Lightning's trainer."""
+
+    def start_epoch(self) -> None:
+        """Called when an epoch starts."""
+
+    def before_batch(self, indexes: torch.Tensor, labels: torch.Tensor, number: int) -> None:
+        """Called before a batch's losses are evaluated.
+
+        Args:
+            indexes: of the images in the data set, (N,).
+            labels: (N,), -1 where there is none.
+            number: of the batch in its epoch, from 0.
+        """
+
+    def before_regular_loss(self) -> None:
+        """Called before the regular loss of a batch, which a meta step may precede or follow."""
+
+    def after_backward(self) -> None:
+        """Called between the regular loss's backward pass and the optimiser's step."""
+
+
+class SoloTask(HostTask):
     """A method of solo-learn on features that are given to it.
 
     Its loss is its ``training_step`` without the online classifier's part. That step moves queues, memory
@@ -39,7 +84,7 @@ class SoloTask(Task):
         UserError: where solo-learn is missing, has no such method, or refuses the settings.
     """
 
-    joint_batch = False  # solo-learn's losses gather what they need themselves
+    gathers_itself = True  # solo-learn's losses gather what they need themselves
     capturable = False  # they may change from epoch to epoch
 
     resumes_within_epoch = False  # what solo-learn's methods prepare when an epoch starts is in no buffer
@@ -49,7 +94,7 @@ class SoloTask(Task):
         name = cfg.method_kwargs.task.removeprefix(PREFIX)
         method = _build(name, cfg, views)
         self.name = name
-        self.defined = name != "deepclusterv2"  # in its first epoch all images are of no cluster
+        self.loss_may_be_nan = name == "deepclusterv2"  # in its first epoch all images are of no cluster
         self.source = f"solo-learn's {type(method).__name__}"
         self.negatives = "solo-learn's own"
         self.projection_dim = cfg.method_kwargs.task_kwargs.proj_output_dim
@@ -64,32 +109,41 @@ class SoloTask(Task):
         """The solo-learn method."""
         return self.step.method
 
-    def project(self, feats: torch.Tensor) -> torch.Tensor:
+    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         """The method's own ``z``."""
         return self.method(_View(feats, feats))["z"]
 
-    def project_positive(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
+    def project_key(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         """The features as they are: the method projects them itself."""
         return feats
 
-    def branches(
-        self, feats: Sequence[torch.Tensor], target_feats: Sequence[torch.Tensor] | None
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-        return list(feats), None if target_feats is None else list(target_feats)
+    def forward(
+        self, feats: Sequence[torch.Tensor], target_feats: Sequence[torch.Tensor] | None = None
+    ) -> TaskOutput:
+        """The loss, with features in the place of projections."""
+        return TaskOutput(self.loss(feats, target_feats), feats, target_feats)
 
-    def observe(self, indexes: torch.Tensor, labels: torch.Tensor, number: int) -> None:
+    def before_batch(self, indexes: torch.Tensor, labels: torch.Tensor, number: int) -> None:
         self._batch = (indexes, labels, number)
 
-    def start_regular_loss(self) -> None:
+    def before_regular_loss(self) -> None:
         self._moved = None
 
-    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+    def loss(
+        self,
+        projections: Projections,
+        targets: Projections | None = None,
+        positives: Positives | None = None,
+    ) -> torch.Tensor:
         """The method's loss of one batch.
 
         Args:
             projections: features of each view, (N, D) each, large crops first.
             targets: the target network's features of the large crops, for a method that has one.
+            positives: what takes one view's place at a time, (N, n, D) each; averaged over views and strata.
         """
+        if positives is not None:
+            return self._loss_on_strata(projections, positives)
         targets = projections if targets is None else [*targets, *projections[len(targets) :]]
         views = [_View(*pair) for pair in zip(projections, targets)]
         indexes, labels, number = self._batch or self._unlabelled(projections[0])
@@ -98,7 +152,7 @@ class SoloTask(Task):
         buffers = {name: buffer.clone() for name, buffer in self.step.named_buffers()}
         with sdpa_kernel(SDPBackend.MATH):  # All4One's transformer; the fused ones have no second derivative
             loss = torch.func.functional_call(self.step, buffers, ([indexes, views, labels], number))
-        if self._moved is None:  # the first evaluation since start_regular_loss
+        if self._moved is None:  # the first evaluation since before_regular_loss
             self._moved = buffers
         return loss
 
@@ -106,10 +160,7 @@ class SoloTask(Task):
         count = len(feats)
         return torch.arange(count, device=feats.device), feats.new_zeros(count, dtype=torch.long), 0
 
-    def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Strata
-    ) -> torch.Tensor:
-        """The method's loss with one view's channels weighted, averaged over views and strata."""
+    def _loss_on_strata(self, projections: Projections, positives: Positives) -> torch.Tensor:
         check(
             self.name in WITH_MSR,
             "method_kwargs.task",
@@ -118,12 +169,12 @@ class SoloTask(Task):
             "its positives do not stand alone in the loss; take this package's own task of that name",
         )
         losses = []
-        for view, strata in enumerate(weighted):
+        for view, strata in enumerate(positives):
             for stratum in strata.unbind(1):
                 losses.append(self.loss([*projections[:view], stratum, *projections[view + 1 :]]))
         return torch.stack(losses).mean()
 
-    def start_target(self, backbone: nn.Module) -> None:
+    def init_target(self, backbone: nn.Module) -> None:
         self.method.backbone.stand_for(backbone)
         if hasattr(self.method, "momentum_updater"):
             self.target = TargetNetwork(backbone, nn.Identity())
@@ -135,10 +186,10 @@ class SoloTask(Task):
         groups = [g for g in self.method.learnable_params if g.get("name") not in elsewhere]
         return [{**group, "params": list(group["params"])} for group in groups]
 
-    def check_meta_step(self, processes: int) -> None:
+    def check_meta_step(self, ranks: int) -> None:
         own = PREFIX + self.name
         check(
-            processes == 1,
+            ranks == 1,
             "method_kwargs.task",
             "one of this package's own where several processes train",
             own,
@@ -295,7 +346,7 @@ def _build(name: str, cfg: DictConfig, views: tuple[int, int]) -> nn.Module:
 
 def task_names(methods: Iterable[str]) -> list[str]:
     """Which of solo-learn's methods can be tasks; ours are no tasks of themselves."""
-    ours = ("bare", "icl_msr", "metamask", "supervised")
+    ours = ("bare", "baseline", "icl_msr", "metamask", "supervised")
     return sorted(name for name in methods if name not in ours and name not in NOT_TASKS)
 
 

@@ -1,10 +1,12 @@
 """The contrastive term that most tasks share: one positive or, for ICL-MSR, several strata of it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+
+from metamask_plugin.losses.pairs import ordered_pairs
 
 NegativeMass = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(positive logits (N, n), negative logits (N, K), -inf where there is none) to the log of what stands for
@@ -74,6 +76,44 @@ def contrastive_loss(
     # log e+ / (e+ + mass); unlike logaddexp's, softplus's second derivative stays finite at small tau
     log_p = -F.softplus(mass - positive_logits, threshold=40)
     return (math.log(log_p.shape[1]) - log_p.logsumexp(dim=1)).mean()
+
+
+def multi_view_loss(
+    views: Sequence[torch.Tensor],
+    positives: Sequence[torch.Tensor],
+    temperature: float = 0.5,
+    bank: torch.Tensor | None = None,
+    negative_mass: NegativeMass = summed,
+) -> torch.Tensor:
+    """:func:`contrastive_loss` averaged over ordered pairs of views; negatives are of all views.
+
+    Args:
+        views: M >= 2 projections, each of shape (N, P): anchors, and those of the *other* images negatives.
+        positives: of the same views, each of shape (N, P), or (N, n, P) for n strata.
+        temperature: tau > 0.
+        bank: further negatives, shape (K, P).
+        negative_mass: what the negatives amount to; the sum by default.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: for shapes that do not fit, a batch of one image, or tau <= 0.
+
+    Example:
+        >>> views = [torch.eye(3), torch.eye(3)]
+        >>> multi_view_loss(views, views, temperature=0.1) < 1e-3
+        tensor(True)
+    """
+    pairs = ordered_pairs(views, positives, "multi_view_loss: views, positives")
+    images = len(views[0])
+    if images < 2:
+        raise ValueError("multi_view_loss: views must hold 2 images or more, got 1: no negatives")
+    candidates = torch.cat([*views, *([] if bank is None else [bank])])
+    own = same_image(images, len(views), len(candidates) - images * len(views), device=candidates.device)
+    return torch.stack(
+        [contrastive_loss(z, p, candidates, temperature, own, negative_mass) for z, p in pairs]
+    ).mean()
 
 
 def can_be_asked(answer: torch.Tensor | None) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from metamask_plugin.losses.contrastive import contrastive_loss
+from metamask_plugin.losses.pairs import ordered_pairs
 
 
 def moco_loss(
@@ -36,16 +37,5 @@ def moco_loss(
 
     [0] He et al., *Momentum Contrast for Unsupervised Visual Representation Learning*, CVPR 2020.
     """
-    if not (len(queries) >= 2 and 1 <= len(keys) <= len(queries)):
-        raise ValueError(
-            "moco_loss: queries must be of two or more views, keys of one or more of them, got "
-            f"{len(queries)} and {len(keys)}"
-        )
-    return torch.stack(
-        [
-            contrastive_loss(query, key, queue, temperature)
-            for j, query in enumerate(queries)
-            for k, key in enumerate(keys)
-            if j != k
-        ]
-    ).mean()
+    pairs = ordered_pairs(queries, keys, "moco_loss: queries, keys")
+    return torch.stack([contrastive_loss(query, key, queue, temperature) for query, key in pairs]).mean()

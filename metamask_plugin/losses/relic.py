@@ -101,10 +101,12 @@ def _check(
         )
     if bank is not None and (bank.dim() != 2 or bank.shape[1] != views[0].shape[1]):
         raise ValueError(f"relic_loss: bank must be (K, {views[0].shape[1]}), got {tuple(bank.shape)}")
-    if weighted is not None and [of_view.dim() for of_view in weighted] != [3] * len(targets):
+    if weighted is not None and (
+        len(weighted) != len(targets) or any(of_view.dim() not in (2, 3) for of_view in weighted)
+    ):
         raise ValueError(
-            f"relic_loss: weighted must be one tensor (N, n, P) a target, got {_shapes(weighted)} for "
-            f"{len(targets)} targets"
+            "relic_loss: weighted must be one tensor (N, P) or (N, n, P) a target, "
+            f"got {_shapes(weighted)} for {len(targets)} targets"
         )
     if not alpha >= 0:
         raise ValueError(f"relic_loss: alpha must be >= 0, got {alpha}")

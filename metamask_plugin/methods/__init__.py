@@ -4,14 +4,15 @@ Importing this package registers them with the host.
 """
 
 from metamask_plugin.host import METHODS, register
-from metamask_plugin.methods.bare import Bare
+from metamask_plugin.methods.baseline import Baseline
 from metamask_plugin.methods.icl_msr import ICLMSR
 from metamask_plugin.methods.metamask import MetaMask
 from metamask_plugin.methods.supervised import Supervised
 
-register("bare", Bare)
+register("baseline", Baseline)
+register("bare", Baseline)  # its earlier name
 register("metamask", MetaMask)
 register("icl_msr", ICLMSR)
 register("supervised", Supervised)
 
-__all__ = ["METHODS", "Bare", "ICLMSR", "MetaMask", "Supervised"]
+__all__ = ["METHODS", "Baseline", "ICLMSR", "MetaMask", "Supervised"]

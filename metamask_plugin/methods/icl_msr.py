@@ -7,19 +7,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from metamask_plugin.bilevel import BilevelProblem, DistributedBatch, EncoderPass, Functional, MetaGradient
+from metamask_plugin.bilevel import BilevelProblem, EncoderPass, Functional, MetaGradient, current_ranks
 from metamask_plugin.errors import check, choose
 from metamask_plugin.losses import uniformity_loss
 from metamask_plugin.losses.uniformity import SCOPES
-from metamask_plugin.methods.bilevel_method import BilevelMethod, OuterBatch
-from metamask_plugin.methods.meta_update import DEFAULTS, MetaUpdate
+from metamask_plugin.methods.base import RegularLoss, TaskMethod, original_pipeline
+from metamask_plugin.methods.interventional import LEVELS, InterventionalTask
+from metamask_plugin.methods.meta_checks import DEFAULTS
+from metamask_plugin.methods.meta_step import MetaStep, MetaVariables, OuterBatch
 from metamask_plugin.methods.presets import apply_preset
-from metamask_plugin.methods.task_method import original_pipeline
 from metamask_plugin.modules.encoder_split import EncoderSplit
 from metamask_plugin.modules.encoders import build_encoder
 from metamask_plugin.modules.semantic_regularizer import SemanticRegularizer, weight_statistics
-from metamask_plugin.tasks import Projections
-from metamask_plugin.tasks.interventional import LEVELS, InterventionalTask
 
 PAPER: dict[str, Any] = {
     "task": "simclr",
@@ -46,7 +45,7 @@ PAPER: dict[str, Any] = {
 PRESETS = {"paper": PAPER}
 
 
-class ICLMSR(BilevelMethod):
+class ICLMSR(TaskMethod):
     """ICL-MSR on top of any contrastive task. Algorithm 1 of [0].
 
     Regular step, f_msr fixed, over encoder and head (Eq. 5), with A = f_msr(un-augmented image):
@@ -55,7 +54,7 @@ class ICLMSR(BilevelMethod):
 
     Meta step over f_msr, for all batches after the epoch's last regular step (Eqs. 7, 8):
 
-        L_ct(f', f_ph') + gamma * L_uni(A)   through the trial weights   f' = f - l grad L_to
+        L_ct(f', f_ph') + gamma * L_uni(A)   through the adapted parameters   f' = f - l grad L_to
 
     f_msr plays no part at test time.
 
@@ -71,12 +70,12 @@ class ICLMSR(BilevelMethod):
             - ``lamb``: lambda of Eq. (5), >= 0;
             - ``gamma``: of Eq. (8), >= 0;
             - ``level``: where A enters, see
-              :class:`~metamask_plugin.tasks.interventional.InterventionalTask`;
+              :class:`~metamask_plugin.methods.interventional.InterventionalTask`;
             - ``uniformity``: ``t`` and ``scope`` of Eq. (9), see
               :func:`~metamask_plugin.losses.uniformity_loss`;
             - ``regularizer``: f_msr: ``n``, ``activation``, and ``name`` and ``kwargs`` of its trunk, one of
               our encoders or any timm model;
-            - ``meta``: see :class:`~metamask_plugin.methods.meta_update.MetaUpdate`, and ``enabled``
+            - ``meta``: see :class:`~metamask_plugin.methods.meta_step.MetaStep`, and ``enabled``
               (``False``: f_msr stays as it was initialised).
 
     Raises:
@@ -113,7 +112,8 @@ class ICLMSR(BilevelMethod):
         )
         # built last: encoder and head start as they would without it, under the same seed
         self.regularizer = self._build_regularizer() if needs_regularizer(kwargs) else None
-        self.meta = MetaUpdate(kwargs.meta) if kwargs.meta.enabled else None
+        if kwargs.meta.enabled:
+            self.meta = MetaStep(kwargs.meta, self._encoder(), self._interventional_task())
 
     def _build_regularizer(self) -> SemanticRegularizer:
         kwargs = self.cfg.method_kwargs
@@ -153,7 +153,7 @@ class ICLMSR(BilevelMethod):
         """Adds the feature ``maps`` for ``level: feature_map``."""
         if self.split is None:
             return super().forward(X)
-        maps = self.split.front(self._layout(X))
+        maps = self.split.front(X.to(memory_format=self.memory_format))
         feats = self.split.tail(maps)
         out = {"logits": self.classifier(feats.detach()), "feats": feats, "maps": maps}
         if not self.training:
@@ -164,21 +164,83 @@ class ICLMSR(BilevelMethod):
         self,
         out: dict[str, list[torch.Tensor]],
         target_feats: list[torch.Tensor] | None,
-        original: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[Projections, Projections | None]]:
+        original: torch.Tensor | None = None,
+    ) -> RegularLoss:
         """Eq. (5) for one batch."""
         lamb = self.cfg.method_kwargs.lamb
         weights = None
         if lamb > 0:
             with torch.no_grad():  # f_msr is fixed here, down to the statistics a trunk may keep
                 weights = self._strata_of_all(Functional(self.regularizer)({}, original))
-        branches = self.task.branches(out["feats"], target_feats)
-        positives = out["feats" if self.split is None else "maps"] if target_feats is None else target_feats
-        contrast, adjusted = self._interventional_task().losses(*branches, positives, weights)
-        if adjusted is None:
-            return contrast, {"train_task_loss": contrast}, branches
-        parts = {"train_task_loss": contrast, "train_msr_loss": adjusted}
-        return contrast + lamb * adjusted, parts, branches
+        encoded = out["feats" if self.split is None else "maps"]
+        contrast, adjusted = self._interventional_task()(encoded, weights, target_feats, out["feats"])
+        loss, parts = contrast.loss, {"train_task_loss": contrast.loss}
+        if adjusted is not None:
+            loss, parts["train_msr_loss"] = loss + lamb * adjusted, adjusted
+        return RegularLoss(loss, parts, contrast.projections, contrast.targets)
+
+    def meta_problem(
+        self,
+        views: list[torch.Tensor],
+        outer_param: torch.Tensor,
+        target_feats: list[torch.Tensor] | None = None,
+        encoded: EncoderPass | None = None,
+        outer: OuterBatch | None = None,
+    ) -> BilevelProblem:
+        """Eqs. (7) and (8) for one batch: w is A, (N, n, C), from which the gradient goes on into f_msr."""
+        if target_feats is None:
+            target_feats = self.target_features(views, keep_statistics=True)
+        outer_views, outer_targets = (None, target_feats) if outer is None else outer
+        if outer_views is not None and outer_targets is None:
+            outer_targets = self.target_features(outer_views, keep_statistics=True)
+        lamb, gamma = self.cfg.method_kwargs.lamb, self.cfg.method_kwargs.gamma
+        encoder_names = head_names = None
+        if self.split is not None:  # what lies behind the map is the head's here
+            encoder_names = self.split.front_names
+            head_names = {f"tail.{name}" for name in self.split.tail_names}
+            head_names |= {f"task.{name}" for name, _ in self.task.named_parameters()}
+        head = Functional(self._interventional_task(), head_names)
+
+        def inner_loss(encoded, phi, w):
+            """Eq. (5), L_to = L_ct + lambda L_msr(A), which the inner step of Eq. (7) descends."""
+            contrast, adjusted = head(phi, list(encoded), w[0] if lamb > 0 else None, target_feats)
+            return contrast.loss if adjusted is None else contrast.loss + lamb * adjusted
+
+        def outer_loss(encoded, phi, w):
+            """Eq. (8): L_ct at the adapted parameters, and gamma L_uni(A)."""
+            contrast, _ = head(phi, list(encoded), None, outer_targets)
+            return contrast.loss + gamma * self._uniformity(w[0])
+
+        return BilevelProblem.on_views(
+            Functional(self._encoder(), encoder_names),
+            views,
+            outer_views,
+            self.meta and self.meta.dtype,
+            inner_loss=inner_loss,
+            outer_loss=outer_loss,
+            head_params=head.params,
+            outer_params=(outer_param,),
+            encoded=encoded,
+            ranks=self.ranks,
+        )
+
+    def meta_variables(self, original: torch.Tensor) -> MetaVariables:
+        """w is A of the global batch; dL/dA goes through A into f_msr by one back-propagation."""
+        leaves = {name: p.detach().requires_grad_() for name, p in self.regularizer.named_parameters()}
+        own = torch.func.functional_call(self.regularizer, leaves, (original,))
+        self._latest_weights = weights = self._strata_of_all(own)
+
+        def accumulate(found: MetaGradient) -> dict[str, torch.Tensor]:
+            ranks, (gradient,) = current_ranks(), found.outer_params
+            part = gradient if ranks is None else ranks.local_slice(gradient)
+            pulled = torch.autograd.grad(own, list(leaves.values()), part, materialize_grads=True)
+            grads = dict(zip(leaves, pulled))
+            grads = grads if ranks is None else ranks.sum(grads)
+            for name, parameter in self.regularizer.named_parameters():
+                parameter.grad = grads[name]
+            return self._terms(weights, found)
+
+        return MetaVariables(weights, accumulate)
 
     def meta_parameters(self) -> Iterable[nn.Parameter]:
         return self.regularizer.parameters()
@@ -188,36 +250,9 @@ class ICLMSR(BilevelMethod):
         return {} if weights is None else weight_statistics(weights)
 
     def _strata_of_all(self, own: torch.Tensor) -> torch.Tensor:
-        """A of the joint batch, (N, n, C), without a graph."""
-        return self.processes(DistributedBatch()).gather(own.detach())
-
-    def meta_step(
-        self,
-        batch: list,
-        target_feats: list[torch.Tensor] | None = None,
-        encoded: EncoderPass | None = None,
-        outer: OuterBatch | None = None,
-    ) -> None:
-        """Eqs. (7) and (8): f_msr goes down the gradient that reaches it through A."""
-        views, original = self.separate(batch[1])
-        main = self.optimizers(use_pl_optimizer=False)
-        leaves = {name: p.detach().requires_grad_() for name, p in self.regularizer.named_parameters()}
-        own = torch.func.functional_call(self.regularizer, leaves, (original,))
-        weights = self._strata_of_all(own)
-        trial = self.trial(self._encoder(), self._interventional_task())
-        found = self.meta_gradient(
-            trial, views, weights, target_feats=target_feats, encoded=encoded, outer=outer
-        )
-
-        processes = self.processes(DistributedBatch())
-        pulled = torch.autograd.grad(
-            own, list(leaves.values()), processes.part(found.weights[0]), materialize_grads=True
-        )
-        gradients = processes.sum(dict(zip(leaves, pulled)))
-        for name, parameter in self.regularizer.named_parameters():
-            parameter.grad = gradients[name]
-        self._latest_weights = weights
-        self.apply_meta_gradient(main, found, self._terms(weights, found), len(weights))
+        """A of the global batch, (N, n, C), without a graph."""
+        ranks = current_ranks()
+        return own.detach() if ranks is None else ranks.gather(own)
 
     def _terms(self, weights: torch.Tensor, found: MetaGradient) -> dict[str, torch.Tensor]:
         """Both terms of Eq. (8), and how hard each pulls at A."""
@@ -228,64 +263,13 @@ class ICLMSR(BilevelMethod):
         return {
             "train_outer_loss": found.outer_loss - gamma * uniformity.detach(),
             "train_uniformity_loss": uniformity.detach(),
-            "meta_gradient_task": (found.weights[0] - pull).norm(),
+            "meta_gradient_task": (found.outer_params[0] - pull).norm(),
             "meta_gradient_uniformity": pull.norm(),
         }
 
     def _uniformity(self, weights: torch.Tensor) -> torch.Tensor:
         settings = self.cfg.method_kwargs.uniformity
         return uniformity_loss(weights, settings.t, settings.scope)
-
-    def meta_problem(
-        self,
-        views: list[torch.Tensor],
-        weights: torch.Tensor,
-        target_feats: list[torch.Tensor] | None = None,
-        encoded: EncoderPass | None = None,
-        outer: OuterBatch | None = None,
-    ) -> BilevelProblem:
-        """Eqs. (7) and (8) for one batch: w is A, from which the engine's result goes on into f_msr.
-
-        Args:
-            views: augmented images of each view, (N, 3, H, W) each.
-            weights: A of the joint batch, shape (N, n, C), detached.
-            target_feats: see :meth:`meta_step`; computed here if None.
-            encoded: likewise.
-            outer: likewise.
-        """
-        views, outer_views, outer_targets = self.laid_out(views, outer)
-        if target_feats is None:
-            target_feats = self.target_features(views, keep_statistics=True)
-        if outer_views is None:
-            outer_targets = target_feats
-        elif outer_targets is None:
-            outer_targets = self.target_features(outer_views, keep_statistics=True)
-        lamb, gamma = self.cfg.method_kwargs.lamb, self.cfg.method_kwargs.gamma
-        encoder_names = head_names = None
-        if self.split is not None:  # what lies behind the map is the head's here
-            encoder_names = self.split.front_names
-            head_names = {f"tail.{name}" for name in self.split.tail_names}
-            head_names |= {f"task.{name}" for name, _ in self.task.named_parameters()}
-        encoder = Functional(self._encoder(), encoder_names)
-        head = Functional(self._interventional_task(), head_names)
-
-        def inner_loss(encoded, phi, w):
-            if lamb == 0:
-                return head(phi, list(encoded), None, target_feats)[0]
-            contrast, adjusted = head(phi, list(encoded), w[0], target_feats)
-            return contrast + lamb * adjusted
-
-        def outer_loss(encoded, phi, w):
-            contrast, _ = head(phi, list(encoded), None, outer_targets)
-            return contrast + gamma * self._uniformity(w[0])
-
-        return BilevelProblem(
-            inner_loss=inner_loss,
-            outer_loss=outer_loss,
-            head_params=head.params,
-            weights=(weights,),
-            **self.encoder_problem(encoder, views, encoded, outer_views),
-        )
 
     def _encoder(self) -> nn.Module:
         """What A follows: the backbone, or its part before the feature map is pooled."""

@@ -13,12 +13,12 @@ from metamask_plugin.errors import check, choose
 from metamask_plugin.host import release_kwargs
 from metamask_plugin.losses import redundancy_reduction_loss
 from metamask_plugin.losses.redundancy_reduction import FORMS
-from metamask_plugin.methods.bilevel_method import BilevelMethod, OuterBatch
-from metamask_plugin.methods.meta_update import DEFAULTS, MetaUpdate
+from metamask_plugin.methods.base import RegularLoss, TaskMethod
+from metamask_plugin.methods.meta_checks import DEFAULTS
+from metamask_plugin.methods.meta_step import MetaStep, MetaVariables, OuterBatch
 from metamask_plugin.methods.presets import apply_preset
 from metamask_plugin.modules.dimensional_mask import DimensionalMask
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks import Projections
 
 PAPER: dict[str, Any] = {
     "task": "simclr",
@@ -75,7 +75,7 @@ OFFICIAL: dict[str, Any] = {
 PRESETS = {"paper": PAPER, "official": OFFICIAL}
 
 
-class MetaMask(BilevelMethod):
+class MetaMask(TaskMethod):
     """MetaMask on top of any task. Algorithm 1 of [0].
 
     Regular step, M fixed, over encoder and heads (Eq. 5):
@@ -84,7 +84,7 @@ class MetaMask(BilevelMethod):
 
     Meta step, on the same batch right after the optimiser's step, over M (Eqs. 6, 7):
 
-        L_task(g_task'(h' * M))   through the trial weights   theta' = theta - l grad L_task
+        L_task(g_task'(h' * M))   through the adapted parameters   theta' = theta - l grad L_task
 
     At test time the mask is not applied (A.4.7).
 
@@ -101,7 +101,7 @@ class MetaMask(BilevelMethod):
               ``proj_hidden_dim``, ``proj_output_dim``, ``final_norm``;
             - ``mask``: ``parameterisation``, ``free`` or ``sigmoid``; ``start``, D weights to start from (on
               the command line a run or checkpoint to take them from);
-            - ``meta``: see :class:`~metamask_plugin.methods.meta_update.MetaUpdate`, and ``enabled``
+            - ``meta``: see :class:`~metamask_plugin.methods.meta_step.MetaStep`, and ``enabled``
               (``False`` is "without meta-learning", Fig. 10: M stays 1).
 
     Raises:
@@ -128,7 +128,9 @@ class MetaMask(BilevelMethod):
             kwargs.mask.parameterisation if kwargs.meta.enabled else "free",
             kwargs.mask.start,
         )
-        self.meta = MetaUpdate(kwargs.meta) if kwargs.meta.enabled else None
+        if kwargs.meta.enabled:
+            weight = kwargs.scale_loss * kwargs.alpha
+            self.meta = MetaStep(kwargs.meta, self.backbone, self.task, weight)
 
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
@@ -155,41 +157,76 @@ class MetaMask(BilevelMethod):
             groups.append({"name": "redundancy_head", "params": list(self.redundancy_head.parameters())})
         return groups
 
-    def forward(self, X: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of the masked features, ``z`` in evaluation."""
-        out = super().forward(X)
-        if not self.training:
-            out["z"] = self.task.project(self.mask(out["feats"]))
-        return out
+    def masked(self, feats: torch.Tensor) -> torch.Tensor:
+        """Eq. (4): h~ = h * M."""
+        return self.mask(feats)
 
     def regular_loss(
         self,
         out: dict[str, list[torch.Tensor]],
         target_feats: list[torch.Tensor] | None,
         original: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[Projections, Projections | None]]:
+    ) -> RegularLoss:
         """Eq. (5) for one batch, times ``scale_loss``.
 
         The target branch sees masked features as well, under its stop-gradient.
         """
-        masked = [self.mask(h) for h in out["feats"]]
-        masked_targets = None if target_feats is None else [self.mask(h) for h in target_feats]
-        branches = self.task.branches(masked, masked_targets)
-        task_loss = self.task.loss(*branches)
-        parts = {"train_task_loss": task_loss}
-        loss = self.cfg.method_kwargs.alpha * task_loss
-        if self.redundancy.weight > 0:
-            redundancy_loss = self._redundancy_loss(masked[: self.num_large_crops])
-            parts["train_redundancy_loss"] = redundancy_loss
+        masked = [self.mask(h) for h in out["feats"]]  # Eq. (4)
+        task = self.task(masked, None if target_feats is None else [self.mask(h) for h in target_feats])
+        parts = {"train_task_loss": task.loss}
+        loss = self.cfg.method_kwargs.alpha * task.loss
+        if self.redundancy.weight > 0:  # Eq. (2), summed over pairs of views
+            z = [self.redundancy_head(h) for h in masked[: self.num_large_crops]]
+            parts["train_redundancy_loss"] = redundancy_loss = sum(
+                redundancy_reduction_loss(z1, z2, self.redundancy.lamb, self.redundancy.form)
+                for z1, z2 in combinations(z, 2)
+            )
             loss = loss + self.redundancy.weight * redundancy_loss
-        return self.cfg.method_kwargs.scale_loss * loss, parts, branches
+        loss = self.cfg.method_kwargs.scale_loss * loss  # Eq. (5)
+        return RegularLoss(loss, parts, task.projections, task.targets)
 
-    def _redundancy_loss(self, masked: list[torch.Tensor]) -> torch.Tensor:
-        """Eq. (2), summed over pairs of views."""
-        z = [self.redundancy_head(feats) for feats in masked]
-        return sum(
-            redundancy_reduction_loss(z1, z2, self.redundancy.lamb, self.redundancy.form)
-            for z1, z2 in combinations(z, 2)
+    def meta_problem(
+        self,
+        views: list[torch.Tensor],
+        outer_param: torch.Tensor | None = None,
+        target_feats: list[torch.Tensor] | None = None,
+        encoded: EncoderPass | None = None,
+        outer: OuterBatch | None = None,
+    ) -> BilevelProblem:
+        """Eqs. (6) and (7) for one batch: both losses are L_task, and w is M, the mask's own if None."""
+        mask = self.mask.values() if outer_param is None else outer_param
+
+        def task_loss(views, target_feats):
+            """L_task(g(h * M)) as a function of h, g's parameters phi and w = (M,)."""
+            if target_feats is None:
+                target_feats = self.target_features(views, keep_statistics=True)
+            targets = None if target_feats is None else [h * mask for h in target_feats]
+            return lambda h, phi, w: task(phi, list(h * w[0]), targets).loss
+
+        inner_loss = task_loss(views, target_feats)  # Eq. (7): theta' = theta - l grad L_task
+        outer_loss = inner_loss if outer is None else task_loss(*outer)  # Eq. (6): L_task at theta', over M
+        task = Functional(self.task)
+        return BilevelProblem.on_views(
+            Functional(self.backbone),
+            views,
+            None if outer is None else outer[0],
+            self.meta and self.meta.dtype,
+            inner_loss=inner_loss,
+            outer_loss=outer_loss,
+            head_params=task.params,
+            outer_params=(mask,),
+            encoded=encoded,
+            ranks=self.ranks,
+        )
+
+    def meta_variables(self, original: torch.Tensor | None = None) -> MetaVariables:
+        """w is M, and dL/dM goes into the mask's parameter."""
+        reduce = self.trainer.strategy.reduce
+        return MetaVariables(
+            self.mask.values(),
+            # ranks agree on the gradient up to rounding; averaged, their masks stay equal
+            lambda found: self.mask.accumulate(reduce(found.outer_params[0], reduce_op="mean")),
+            self.mask.confine if self.mask.parameterisation == "sigmoid" else None,
         )
 
     def meta_parameters(self) -> Iterable[nn.Parameter]:
@@ -197,46 +234,3 @@ class MetaMask(BilevelMethod):
 
     def meta_state(self) -> dict[str, torch.Tensor]:
         return self.mask.statistics()
-
-    def meta_step(
-        self,
-        batch: list,
-        target_feats: list[torch.Tensor] | None = None,
-        encoded: EncoderPass | None = None,
-        outer: OuterBatch | None = None,
-    ) -> None:
-        """Eqs. (6) and (7): the mask goes down the gradient of the trial weights' loss."""
-        views, _ = self.separate(batch[1])
-        main, kwargs = self.optimizers(use_pl_optimizer=False), self.cfg.method_kwargs
-        trial = self.trial(self.backbone, self.task, kwargs.scale_loss * kwargs.alpha)
-        found = self.meta_gradient(trial, views, target_feats=target_feats, encoded=encoded, outer=outer)
-        # processes agree on the joint batch's gradient up to rounding; averaged, their masks stay equal
-        self.mask.accumulate(self.trainer.strategy.reduce(found.weights[0], reduce_op="mean"))
-        if self.apply_meta_gradient(main, found, {}, len(views[0])):
-            self.mask.confine()
-
-    def meta_problem(
-        self,
-        views: list[torch.Tensor],
-        target_feats: list[torch.Tensor] | None = None,
-        encoded: EncoderPass | None = None,
-        outer: OuterBatch | None = None,
-    ) -> BilevelProblem:
-        """Eqs. (6) and (7) for one batch: both losses are L_task, w is the mask."""
-        task, mask_now = Functional(self.task), self.mask.values().detach()
-
-        def loss_of(views, target_feats):
-            if target_feats is None:
-                target_feats = self.target_features(views, keep_statistics=True)
-            masked_targets = None if target_feats is None else [h * mask_now for h in target_feats]
-            return lambda h, phi, weights: task(phi, list(h * weights[0]), masked_targets)
-
-        views, outer_views, outer_targets = self.laid_out(views, outer)
-        inner_loss = loss_of(views, target_feats)
-        return BilevelProblem(
-            inner_loss=inner_loss,
-            outer_loss=inner_loss if outer_views is None else loss_of(outer_views, outer_targets),
-            head_params=task.params,
-            weights=(mask_now,),
-            **self.encoder_problem(Functional(self.backbone), views, encoded, outer_views),
-        )

@@ -41,6 +41,9 @@ class NumericGuard:
     Attributes:
         passed_over: whether the optimiser's latest step changed nothing.
         skipped: steps left out so far.
+        skips: whether steps may be left out.
+        batches: losses, scalars without a graph by name, and indexes of the images, (N,), of each batch since
+            the optimiser's latest step.
     """
 
     def __init__(self, cfg: DictConfig):
@@ -49,37 +52,29 @@ class NumericGuard:
         self.max_skipped: int = settings["max_skipped_steps"]
         self.skipped = 0
         self.passed_over = False
-        self._losses: dict[str, torch.Tensor] = {}
-        self._batches: list[torch.Tensor] = []
-        self._views: list[torch.Tensor] = []
+        self.batches: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
         self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._unread: Look | None = None
 
-    def start_batch(self, method: nn.Module, indexes: torch.Tensor, views: list[torch.Tensor]) -> None:
-        """Before a batch's forward passes.
-
-        Args:
-            method: what is trained.
-            indexes: of the images in the data set, (N,).
-            views: images of each view, (N, 3, H, W) each.
-        """
-        if self.skips and not self._batches:  # accumulated batches are left out together
+    def keep_statistics(self, method: nn.Module) -> None:
+        """Before a batch's forward passes: what BatchNorm's statistics go back to if the step is left out."""
+        if not self.batches:  # accumulated batches are left out together
             self._statistics = [
                 (buffer, buffer.clone())
                 for module in method.modules()
                 if isinstance(module, _NormBase)
                 for buffer in module.buffers(recurse=False)
             ]
-        self._batches.append(indexes)
-        self._views = views
 
-    def observe(self, losses: Mapping[str, torch.Tensor]) -> None:
-        """The batch's losses, each a scalar by its name."""
-        for name, loss in losses.items():  # of accumulated batches the sum: it is finite if all are
-            self._losses[name] = loss.detach() + self._losses.get(name, 0.0)
-
-    def before_step(self, method: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def before_step(
+        self, method: pl.LightningModule, optimizer: torch.optim.Optimizer, views: list[torch.Tensor]
+    ) -> None:
         """Between the backward pass and the optimiser's step.
+
+        Args:
+            method: what is trained.
+            optimizer: about to step.
+            views: images of the latest batch's views, (N, 3, H, W) each.
 
         Raises:
             NonFiniteError: as the class says.
@@ -90,9 +85,12 @@ class NumericGuard:
             if parameter.grad is not None and parameter.requires_grad
         }
         self.read()
-        look = Look(method, optimizer, self._losses if method.task.defined else {}, trained)
-        look.indexes = self._batches
-        look.finite_views = [view.isfinite().all() for view in self._views]
+        losses: dict[str, torch.Tensor] = {}
+        for batch, _ in self.batches:  # of accumulated batches the sum: it is finite if all are
+            losses = {name: loss + losses.get(name, 0.0) for name, loss in batch.items()}
+        look = Look(method, optimizer, losses, trained)
+        look.indexes = [indexes for _, indexes in self.batches]
+        look.finite_views = [view.isfinite().all() for view in views]
         scaled = getattr(method.trainer.precision_plugin, "scaler", None) is not None
         self.passed_over = False
         if self._deferred(method) and not scaled:
@@ -105,7 +103,7 @@ class NumericGuard:
                 optimizer.zero_grad(set_to_none=True)
                 for buffer, before in self._statistics:
                     buffer.copy_(before)
-        self._losses, self._batches, self._views, self._statistics = {}, [], [], []
+        self.batches, self._statistics = [], []
 
     def before_meta_step(
         self, method: pl.LightningModule, outer_loss: torch.Tensor, parameters: Iterable[nn.Parameter]

@@ -22,10 +22,6 @@ class SchedulePosition:
     def __init__(self) -> None:
         self.offset = 0
 
-    def progress(self, trainer: pl.Trainer) -> float:
-        """Share of the schedule that is done, in [0, 1]."""
-        return min(1.0, (trainer.global_step + self.offset) / trainer.estimated_stepping_batches)
-
     def save(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         """Adds the position to a checkpoint."""
         checkpoint["schedule"] = {"offset": self.offset, PER_EPOCH: _steps_per_epoch(trainer)}

@@ -5,14 +5,15 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import nn
 
-from metamask_plugin.bilevel import DistributedBatch, OneProcess
-from metamask_plugin.methods.bare import Bare
-from metamask_plugin.tasks import Projections, Task
+from metamask_plugin.bilevel import current_ranks
+from metamask_plugin.host.solo_task import HostTask
+from metamask_plugin.methods.baseline import Baseline
+from metamask_plugin.tasks import Positives, Projections, Task
 
 NO_LABEL = -1
 
 
-class LabelTask(Task):
+class LabelTask(HostTask):
     """Cross-entropy of a linear classifier, mean over the labelled images of all views.
 
     Args:
@@ -27,27 +28,32 @@ class LabelTask(Task):
         self.projection_dim = num_classes
         self.classifier = nn.Linear(features_dim, num_classes)
 
-    def observe(self, indexes: torch.Tensor, labels: torch.Tensor, number: int) -> None:
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self._labels = (DistributedBatch() if several else OneProcess()).gather(labels)
+    def before_batch(self, indexes: torch.Tensor, labels: torch.Tensor, number: int) -> None:
+        ranks = current_ranks()
+        self._labels = labels if ranks is None else ranks.gather(labels)
 
-    def project(self, feats: torch.Tensor) -> torch.Tensor:
+    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.classifier(feats)
 
-    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+    def loss(
+        self,
+        projections: Projections,
+        targets: Projections | None = None,
+        positives: Positives | None = None,
+    ) -> torch.Tensor:
         labels = self._labels.repeat(len(projections))
         total = F.cross_entropy(torch.cat(list(projections)), labels, ignore_index=NO_LABEL, reduction="sum")
         return total / (labels != NO_LABEL).sum().clamp(min=1)
 
 
-class Supervised(Bare):
+class Supervised(Baseline):
     """Trains encoder and classifier on the labels, with a config's encoder, views, optimiser and budget.
 
     ``method=supervised`` turns a config of either method into the row "Supervised" of MetaMask's Table 6 [0].
     Factors of the self-supervised loss (``alpha``, ``scale_loss``) do not apply to the cross-entropy.
 
     Args:
-        cfg: the host's configuration; see :class:`~metamask_plugin.methods.bare.Bare`.
+        cfg: the host's configuration; see :class:`~metamask_plugin.methods.baseline.Baseline`.
 
     [0] Li et al., *MetaMask*, NeurIPS 2022, Appendix A.4.6.
     """
@@ -57,7 +63,7 @@ class Supervised(Bare):
 
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
-        """Adds the defaults of :class:`Bare`, without its factors on the loss."""
+        """Adds the defaults of :class:`Baseline`, without its factors on the loss."""
         cfg = super(Supervised, Supervised).add_and_assert_specific_cfg(cfg)
         cfg.method_kwargs.alpha = cfg.method_kwargs.scale_loss = 1.0
         return cfg

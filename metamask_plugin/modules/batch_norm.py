@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
-def statistics_kept(module: nn.Module) -> Iterator[None]:
+def frozen_bn_stats(module: nn.Module) -> Iterator[None]:
     """Within it, forwards in training mode leave the running mean and variance as they are."""
     momenta = [(norm, norm.momentum) for norm in module.modules() if isinstance(norm, _BatchNorm)]
     for norm, _ in momenta:

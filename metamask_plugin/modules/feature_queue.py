@@ -6,6 +6,8 @@ from torch import nn
 
 from metamask_plugin.errors import check
 
+BANK_SIZE = "method_kwargs.task_kwargs.bank_size"
+
 
 class FeatureQueue(nn.Module):
     """The last ``size`` projections, first in first out, as buffers that a checkpoint keeps.
@@ -15,7 +17,8 @@ class FeatureQueue(nn.Module):
     Args:
         size: K, number of entries, >= 0. One of size 0 is empty and stays so.
         dim: P.
-        name: the setting that ``size`` came from, for the error message.
+        name: the setting that ``size`` came from, for messages.
+        negatives: whether the loss pushes the batch's images away from all entries.
 
     Attributes:
         entries: shape (K, P), unit length; in no particular order.
@@ -27,9 +30,10 @@ class FeatureQueue(nn.Module):
     entries: torch.Tensor
     position: torch.Tensor
 
-    def __init__(self, size: int, dim: int, name: str = "method_kwargs.task_kwargs.bank_size"):
+    def __init__(self, size: int, dim: int, name: str = BANK_SIZE, negatives: bool = False):
         super().__init__()
         check(isinstance(size, int) and size >= 0, name, "an integer >= 0", size)
+        self.name, self.negatives = name, negatives
         self.register_buffer("entries", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from metamask_plugin.errors import UserError, choose
 from metamask_plugin.tasks.barlow_twins import BarlowTwins
-from metamask_plugin.tasks.base import MomentumTask, Projections, Strata, Task
+from metamask_plugin.tasks.base import MomentumTask, Positives, Projections, Task, TaskOutput
 from metamask_plugin.tasks.byol import BYOL
 from metamask_plugin.tasks.cmc import CMC
 from metamask_plugin.tasks.dcl import DCL
@@ -67,16 +67,17 @@ __all__ = [
     "MoCo",
     "MomentumTask",
     "NNCLR",
+    "Positives",
     "Projections",
     "RELIC",
     "ReSSL",
     "SSLHSIC",
     "SimCLR",
     "SimSiam",
-    "Strata",
     "SwAV",
     "TASKS",
     "Task",
+    "TaskOutput",
     "WMSE",
     "build_task",
 ]

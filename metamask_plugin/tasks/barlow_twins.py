@@ -6,10 +6,10 @@ from math import comb
 import torch
 
 from metamask_plugin.errors import check, choose
-from metamask_plugin.losses.backdoor import stratified_loss
+from metamask_plugin.losses.pairs import mean_over_pairs
 from metamask_plugin.losses.redundancy_reduction import FORMS, redundancy_reduction_loss
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Projections, Strata, Task
+from metamask_plugin.tasks.base import Positives, Projections, Task
 
 
 class BarlowTwins(Task):
@@ -56,18 +56,20 @@ class BarlowTwins(Task):
         self.projection_dim = proj_output_dim
         self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim, layers=3)
 
-    def project(self, feats: torch.Tensor) -> torch.Tensor:
+    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.projector(feats)
 
-    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+    def loss(
+        self,
+        projections: Projections,
+        targets: Projections | None = None,
+        positives: Positives | None = None,
+    ) -> torch.Tensor:
         if len(projections) < 2:
             raise ValueError(f"BarlowTwins: projections must be of two or more views, got {len(projections)}")
+        if positives is not None:
+            return comb(len(projections), 2) * mean_over_pairs(self._pair_loss, projections, positives)
         return torch.stack([self._pair_loss(z1, z2) for z1, z2 in combinations(projections, 2)]).sum()
-
-    def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Strata
-    ) -> torch.Tensor:
-        return comb(len(projections), 2) * stratified_loss(self._pair_loss, projections, weighted)
 
     def _pair_loss(self, z1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
         return self.scale_loss * redundancy_reduction_loss(z1, z2, self.lamb, self.form)

@@ -1,29 +1,44 @@
-"""The interface of a self-supervised task."""
+"""The interface of a self-supervised task, and what tasks with a target network share."""
 
+import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from metamask_plugin.errors import UserError, check
-from metamask_plugin.modules.target_network import TargetNetwork, cosine_momentum
+from metamask_plugin.errors import check
 
 Projections = Sequence[torch.Tensor]
 """One tensor (N, P) a view."""
 
-Strata = Sequence[torch.Tensor]
-"""One tensor (N, n, P) a view: its projections with their channels weighted by each of n strata."""
+Positives = Sequence[torch.Tensor]
+"""One tensor a view, (N, P), or (N, n, P): projections whose channels each of n strata has weighted."""
+
+
+class TaskOutput(NamedTuple):
+    """What a task makes of a batch's features.
+
+    Attributes:
+        loss: a scalar.
+        projections: z of each view, (N, P) each.
+        targets: the target network's projections of the large crops; None without one.
+    """
+
+    loss: torch.Tensor
+    projections: Projections
+    targets: Projections | None
 
 
 class Task(nn.Module, ABC):
     """Heads and loss on top of an encoder's features.
 
-    A subclass says how features are projected and what is the loss of the projections. Both are
-    evaluated several times in one iteration (the regular step, the trial step, the outer loss), so neither
-    may change anything; what happens once an iteration belongs into :meth:`after_batch` (queues) or
-    :meth:`after_step` (target networks), and its state into buffers.
+    A subclass says how features are projected and what is the loss of the projections. Both are evaluated
+    several times in one iteration (the regular step, the inner step, the outer loss), so neither may change
+    anything; what happens once an iteration belongs into :meth:`after_batch` (queues) or :meth:`after_step`
+    (target networks), and its state into buffers.
 
     Args:
         features_dim: D, the encoder's output.
@@ -31,47 +46,56 @@ class Task(nn.Module, ABC):
     Attributes:
         source: the task's paper, for the list of tasks.
         negatives: what the loss pushes apart, for the same list.
-        past_negatives: the queue whose entries are among them, by its attribute and its setting.
         projection_dim: P, the dimension of :meth:`project`'s output.
-        stop_gradient: whether the positive branch, the encoder in it included, gets no gradient (SimSiam).
+        stop_gradient: whether the branch of the positives, encoder included, gets no gradient (SimSiam).
         target: the target network, None without one.
         large_views: how many of the views, the first ones, are large crops; None: all.
-        joint_batch: whether the loss is to be given the joint batch of all processes; a task that exchanges
-            what it needs by itself gets its own part.
-        defined: whether the loss always is a number; else it may be NaN where it has nothing to compare,
-            with a gradient of zero.
         capturable: whether every iteration evaluates the same operations, and a CUDA graph can replay them.
-        resumes_within_epoch: whether parameters and buffers are all that an epoch's next batch depends on.
     """
 
     source: str
     negatives: str = "none"
-    past_negatives: tuple[str, str] = ("bank", "bank_size")
     projection_dim: int
     stop_gradient: bool = False
-    target: TargetNetwork | None
+    target: "TargetNetwork | None"
     large_views: int | None = None
-    joint_batch: bool = True
-    defined: bool = True
     capturable: bool = True
-    resumes_within_epoch: bool = True
 
     def __init__(self, features_dim: int):
         super().__init__()
-        self.features_dim = features_dim
-        self.target = None  # not on the class: there it would hide the module that start_target registers
+        self.target = None  # not on the class: there it would hide the module that init_target registers
 
     @abstractmethod
-    def project(self, feats: torch.Tensor) -> torch.Tensor:
-        """Projection z of one view's features, (N, D) to (N, P)."""
+    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
+        """Projection z of one view's features, (N, D) to (N, P).
+
+        Args:
+            feats: the features.
+            view: which view they are of; it matters where views have heads of their own (CMC).
+        """
+
+    def project_key(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
+        """Projection of a positive, (N, D) to (N, P), differentiable in its input.
+
+        :meth:`project`, unless the positive comes from elsewhere: a target network, or the same head under a
+        stop-gradient. ICL-MSR sends weighted features through it.
+        """
+        return self.project(feats, view)
 
     @abstractmethod
-    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+    def loss(
+        self,
+        projections: Projections,
+        targets: Projections | None = None,
+        positives: Positives | None = None,
+    ) -> torch.Tensor:
         """Loss of one batch.
 
         Args:
             projections: z of each view, (N, P) each, large crops first.
             targets: the target network's projections of the large crops; None for a task without one.
+            positives: what takes the views', or the targets', place as positives, and nowhere else: (N, P)
+                each, or (N, n, P) for n strata, over which a likelihood is averaged, or else the loss.
 
         Returns:
             A scalar.
@@ -79,112 +103,26 @@ class Task(nn.Module, ABC):
 
     def forward(
         self, feats: Sequence[torch.Tensor], target_feats: Sequence[torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        """The loss as one function of the task's parameters: what the meta step differentiates.
+    ) -> TaskOutput:
+        """Projections and loss as one function of the task's parameters: what the meta step differentiates.
 
         Args:
             feats: features of each view, (N, D) each, masked by the caller.
             target_feats: the target network's features of the large crops, masked alike.
         """
-        return self.loss(*self.branches(feats, target_feats))
+        targets = None if target_feats is None else [self.project_key(h) for h in target_feats]
+        projections = [self.project(h, view) for view, h in enumerate(feats)]
+        return TaskOutput(self.loss(projections, targets), projections, targets)
 
-    def branches(
-        self, feats: Sequence[torch.Tensor], target_feats: Sequence[torch.Tensor] | None
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-        """Projections of each view, and the targets (None without a target network)."""
-        targets = None if target_feats is None else [self.project_positive(h) for h in target_feats]
-        return [self.project(h) for h in feats], targets
-
-    def project_positive(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
-        """Projection of the positive branch, (N, D) to (N, P), differentiable in its input.
-
-        :meth:`project`, unless the positive comes from elsewhere: a target network, or the same head
-        under a stop-gradient. ICL-MSR sends weighted features through it.
-
-        Args:
-            feats: features of one view, (N, D).
-            view: which view they are of; it matters where views have heads of their own (CMC).
-        """
-        return self.project(feats)
-
-    def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Strata
-    ) -> torch.Tensor:
-        """ICL-MSR's L_msr for this task.
-
-        Args:
-            projections: as for :meth:`loss`.
-            targets: as for :meth:`loss`.
-            weighted: positives with their channels weighted by each stratum, (N, n, P) each: of every
-                view, or of every target where there is a target network.
-
-        Returns:
-            A scalar.
-
-        Raises:
-            UserError: for a task without such a form.
-        """
-        raise UserError(
-            f"method_kwargs.task must have a backdoor-adjusted form, got {type(self).__name__}; take simclr"
-        )
-
-    def start_target(self, backbone: nn.Module) -> None:
+    def init_target(self, backbone: nn.Module) -> None:
         """Called once, with the encoder as it was initialised."""
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the main optimiser trains of the task, in groups; a target network follows it instead."""
-        return [{"name": "task", "params": [param for param in self.parameters() if param.requires_grad]}]
-
-    def check_meta_step(self, processes: int) -> None:
-        """Raises a UserError where the loss has no second derivative.
-
-        Args:
-            processes: how many train together.
-        """
-
-    def start_training(self, trainer: Any) -> None:
-        """Called once training starts, with Lightning's trainer."""
-
-    def own_negatives(self, images: int, views: int) -> str | None:
-        """A warning where images meet their own past projections as negatives.
-
-        Args:
-            images: in an epoch, of all processes.
-            views: of each image.
-        """
-        attribute, setting = self.past_negatives
-        size = len(getattr(self, attribute, ()))
-        if size <= images * views:
-            return None
-        return (
-            f"warning: method_kwargs.task_kwargs.{setting}={size} holds projections of more than one epoch "
-            f"({images} images, {views} views): images meet their own as negatives; take at most {images}"
-        )
-
-    def start_epoch(self) -> None:
-        """Called when an epoch starts."""
-
-    def observe(self, indexes: torch.Tensor, labels: torch.Tensor, number: int) -> None:
-        """Called before a batch's losses are evaluated, for tasks to which its images are not all.
-
-        Args:
-            indexes: of the images in the data set, (N,).
-            labels: (N,), -1 where there is none.
-            number: of the batch in its epoch, from 0.
-        """
-
-    def start_regular_loss(self) -> None:
-        """Called before the regular loss of a batch, which a meta step may precede or follow."""
-
-    def after_backward(self) -> None:
-        """Called between the regular loss's backward pass and the optimiser's step."""
 
     @torch.no_grad()
     def after_batch(self, projections: Projections, targets: Projections | None) -> None:
         """Once a batch, after its last evaluation: queues take it in.
 
         Args:
-            projections: of all views, detached, (N, P) each; of all processes' batches together.
+            projections: of all views, detached, (N, P) each; of all ranks' batches together.
             targets: likewise.
         """
 
@@ -210,7 +148,7 @@ class MomentumTask(Task):
     """
 
     projector: nn.Module
-    target: TargetNetwork  # from start_target on
+    target: "TargetNetwork"  # from init_target on
 
     def __init__(self, features_dim: int, base_momentum: float, final_momentum: float):
         super().__init__(features_dim)
@@ -223,13 +161,56 @@ class MomentumTask(Task):
         )
         self.base_momentum, self.final_momentum = base_momentum, final_momentum
 
-    def start_target(self, backbone: nn.Module) -> None:
+    def init_target(self, backbone: nn.Module) -> None:
         self.target = TargetNetwork(backbone, self.projector)
 
-    def project_positive(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
+    def project_key(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.target.head(feats)
 
     @torch.no_grad()
     def after_step(self, backbone: nn.Module, progress: float) -> None:
         momentum = cosine_momentum(self.base_momentum, self.final_momentum, progress)
         self.target.update(backbone, self.projector, momentum)
+
+
+class TargetNetwork(nn.Module):
+    """xi <- m xi + (1 - m) theta, once an optimiser step. BYOL [0], MoCo [1].
+
+    Its weights never require a gradient; its BatchNorm keeps statistics of its own, from its own forwards.
+
+    Args:
+        trunk: the online encoder, copied.
+        head: the online projection head, copied.
+
+    [0] Grill et al., *Bootstrap Your Own Latent*, NeurIPS 2020.
+    [1] He et al., *Momentum Contrast for Unsupervised Visual Representation Learning*, CVPR 2020.
+    """
+
+    def __init__(self, trunk: nn.Module, head: nn.Module):
+        super().__init__()
+        self.trunk, self.head = copy.deepcopy(trunk), copy.deepcopy(head)
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, trunk: nn.Module, head: nn.Module, momentum: float) -> None:
+        """One step towards the online networks.
+
+        Args:
+            trunk: the online encoder.
+            head: the online head.
+            momentum: m in [0, 1]; 1 leaves the target as it is.
+        """
+        for mine, online in ((self.trunk, trunk), (self.head, head)):
+            for target, source in zip(mine.parameters(), online.parameters()):
+                target.lerp_(source.to(target.dtype), 1 - momentum)
+
+
+def cosine_momentum(base: float, final: float, progress: float) -> float:
+    """m at a share of the training: from ``base`` to ``final`` along half a cosine, BYOL Section 3.2.
+
+    Args:
+        base: m at the start.
+        final: m at the end.
+        progress: share of all steps that are done, in [0, 1].
+    """
+    return final - (final - base) * (math.cos(math.pi * progress) + 1) / 2

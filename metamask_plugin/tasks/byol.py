@@ -3,10 +3,9 @@
 import torch
 
 from metamask_plugin.errors import check
-from metamask_plugin.losses.backdoor import stratified_loss
-from metamask_plugin.losses.negative_cosine import byol_loss
+from metamask_plugin.losses.pairs import byol_loss, mean_over_pairs
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import MomentumTask, Projections, Strata
+from metamask_plugin.tasks.base import MomentumTask, Positives, Projections
 
 
 class BYOL(MomentumTask):
@@ -53,16 +52,15 @@ class BYOL(MomentumTask):
         self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim)
         self.predictor = projection_head(proj_output_dim, pred_hidden_dim, proj_output_dim)
 
-    def project(self, feats: torch.Tensor) -> torch.Tensor:
+    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.projector(feats)
 
-    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
-        assert targets is not None
-        # as if each target were the only stratum of itself
-        return self.backdoor_adjusted_loss(projections, targets, [z[:, None] for z in targets])
-
-    def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Strata
+    def loss(
+        self,
+        projections: Projections,
+        targets: Projections | None = None,
+        positives: Positives | None = None,
     ) -> torch.Tensor:
-        """The loss itself on the weighted targets, averaged over the strata."""
-        return stratified_loss(byol_loss, [self.predictor(z) for z in projections], weighted)
+        positives = targets if positives is None else positives
+        assert positives is not None
+        return mean_over_pairs(byol_loss, [self.predictor(z) for z in projections], positives)

@@ -10,7 +10,7 @@ from metamask_plugin.errors import check
 from metamask_plugin.losses.cmc import cmc_loss
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Projections, Strata, Task
+from metamask_plugin.tasks.base import Positives, Projections, Task
 
 
 class CMC(Task):
@@ -38,7 +38,7 @@ class CMC(Task):
         shared_head: one head for both views, or one each.
 
     Raises:
-        UserError: for settings that cannot be; from :meth:`branches`, for any number of views but two.
+        UserError: for settings that cannot be; from :meth:`loss`, for any number of views but two.
 
     [0] Tian et al., *Contrastive Multiview Coding*, ECCV 2020.
     """
@@ -63,38 +63,22 @@ class CMC(Task):
             projection_head(features_dim, proj_hidden_dim, proj_output_dim)
             for _ in range(1 if shared_head else 2)
         )
-        banks = nn.ModuleList(FeatureQueue(bank_size, proj_output_dim) for _ in range(2))
+        banks = nn.ModuleList(FeatureQueue(bank_size, proj_output_dim, negatives=True) for _ in range(2))
         self.banks = cast("Sequence[FeatureQueue]", banks)
 
     def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         """Projection by the head of ``view``; the first one's for features that are of no view."""
         return self.projector[view % len(self.projector)](feats)
 
-    def project_positive(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
-        return self.project(feats, view)
-
-    def branches(
-        self, feats: Sequence[torch.Tensor], target_feats: Sequence[torch.Tensor] | None
-    ) -> tuple[list[torch.Tensor], None]:
-        name = "the number of views (num_crops in augmentations)"
-        check(len(feats) == 2, name, "2 for the task cmc", len(feats))
-        return [self.project(h, view) for view, h in enumerate(feats)], None
-
-    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
-        return cmc_loss(projections, self.temperature, self._bank_entries())
-
-    def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Strata
+    def loss(
+        self,
+        projections: Projections,
+        targets: Projections | None = None,
+        positives: Positives | None = None,
     ) -> torch.Tensor:
-        return cmc_loss(projections, self.temperature, self._bank_entries(), weighted)
-
-    @property
-    def bank(self) -> FeatureQueue:
-        """The first view's bank; both are of one size."""
-        return self.banks[0]
-
-    def _bank_entries(self) -> list[torch.Tensor]:
-        return [bank.entries for bank in self.banks]
+        name = "the number of views (num_crops in augmentations)"
+        check(len(projections) == 2, name, "2 for the task cmc", len(projections))
+        return cmc_loss(projections, self.temperature, [bank.entries for bank in self.banks], positives)
 
     @torch.no_grad()
     def after_batch(self, projections: Projections, targets: Projections | None) -> None:

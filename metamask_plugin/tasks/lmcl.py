@@ -4,7 +4,7 @@ import torch
 
 from metamask_plugin.errors import check
 from metamask_plugin.losses.distance_polarization import distance_polarization
-from metamask_plugin.tasks.base import Projections
+from metamask_plugin.tasks.base import Positives, Projections
 from metamask_plugin.tasks.simclr import SimCLR
 
 
@@ -33,7 +33,7 @@ class LMCL(SimCLR):
 
     Raises:
         UserError: for settings that cannot be.
-        ValueError: from :meth:`backdoor_adjusted_loss`, for a batch of one image.
+        ValueError: from :meth:`loss` with other positives, for a batch of one image.
 
     [0] Chen et al., *Large-Margin Contrastive Learning with Distance Polarization Regularizer*, ICML 2021.
     """
@@ -68,6 +68,13 @@ class LMCL(SimCLR):
         check(lamb >= 0, f"{name}.lamb", ">= 0", lamb)
         self.delta_plus, self.delta_minus, self.lamb = delta_plus, delta_minus, lamb
 
-    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
+    def loss(
+        self,
+        projections: Projections,
+        targets: Projections | None = None,
+        positives: Positives | None = None,
+    ) -> torch.Tensor:
+        if positives is not None:  # R does not look at positives
+            return super().loss(projections, targets, positives)
         polarization = distance_polarization(projections, self.delta_plus, self.delta_minus)
         return super().loss(projections, targets) + self.lamb * polarization

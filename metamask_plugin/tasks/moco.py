@@ -6,7 +6,7 @@ from metamask_plugin.errors import check
 from metamask_plugin.losses.moco import moco_loss
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import MomentumTask, Projections, Strata
+from metamask_plugin.tasks.base import MomentumTask, Positives, Projections
 
 
 class MoCo(MomentumTask):
@@ -33,7 +33,6 @@ class MoCo(MomentumTask):
 
     source = "Chen et al., arXiv 2020"
     negatives = "a queue of past keys"
-    past_negatives = ("queue", "queue_size")
 
     def __init__(
         self,
@@ -53,19 +52,20 @@ class MoCo(MomentumTask):
         self.temperature = temperature
         self.projection_dim = proj_output_dim
         self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim)
-        self.queue = FeatureQueue(queue_size, proj_output_dim)
+        self.queue = FeatureQueue(queue_size, proj_output_dim, f"{name}.queue_size", negatives=True)
 
-    def project(self, feats: torch.Tensor) -> torch.Tensor:
+    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.projector(feats)
 
-    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
-        assert targets is not None
-        return moco_loss(projections, targets, self.queue.entries, self.temperature)
-
-    def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Strata
+    def loss(
+        self,
+        projections: Projections,
+        targets: Projections | None = None,
+        positives: Positives | None = None,
     ) -> torch.Tensor:
-        return moco_loss(projections, weighted, self.queue.entries, self.temperature)
+        positives = targets if positives is None else positives
+        assert positives is not None
+        return moco_loss(projections, positives, self.queue.entries, self.temperature)
 
     @torch.no_grad()
     def after_batch(self, projections: Projections, targets: Projections | None) -> None:

@@ -4,10 +4,10 @@ import torch
 
 from metamask_plugin.errors import check
 from metamask_plugin.losses.nnclr import nearest_neighbours, nnclr_loss
-from metamask_plugin.modules.batch_norm import statistics_kept
+from metamask_plugin.modules.batch_norm import frozen_bn_stats
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Projections, Strata, Task
+from metamask_plugin.tasks.base import Positives, Projections, Task
 
 
 class NNCLR(Task):
@@ -57,33 +57,34 @@ class NNCLR(Task):
             features_dim, proj_hidden_dim, proj_output_dim, layers=3, final_norm=True
         )
         self.predictor = projection_head(proj_output_dim, pred_hidden_dim, proj_output_dim)
-        self.support = FeatureQueue(queue_size, proj_output_dim)
-        self.bank = FeatureQueue(bank_size, proj_output_dim)
+        self.support = FeatureQueue(queue_size, proj_output_dim, f"{name}.queue_size")
+        self.bank = FeatureQueue(bank_size, proj_output_dim, negatives=True)
 
-    def project(self, feats: torch.Tensor) -> torch.Tensor:
+    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.projector(feats)
 
-    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
-        return self._loss(projections)
-
-    def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Strata
+    def loss(
+        self,
+        projections: Projections,
+        targets: Projections | None = None,
+        positives: Positives | None = None,
     ) -> torch.Tensor:
-        predicted = [
-            torch.stack([self.predictor(stratum) for stratum in view.unbind(1)], dim=1) for view in weighted
-        ]
-        return self._loss(projections, predicted)
-
-    def _loss(self, projections: Projections, positives: Strata | None = None) -> torch.Tensor:
+        if positives is not None:
+            positives = [self._predict_strata(view) for view in positives]
         neighbours = [nearest_neighbours(z, self.support.entries) for z in projections]
         predictions = [self.predictor(z) for z in projections]
         return nnclr_loss(neighbours, predictions, self.temperature, positives, self.bank.entries)
+
+    def _predict_strata(self, view: torch.Tensor) -> torch.Tensor:
+        if view.dim() == 2:
+            return self.predictor(view)
+        return torch.stack([self.predictor(stratum) for stratum in view.unbind(1)], dim=1)
 
     @torch.no_grad()
     def after_batch(self, projections: Projections, targets: Projections | None) -> None:
         self.support.push(projections[0])
         if len(self.bank) > 0:
-            with statistics_kept(self.predictor):  # the loss has counted the batch
+            with frozen_bn_stats(self.predictor):  # the loss has counted the batch
                 # the step's autocast is over: in the precision of the weights
                 dtype = self.bank.entries.dtype
                 self.bank.push(torch.cat([self.predictor(z.to(dtype)) for z in projections]))

@@ -7,7 +7,7 @@ from metamask_plugin.errors import check
 from metamask_plugin.losses.relic import relic_loss
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import MomentumTask, Projections, Strata
+from metamask_plugin.tasks.base import MomentumTask, Positives, Projections
 
 
 class RELIC(MomentumTask):
@@ -66,20 +66,20 @@ class RELIC(MomentumTask):
             if pred_hidden_dim
             else nn.Identity()
         )
-        self.bank = FeatureQueue(bank_size, proj_output_dim)
+        self.bank = FeatureQueue(bank_size, proj_output_dim, negatives=True)
 
-    def project(self, feats: torch.Tensor) -> torch.Tensor:
+    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.predictor(self.projector(feats))
 
-    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
-        assert targets is not None
-        return relic_loss(projections, targets, self.temperature, self.alpha, self.bank.entries)
-
-    def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Strata
+    def loss(
+        self,
+        projections: Projections,
+        targets: Projections | None = None,
+        positives: Positives | None = None,
     ) -> torch.Tensor:
         assert targets is not None
-        return relic_loss(projections, targets, self.temperature, self.alpha, self.bank.entries, weighted)
+        bank = self.bank.entries
+        return relic_loss(projections, targets, self.temperature, self.alpha, bank, positives)
 
     @torch.no_grad()
     def after_batch(self, projections: Projections, targets: Projections | None) -> None:

@@ -5,11 +5,11 @@ from functools import partial
 import torch
 
 from metamask_plugin.errors import check
-from metamask_plugin.losses.backdoor import stratified_loss
+from metamask_plugin.losses.pairs import mean_over_pairs
 from metamask_plugin.losses.ressl import relation_loss
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import MomentumTask, Projections, Strata
+from metamask_plugin.tasks.base import MomentumTask, Positives, Projections
 
 
 class ReSSL(MomentumTask):
@@ -73,26 +73,24 @@ class ReSSL(MomentumTask):
         self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim)
         self.queue = FeatureQueue(queue_size, proj_output_dim, f"{name}.queue_size")
 
-    def project(self, feats: torch.Tensor) -> torch.Tensor:
+    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.projector(feats)
 
-    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
-        assert targets is not None
-        # as if each target were the only stratum of itself
-        return self.backdoor_adjusted_loss(projections, targets, [z[:, None] for z in targets])
-
-    def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Strata
+    def loss(
+        self,
+        projections: Projections,
+        targets: Projections | None = None,
+        positives: Positives | None = None,
     ) -> torch.Tensor:
-        """The loss itself on the weighted targets, averaged over the strata: mean_t H(p'_t, p)."""
-        used = weighted if self.symmetric else weighted[:1]
+        positives = targets if positives is None else positives
+        assert positives is not None
         pair_loss = partial(
             relation_loss,
             queue=self.queue.entries,
             online_temperature=self.online_temperature,
             target_temperature=self.target_temperature,
         )
-        return stratified_loss(pair_loss, projections, used)
+        return mean_over_pairs(pair_loss, projections, positives if self.symmetric else positives[:1])
 
     @torch.no_grad()
     def after_batch(self, projections: Projections, targets: Projections | None) -> None:

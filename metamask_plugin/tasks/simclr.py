@@ -3,10 +3,10 @@
 import torch
 
 from metamask_plugin.errors import check
-from metamask_plugin.losses import backdoor_adjusted_loss, nt_xent_loss
+from metamask_plugin.losses import multi_view_loss, nt_xent_loss
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Projections, Strata, Task
+from metamask_plugin.tasks.base import Positives, Projections, Task
 
 
 class SimCLR(Task):
@@ -47,18 +47,20 @@ class SimCLR(Task):
         self.projector = projection_head(
             features_dim, proj_hidden_dim, proj_output_dim, proj_layers, final_norm
         )
-        self.bank = FeatureQueue(bank_size, proj_output_dim)
+        self.bank = FeatureQueue(bank_size, proj_output_dim, negatives=True)
 
-    def project(self, feats: torch.Tensor) -> torch.Tensor:
+    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.projector(feats)
 
-    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
-        return nt_xent_loss(projections, self.temperature, bank=self.bank.entries)
-
-    def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Strata
+    def loss(
+        self,
+        projections: Projections,
+        targets: Projections | None = None,
+        positives: Positives | None = None,
     ) -> torch.Tensor:
-        return backdoor_adjusted_loss(projections, weighted, self.temperature, self.bank.entries)
+        if positives is None:
+            return nt_xent_loss(projections, self.temperature, bank=self.bank.entries)
+        return multi_view_loss(projections, positives, self.temperature, self.bank.entries)
 
     @torch.no_grad()
     def after_batch(self, projections: Projections, targets: Projections | None) -> None:

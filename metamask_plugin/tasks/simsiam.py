@@ -3,11 +3,10 @@
 import torch
 
 from metamask_plugin.errors import check
-from metamask_plugin.losses.backdoor import stratified_loss
-from metamask_plugin.losses.negative_cosine import negative_cosine_loss
+from metamask_plugin.losses.pairs import mean_over_pairs, negative_cosine_loss
 from metamask_plugin.modules.heads import projection_head
 from metamask_plugin.modules.stop_gradient import without_gradient
-from metamask_plugin.tasks.base import Projections, Strata, Task
+from metamask_plugin.tasks.base import Positives, Projections, Task
 
 
 class SimSiam(Task):
@@ -54,22 +53,19 @@ class SimSiam(Task):
         )
         self.predictor = projection_head(proj_output_dim, pred_hidden_dim, proj_output_dim)
 
-    def project(self, feats: torch.Tensor) -> torch.Tensor:
+    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.projector(feats)
 
-    def project_positive(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
+    def project_key(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         """The same head, without gradient to its weights."""
         return without_gradient(self.projector, feats)
 
-    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
-        # as if each view were the only stratum of itself
-        return self.backdoor_adjusted_loss(projections, None, [z.detach()[:, None] for z in projections])
-
-    def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Strata
+    def loss(
+        self,
+        projections: Projections,
+        targets: Projections | None = None,
+        positives: Positives | None = None,
     ) -> torch.Tensor:
-        """The loss itself on the weighted positives, averaged over the strata.
-
-        They come without gradient but to A: from detached features, through :meth:`project_positive`.
-        """
-        return stratified_loss(negative_cosine_loss, [self.predictor(z) for z in projections], weighted)
+        # other positives come without a gradient but to A: from detached features, through project_key
+        positives = [z.detach() for z in projections] if positives is None else positives
+        return mean_over_pairs(negative_cosine_loss, [self.predictor(z) for z in projections], positives)

@@ -5,7 +5,7 @@ import torch
 from metamask_plugin.errors import check, choose
 from metamask_plugin.losses.hsic import KERNELS, SMALLEST_SCALE, hsic_loss
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import MomentumTask, Projections, Strata
+from metamask_plugin.tasks.base import MomentumTask, Positives, Projections
 
 
 class SSLHSIC(MomentumTask):
@@ -62,15 +62,17 @@ class SSLHSIC(MomentumTask):
         self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim)
         self.predictor = projection_head(proj_output_dim, pred_hidden_dim, proj_output_dim)
 
-    def project(self, feats: torch.Tensor) -> torch.Tensor:
+    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.predictor(self.projector(feats))
 
-    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
-        assert targets is not None
-        return hsic_loss([*projections, *targets], self.gamma, self.kernel, self.scale)
-
-    def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Strata
+    def loss(
+        self,
+        projections: Projections,
+        targets: Projections | None = None,
+        positives: Positives | None = None,
     ) -> torch.Tensor:
-        strata = torch.stack(list(weighted)).unbind(2)
+        if positives is None:
+            assert targets is not None
+            return hsic_loss([*projections, *targets], self.gamma, self.kernel, self.scale)
+        strata = torch.stack([z if z.dim() == 3 else z[:, None] for z in positives]).unbind(2)
         return torch.stack([self.loss(projections, stratum.unbind()) for stratum in strata]).mean()

@@ -12,7 +12,7 @@ from metamask_plugin.losses.sinkhorn import sinkhorn_codes
 from metamask_plugin.losses.swav import multi_crop_loss
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Projections, Strata, Task
+from metamask_plugin.tasks.base import Positives, Projections, Task
 
 
 class Prototypes(nn.Linear):
@@ -111,20 +111,20 @@ class SwAV(Task):
         self._counts: dict[str, int] | None = None
         self.register_load_state_dict_post_hook(_forget_counts)
 
-    def project(self, feats: torch.Tensor) -> torch.Tensor:
+    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.projector(feats)
 
-    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
-        scores = self._scores(projections)
-        return multi_crop_loss(self._codes(scores), scores, self.temperature)
-
-    def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Strata
+    def loss(
+        self,
+        projections: Projections,
+        targets: Projections | None = None,
+        positives: Positives | None = None,
     ) -> torch.Tensor:
-        codes = self._codes(self._scores(projections))
-        return multi_crop_loss(codes, self._scores(weighted), self.temperature)
+        scores = self._scores(projections)
+        predicting = scores if positives is None else self._scores(positives)
+        return multi_crop_loss(self._codes(scores), predicting, self.temperature)
 
-    def _scores(self, projections: Projections | Strata) -> list[torch.Tensor]:
+    def _scores(self, projections: Positives) -> list[torch.Tensor]:
         frozen = self._counted()["steps"] < self.freeze_prototypes_steps
         return [self.prototypes(z, frozen) for z in projections]
 

@@ -4,10 +4,10 @@ import torch
 import torch.distributed as dist
 
 from metamask_plugin.errors import check
-from metamask_plugin.losses.backdoor import stratified_loss
+from metamask_plugin.losses.pairs import mean_over_pairs
 from metamask_plugin.losses.whitening import random_slices, whitened_mse_loss
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Projections, Strata, Task
+from metamask_plugin.tasks.base import Positives, Projections, Task
 
 
 class WMSE(Task):
@@ -58,20 +58,22 @@ class WMSE(Task):
         self.projection_dim = proj_output_dim
         self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim)
 
-    def project(self, feats: torch.Tensor) -> torch.Tensor:
+    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.projector(feats)
 
-    def loss(self, projections: Projections, targets: Projections | None = None) -> torch.Tensor:
-        return whitened_mse_loss(projections, self._partitions(projections[0]), self.eps)
-
-    def backdoor_adjusted_loss(
-        self, projections: Projections, targets: Projections | None, weighted: Strata
+    def loss(
+        self,
+        projections: Projections,
+        targets: Projections | None = None,
+        positives: Positives | None = None,
     ) -> torch.Tensor:
         partitions = self._partitions(projections[0])
-        return stratified_loss(
+        if positives is None:
+            return whitened_mse_loss(projections, partitions, self.eps)
+        return mean_over_pairs(
             lambda anchor, positive: whitened_mse_loss([anchor, positive], partitions, self.eps),
             projections,
-            weighted,
+            positives,
         )
 
     def _partitions(self, view: torch.Tensor) -> list[list[torch.Tensor]]:

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from loop import Loop
-from method_config import bare_config, method_config, task_settings
+from method_config import baseline_config, method_config, task_settings
 from method_training import quiet_trainer
 from torch.utils.data import DataLoader
 
-from metamask_plugin.methods import Bare, MetaMask
+from metamask_plugin.methods import Baseline, MetaMask
 
 
 def model(**overrides):
@@ -68,7 +68,7 @@ def test_a_cycle_has_one_meta_step():
 
 def test_bare_methods_have_cycles_of_one_step():
     torch.manual_seed(0)
-    loop = Loop(Bare(bare_config()), views(4))
+    loop = Loop(Baseline(baseline_config()), views(4))
     loop.cycle()
     assert (loop.meta_every, loop.number) == (0, 1)
 

@@ -9,7 +9,7 @@ from loop import Loop
 from method_config import method_config
 from peers import PEERS, UNIT, Release
 
-from metamask_plugin.bilevel import FiniteDifference, MomentumStep, PlainStep, Trial
+from metamask_plugin.bilevel import FiniteDifference, InnerStep, MomentumStep, PlainStep
 from metamask_plugin.methods import MetaMask
 
 
@@ -29,12 +29,12 @@ def momentum(params):
 def test_release_is_the_finite_difference_with_its_trial_step(double, plain):
     model, problem = setting()
     groups = problem.encoder_params, problem.head_params
-    trial = Trial(PlainStep(0.1), PlainStep(0.1)) if plain else Trial(*map(momentum, groups))
+    trial = InnerStep(PlainStep(0.1), PlainStep(0.1)) if plain else InnerStep(*map(momentum, groups))
     release = Release(model.redundancy_head)
     ours = FiniteDifference(1e-2).gradient(problem, trial)
     for _ in range(2):  # the second network is there already the second time
         found = release.gradient(problem, trial)
-        torch.testing.assert_close(found.weights[0], ours.weights[0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found.outer_params[0], ours.outer_params[0], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(found.inner_loss, ours.inner_loss)
         torch.testing.assert_close(found.outer_loss, ours.outer_loss)
 
@@ -42,7 +42,7 @@ def test_release_is_the_finite_difference_with_its_trial_step(double, plain):
 def test_release_leaves_the_live_network_and_its_buffers_alone(double):
     model, problem = setting()
     before = copy.deepcopy(model.state_dict())
-    trial = Trial(momentum(problem.encoder_params), momentum(problem.head_params))
+    trial = InnerStep(momentum(problem.encoder_params), momentum(problem.head_params))
     buffers = [copy.deepcopy(step.buffers) for step in trial.steps]
     Release(model.redundancy_head).gradient(problem, trial)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -54,7 +54,7 @@ def test_release_leaves_the_live_network_and_its_buffers_alone(double):
 def test_release_has_one_learning_rate():
     model, problem = setting()
     with pytest.raises(ValueError, match="one learning rate"):
-        Release().gradient(problem, Trial(PlainStep(0.1), PlainStep(0.2)))
+        Release().gradient(problem, InnerStep(PlainStep(0.1), PlainStep(0.2)))
 
 
 @pytest.mark.parametrize("name", PEERS)

@@ -6,7 +6,7 @@ from common import build_model, noise_views
 from gradient_error import error_table, measure_errors
 from precision import RoundedInputs, matrix_precision, rounded
 
-from metamask_plugin.bilevel import PlainStep, Trial
+from metamask_plugin.bilevel import InnerStep, PlainStep
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has TensorFloat-32 itself")
 
@@ -48,7 +48,7 @@ def test_meta_gradient_errors_grow_as_precision_falls():
     torch.manual_seed(0)
     model = build_model("conv4", 16)
     batches = noise_views(6, 16), noise_views(6, 16)
-    trial = Trial(PlainStep(0.1), PlainStep(0.1))
+    trial = InnerStep(PlainStep(0.1), PlainStep(0.1))
     found = measure_errors(model, *batches, trial, ["float32", "tf32", "bf16"])
     exact = {name: cell.get("relative") for name, cell in found["estimators"]["exact"].items()}
     assert exact["float64"] < 1e-10 < exact["float32"] < exact["tf32"] < exact["bf16"] < 1

@@ -46,7 +46,7 @@ def test_inputs_go_to_the_captured_place_and_outputs_come_as_copies(graph_stand_
         parameter.add_(1)
     for number, result in enumerate(results):
         assert isinstance(result, MetaGradient)
-        torch.testing.assert_close(result.weights[0], torch.full((3,), 10.0 * number * (number + 1)))
+        torch.testing.assert_close(result.outer_params[0], torch.full((3,), 10.0 * number * (number + 1)))
         assert (result.inner_loss, result.outer_loss) == (4 * number, 2 * number)
     assert calls == [None] * 3  # two before, and the capture
 

@@ -11,8 +11,8 @@ from metamask_plugin.bilevel import (
     Exact,
     FiniteDifference,
     FirstOrder,
+    InnerStep,
     PlainStep,
-    Trial,
     Unrolled,
 )
 
@@ -30,7 +30,7 @@ def problem():
         outer_loss=loss_to(b),
         encoder_params={"theta": theta},
         head_params={"phi": phi},
-        weights=(w,),
+        outer_params=(w,),
     )
     return bilevel, (theta, phi, w, a, b)
 
@@ -50,18 +50,18 @@ def analytic(values, lr):
 @pytest.mark.parametrize("estimator", [Exact(), Unrolled()])
 def test_exact_estimators_match_the_closed_form(estimator, lr):
     bilevel, values = problem()
-    result = estimator.gradient(bilevel, Trial(PlainStep(lr), PlainStep(lr)))
-    torch.testing.assert_close(result.weights[0], analytic(values, lr)[1], rtol=1e-12, atol=1e-12)
+    result = estimator.gradient(bilevel, InnerStep(PlainStep(lr), PlainStep(lr)))
+    torch.testing.assert_close(result.outer_params[0], analytic(values, lr)[1], rtol=1e-12, atol=1e-12)
 
 
 def test_learning_rates_of_encoder_and_heads_may_differ():
     bilevel, (theta, phi, w, a, b) = problem()
-    result = Exact().gradient(bilevel, Trial(PlainStep(0.3), PlainStep(0.7)))
+    result = Exact().gradient(bilevel, InnerStep(PlainStep(0.3), PlainStep(0.7)))
     residual = theta * w + phi - a
     theta_t, phi_t = theta - 0.3 * w * residual, phi - 0.7 * residual
     v = theta_t * w + phi_t - b
     expected = v * theta_t - 0.3 * v * w * (residual + w * theta) - 0.7 * v * theta
-    torch.testing.assert_close(result.weights[0], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result.outer_params[0], expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.fault("numbers")
@@ -69,16 +69,16 @@ def test_learning_rates_of_encoder_and_heads_may_differ():
 def test_weights_that_are_no_tuple_of_tensors_are_refused(weights):
     bilevel, *_ = problem()
     with pytest.raises(
-        ValueError, match=r"weights must be a tuple of tensors, got a .*; write weights=\(mask,\)"
+        ValueError, match=r"outer_params must be a tuple of tensors, got a .*; write outer_params=\(mask,\)"
     ):
-        replace(bilevel, weights=weights)
+        replace(bilevel, outer_params=weights)
 
 
 def test_first_order_is_the_direct_term_alone():
     bilevel, values = problem()
     direct, whole = analytic(values, 0.5)
-    result = FirstOrder().gradient(bilevel, Trial(PlainStep(0.5), PlainStep(0.5)))
-    torch.testing.assert_close(result.weights[0], direct, rtol=1e-12, atol=1e-12)
+    result = FirstOrder().gradient(bilevel, InnerStep(PlainStep(0.5), PlainStep(0.5)))
+    torch.testing.assert_close(result.outer_params[0], direct, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(direct, whole, rtol=0.1)
 
 
@@ -86,20 +86,20 @@ def test_first_order_is_the_direct_term_alone():
 def test_finite_difference_of_a_quadratic_is_exact_up_to_rounding_over_r(r, tolerance):
     bilevel, values = problem()
     whole = analytic(values, 0.5)[1]
-    result = FiniteDifference(r).gradient(bilevel, Trial(PlainStep(0.5), PlainStep(0.5)))
+    result = FiniteDifference(r).gradient(bilevel, InnerStep(PlainStep(0.5), PlainStep(0.5)))
     # d_w L_in is quadratic in (theta, phi), so the central difference has no truncation error
-    assert (result.weights[0] - whole).norm() / whole.norm() < tolerance
+    assert (result.outer_params[0] - whole).norm() / whole.norm() < tolerance
 
 
 def test_losses_on_the_way():
     bilevel, (theta, phi, w, a, b) = problem()
     for estimator in ESTIMATORS.values():
-        result = estimator().gradient(bilevel, Trial(PlainStep(0.5), PlainStep(0.5)))
+        result = estimator().gradient(bilevel, InnerStep(PlainStep(0.5), PlainStep(0.5)))
         residual = theta * w + phi - a
         outer = ((theta - 0.5 * w * residual) * w + phi - 0.5 * residual - b).pow(2).sum() / 2
         torch.testing.assert_close(result.inner_loss, residual.pow(2).sum() / 2)
         torch.testing.assert_close(result.outer_loss, outer)
-        assert not result.inner_loss.requires_grad and not result.weights[0].requires_grad
+        assert not result.inner_loss.requires_grad and not result.outer_params[0].requires_grad
 
 
 def test_a_flat_outer_loss_gives_zero_not_nan():
@@ -110,11 +110,11 @@ def test_a_flat_outer_loss_gives_zero_not_nan():
         lambda h, p, ws: 0.0 * (h * ws[0] + p["phi"]).sum(),
         bilevel.encoder_params,
         bilevel.head_params,
-        bilevel.weights,
+        bilevel.outer_params,
     )
     for estimator in ESTIMATORS.values():
-        result = estimator().gradient(flat, Trial(PlainStep(0.5), PlainStep(0.5)))
-        assert torch.equal(result.weights[0], torch.zeros(D, dtype=torch.float64))
+        result = estimator().gradient(flat, InnerStep(PlainStep(0.5), PlainStep(0.5)))
+        assert torch.equal(result.outer_params[0], torch.zeros(D, dtype=torch.float64))
 
 
 def test_wrong_settings():

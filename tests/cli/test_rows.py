@@ -181,12 +181,12 @@ parameters = [p for group in model.learnable_params for p in group["params"]]
 optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
 model.meta.start(model.meta_parameters(), optimizer)
 for _ in range(2):
-    loss, _, (z, _) = model.regular_loss({"feats": [model.backbone(x) for x in views]}, None)
+    loss, _, z, _ = model.regular_loss({"feats": [model.backbone(x) for x in views]}, None)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    trial = model.meta.trial(optimizer, model.backbone, model.task)
-    gradient = model.meta.gradient(model.meta_problem(views), trial).weights[0]
+    trial = model.meta.inner_step(optimizer)
+    gradient = model.meta.estimator.gradient(model.meta_problem(views), trial).outer_params[0]
     assert torch.isfinite(loss) and torch.isfinite(gradient).all() and gradient.abs().max() > 0
     model.task.after_batch(z, None)
 print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # kB to GB

@@ -18,7 +18,7 @@ STEPS = 20
 TRIAL = {"method_kwargs__meta": {"inner_lr": 0.1}}
 METHODS = {
     "metamask": ("method_config", TRIAL),
-    "byol": ("bare_config", {"method_kwargs__task": "byol"}),
+    "byol": ("baseline_config", {"method_kwargs__task": "byol"}),
     "icl_msr": ("icl_msr_config", TRIAL),
 }
 SGD = {"optimizer__name": "sgd", "optimizer__lr": 0.03}

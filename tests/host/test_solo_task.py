@@ -5,21 +5,21 @@ import sys
 
 import pytest
 import torch
-from method_config import bare_config, icl_msr_config, method_config
+from method_config import baseline_config, icl_msr_config, method_config
 from method_training import train
 from omegaconf import OmegaConf
 from solo_checkout import ROOT, needs_solo_learn
 
-from metamask_plugin.bilevel import Exact, PlainStep, Trial, Unrolled
+from metamask_plugin.bilevel import Exact, InnerStep, PlainStep, Unrolled
 from metamask_plugin.errors import UserError
 from metamask_plugin.host.solo_settings import NOT_TASKS, SETTINGS, WITH_MSR, is_solo_task, own_settings
-from metamask_plugin.methods import ICLMSR, Bare, MetaMask
+from metamask_plugin.methods import ICLMSR, Baseline, MetaMask
 
 pytestmark = [
     *needs_solo_learn,
     pytest.mark.filterwarnings("ignore"),  # solo-learn's own
 ]
-TRIAL = Trial(PlainStep(0.05), PlainStep(0.05))
+TRIAL = InnerStep(PlainStep(0.05), PlainStep(0.05))
 SMALL = {"queue_size": 24, "num_prototypes": 10, "pred_hidden_dim": 12, "whitening_size": 8}
 OWN = {
     "deepclusterv2": {"num_prototypes": [10, 10]},
@@ -63,7 +63,7 @@ def running(model):
 
 
 def relative_error(problem):
-    truth, exact = (estimator().gradient(problem, TRIAL).weights[0] for estimator in (Unrolled, Exact))
+    truth, exact = (estimator().gradient(problem, TRIAL).outer_params[0] for estimator in (Unrolled, Exact))
     assert truth.norm() > 0 and torch.isfinite(truth).all()
     return ((exact - truth).norm() / truth.norm()).item()
 
@@ -83,7 +83,7 @@ def test_exact_equals_unrolled(double, name):
     torch.set_default_dtype(torch.float64)
     model.mask.weight.data += 0.3 * torch.randn_like(model.mask.weight)
     views = [torch.randn(8, 3, 32, 32) for _ in range(2)]
-    model.task.observe(torch.arange(8), torch.arange(8) % 3, 0)
+    model.task.before_batch(torch.arange(8), torch.arange(8) % 3, 0)
     before, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     assert relative_error(model.meta_problem(views)) < 1e-9
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -111,7 +111,7 @@ def test_alone_it_is_solo_learns_method_bit_for_bit(name):
     from solo.methods import METHODS
 
     own = {"method_kwargs__task_kwargs__iternorm": True} if name == "vibcreg" else {}
-    ours = build(Bare, bare_config, name, max_epochs=2, **own)
+    ours = build(Baseline, baseline_config, name, max_epochs=2, **own)
     theirs = METHODS[name](ours.task.method.cfg)
     start = copy.deepcopy(ours.state_dict())
     heads = "task.step.method."
@@ -159,11 +159,11 @@ def test_the_meta_step_changes_nothing_of_the_method(name):
 
 
 def test_labels_reach_the_loss():
-    model = build(Bare, bare_config, "supcon")
+    model = build(Baseline, baseline_config, "supcon")
     feats = [torch.randn(8, model.features_dim) for _ in range(2)]
-    model.task.observe(torch.arange(8), torch.arange(8), 0)
+    model.task.before_batch(torch.arange(8), torch.arange(8), 0)
     distinct = model.task.loss(feats)
-    model.task.observe(torch.arange(8), torch.arange(8) % 2, 0)
+    model.task.before_batch(torch.arange(8), torch.arange(8) % 2, 0)
     assert not torch.equal(model.task.loss(feats), distinct)
 
 
@@ -210,7 +210,7 @@ def test_settings_are_solo_learns_under_the_users():
 )
 def test_settings_that_cannot_be_are_one_line(name, more, message):
     with pytest.raises(UserError, match=message) as error:
-        Bare(bare_config(**settings(name, **more)))
+        Baseline(baseline_config(**settings(name, **more)))
     assert "\n" not in str(error.value)
 
 
@@ -219,7 +219,7 @@ def test_settings_that_cannot_be_are_one_line(name, more, message):
 )
 def test_names_that_cannot_be_are_one_line(name, message):
     with pytest.raises(UserError, match=message):
-        Bare(bare_config(method_kwargs__task=f"solo:{name}"))
+        Baseline(baseline_config(method_kwargs__task=f"solo:{name}"))
 
 
 def test_a_meta_step_needs_a_second_derivative():

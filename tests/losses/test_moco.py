@@ -80,10 +80,10 @@ def test_second_derivative(double):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"queries": [torch.randn(4, 5)]}, "queries must be of two or more views"),
-        ({"keys": []}, "got 2 and 0"),
-        ({"keys": [torch.randn(4, 5)] * 3}, "got 2 and 3"),
-        ({"keys": [torch.randn(3, 5)] * 2}, "positives \\(N, P\\)"),
+        ({"queries": [torch.randn(4, 5)]}, "moco_loss: queries must be two or more"),
+        ({"keys": []}, "keys at most as many"),
+        ({"keys": [torch.randn(4, 5)] * 3}, "keys at most as many"),
+        ({"keys": [torch.randn(3, 5)] * 2}, "keys at most as many"),
         ({"queue": torch.randn(0, 5)}, "needs a negative"),
         ({"queue": torch.randn(7, 4)}, "negatives \\(K, P\\)"),
         ({"temperature": -1.0}, "temperature must be > 0"),

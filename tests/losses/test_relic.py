@@ -133,7 +133,7 @@ def test_one_image_needs_a_bank(double):
         ({"targets": [torch.randn(4, 5)] * 3}, "at most as many"),
         ({"targets": [torch.randn(3, 5)] * 2}, "one shape"),
         ({"weighted": [torch.randn(4, 2, 5)]}, "weighted must be one tensor"),
-        ({"weighted": [torch.randn(4, 5)] * 2}, "weighted must be one tensor"),
+        ({"weighted": [torch.randn(5)] * 2}, "weighted must be one tensor"),
         ({"bank": torch.randn(6, 4)}, "bank must be \\(K, 5\\)"),
         ({"alpha": -1.0}, "alpha must be >= 0"),
         ({"temperature": 0.0}, "temperature must be > 0"),

@@ -7,10 +7,10 @@ import torch
 from method_config import icl_msr_config, method_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from metamask_plugin.bilevel import Exact, FiniteDifference, FirstOrder, PlainStep, Trial, Unrolled
+from metamask_plugin.bilevel import Exact, FiniteDifference, FirstOrder, InnerStep, PlainStep, Unrolled
 from metamask_plugin.methods import ICLMSR, MetaMask
 
-TRIAL = Trial(PlainStep(0.1), PlainStep(0.1))
+TRIAL = InnerStep(PlainStep(0.1), PlainStep(0.1))
 
 
 class NoModules:

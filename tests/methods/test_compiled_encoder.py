@@ -12,7 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 from metamask_plugin.errors import UserError
-from metamask_plugin.methods import ICLMSR, MetaMask, task_method
+from metamask_plugin.methods import ICLMSR, MetaMask, base
 from metamask_plugin.modules.compiled import CompiledForward
 from metamask_plugin.modules.encoders import build_encoder
 
@@ -23,7 +23,7 @@ def traced(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr(
-        task_method, "CompiledForward", lambda module, mode: CompiledForward(module, mode, "aot_eager")
+        base, "CompiledForward", lambda module, mode: CompiledForward(module, mode, "aot_eager")
     )
     yield
     torch._dynamo.reset()

@@ -4,16 +4,16 @@ import copy
 
 import pytest
 import torch
-from method_config import TASK_KWARGS, bare_config, icl_msr_config, method_config, task_settings
+from method_config import TASK_KWARGS, baseline_config, icl_msr_config, method_config, task_settings
 from method_training import train
 
-from metamask_plugin.bilevel import Exact, PlainStep, Trial, Unrolled
-from metamask_plugin.methods import ICLMSR, Bare, MetaMask
+from metamask_plugin.bilevel import Exact, InnerStep, PlainStep, Unrolled
+from metamask_plugin.methods import ICLMSR, Baseline, MetaMask
 from metamask_plugin.tasks import TASKS, MomentumTask, Task, build_task
 
-TRIAL = Trial(PlainStep(0.05), PlainStep(0.05))
+TRIAL = InnerStep(PlainStep(0.05), PlainStep(0.05))
 METHODS = {
-    "bare": (Bare, bare_config),
+    "baseline": (Baseline, baseline_config),
     "metamask": (MetaMask, method_config),
     "icl_msr": (ICLMSR, icl_msr_config),
 }
@@ -30,7 +30,7 @@ def warmed_up(model, batch=8):
     views = [torch.randn(batch, 3, 32, 32) for _ in range(2)]
     for _ in range(2):
         feats = [model.backbone(x) for x in views]
-        model.task.after_batch(*model.task.branches(feats, model.target_features(views)))
+        model.task.after_batch(*model.task(feats, model.target_features(views))[1:])
         for parameter in model.backbone.parameters():
             parameter.data += 0.01 * torch.randn_like(parameter)
         model.task.after_step(model.backbone, 0.5)
@@ -49,10 +49,10 @@ def snapshot(model):
 
 def relative_error(problem):
     oracle, exact = (estimator().gradient(problem, TRIAL) for estimator in (Unrolled, Exact))
-    truth = oracle.weights[0]
+    truth = oracle.outer_params[0]
     assert truth.norm() > 0 and torch.isfinite(truth).all()
     assert exact.outer_loss.item() == pytest.approx(oracle.outer_loss.item(), rel=1e-9)
-    return ((exact.weights[0] - truth).norm() / truth.norm()).item()
+    return ((exact.outer_params[0] - truth).norm() / truth.norm()).item()
 
 
 def test_every_registered_task_is_tested_here():
@@ -152,7 +152,7 @@ def test_targets_are_masked_under_a_stop_gradient(task):
     views = [torch.randn(8, 3, 32, 32) for _ in range(2)]
     out = {"feats": [model.backbone(x) for x in views]}
     target_feats = model.target_features(views)
-    _, _, (_, targets) = model.regular_loss(out, target_feats)
+    targets = model.regular_loss(out, target_feats).targets
     assert not any(z.requires_grad for z in targets)
     expected = [model.task.target.head(h * model.mask.values()) for h in target_feats]
     for z, masked in zip(targets, expected):
@@ -161,23 +161,23 @@ def test_targets_are_masked_under_a_stop_gradient(task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_batch_in_another_order_has_the_same_loss(double, task):
-    model = warmed_up(build("bare", task)).task
+    model = warmed_up(build("baseline", task)).task
     feats = [torch.randn(8, model.features_dim) for _ in range(2)]
     target_feats = [torch.randn(8, model.features_dim) for _ in range(2)] if model.target else None
     order = torch.randperm(8)
     shuffled = [[h[order] for h in views] for views in (feats, target_feats or [])]
-    torch.testing.assert_close(model(shuffled[0], shuffled[1] or None), model(feats, target_feats))
+    torch.testing.assert_close(model(shuffled[0], shuffled[1] or None).loss, model(feats, target_feats).loss)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_loss_changes_nothing_in_the_task(task):
     model = warmed_up(
-        build("bare", task)
+        build("baseline", task)
     ).task.eval()  # BatchNorm's statistics move in training, as they should
     feats = [torch.randn(8, model.features_dim) for _ in range(2)]
     target_feats = feats if model.target else None
     before = copy.deepcopy(model.state_dict())
-    assert torch.equal(model(feats, target_feats), model(feats, target_feats))
+    assert torch.equal(model(feats, target_feats).loss, model(feats, target_feats).loss)
     assert same(model.state_dict(), before)
 
 
@@ -214,7 +214,7 @@ def test_gradient_accumulation_moves_the_target_once_an_optimiser_step():
             self.calls = []
             self.head = torch.nn.Linear(256, 4)
 
-        def project(self, feats):
+        def project(self, feats, view=0):
             return self.head(feats)
 
         def loss(self, projections, targets=None):
@@ -226,7 +226,7 @@ def test_gradient_accumulation_moves_the_target_once_an_optimiser_step():
         def after_step(self, backbone, progress):
             self.calls.append(progress)
 
-    model = build("bare", "simclr", accumulate_grad_batches=2)
+    model = build("baseline", "simclr", accumulate_grad_batches=2)
     model.task = Counting()
     train(model, steps=4, accumulate_grad_batches=2)  # 24 images: 3 batches of 8
     assert model.task.calls == ["batch", "batch", 0.5, "batch", 1.0]

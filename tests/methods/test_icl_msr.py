@@ -13,9 +13,9 @@ from metamask_plugin.errors import UserError
 from metamask_plugin.host import BaseMethod
 from metamask_plugin.losses import nt_xent_loss
 from metamask_plugin.methods import ICLMSR
+from metamask_plugin.methods.interventional import LEVELS
 from metamask_plugin.modules.encoders import build_encoder
 from metamask_plugin.tasks import SimCLR
-from metamask_plugin.tasks.interventional import LEVELS
 
 NO_META = {"method_kwargs__meta": {"enabled": False}}
 NO_MSR = {"method_kwargs__lamb": 0.0, "method_kwargs__gamma": 0.0}
@@ -161,7 +161,7 @@ def test_the_regular_loss_is_equation_5():
     model.log_dict = lambda metrics, **kwargs: logged.update(metrics)
     views = [torch.randn(8, 3, 32, 32) for _ in range(2)] + [torch.randn(8, 3, 36, 36)]
     loss = model.training_step([torch.arange(8), views, torch.arange(8)], 0)
-    logged |= model.batch_metrics
+    logged |= model.step.metrics
     regular = logged["train_task_loss"] + 3.0 * logged["train_msr_loss"]
     torch.testing.assert_close(logged["train_loss"], regular)
     torch.testing.assert_close(loss, regular + logged["train_class_loss"])
@@ -216,23 +216,23 @@ def test_a_missing_unaugmented_view_is_named(augmentations):
 def test_per_epoch_all_meta_steps_follow_the_last_regular_step():
     model, watch = build(method_kwargs__meta={"when": "epoch_end"}), Watch()
     counted = []
-    model.meta_step = lambda batch, *_, step=model.meta_step, **__: (
-        counted.append(batch[0].tolist()),
-        step(batch),
+    model.meta.run = lambda method, views, *more, run=model.meta.run, **named: (
+        counted.append(views[0][:, 0, 0, 0].tolist()),
+        run(method, views, *more, **named),
     )
     start = copy.deepcopy(model.state_dict())
     trainer = fit(model, callbacks=[watch], max_epochs=2)
     assert same(watch.regularizers[0], start) and same(watch.regularizers[2], start)
     assert not same(watch.regularizers[3], start) and same(watch.regularizers[5], watch.regularizers[3])
-    assert counted == 2 * [list(range(i, i + 8)) for i in (0, 8, 16)]
+    assert counted == 2 * [Views().images[i : i + 8, 0, 0, 0, 0].tolist() for i in (0, 8, 16)]
     assert "train_outer_loss" in trainer.callback_metrics
 
 
 def test_per_epoch_every_nth_batch_and_limited_epochs():
     model, counted = build(method_kwargs__meta={"when": "epoch_end", "every_n_steps": 2}), []
-    model.meta_step = lambda batch, *_, step=model.meta_step, **__: (
-        counted.append(len(batch[0])),
-        step(batch),
+    model.meta.run = lambda method, views, *more, run=model.meta.run, **named: (
+        counted.append(len(views[0])),
+        run(method, views, *more, **named),
     )
     fit(model, steps=2)
     assert counted == [8]

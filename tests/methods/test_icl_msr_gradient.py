@@ -4,11 +4,11 @@ import pytest
 import torch
 from method_config import icl_msr_config
 
-from metamask_plugin.bilevel import Exact, FirstOrder, MomentumStep, PlainStep, Trial, Unrolled
+from metamask_plugin.bilevel import Exact, FirstOrder, InnerStep, MomentumStep, PlainStep, Unrolled
 from metamask_plugin.methods import ICLMSR
-from metamask_plugin.tasks.interventional import LEVELS
+from metamask_plugin.methods.interventional import LEVELS
 
-TRIAL = Trial(PlainStep(0.1), PlainStep(0.1))
+TRIAL = InnerStep(PlainStep(0.1), PlainStep(0.1))
 CASES = [
     *[("conv4", 32, level) for level in LEVELS],
     *[("conv", 32, level) for level in LEVELS],
@@ -35,7 +35,7 @@ def setting(backbone="conv4", size=32, batch=6, gamma=0.0, **overrides):
 
 
 def relative_error(result, oracle):
-    ours, truth = result.weights[0], oracle.weights[0]
+    ours, truth = result.outer_params[0], oracle.outer_params[0]
     return ((ours - truth).norm() / truth.norm()).item()
 
 
@@ -43,7 +43,7 @@ def relative_error(result, oracle):
 def test_exact_equals_unrolled(double, backbone, size, level):
     _, problem = setting(backbone, size, method_kwargs__level=level)
     oracle, exact = Unrolled().gradient(problem, TRIAL), Exact().gradient(problem, TRIAL)
-    assert oracle.weights[0].norm() > 0
+    assert oracle.outer_params[0].norm() > 0
     assert relative_error(exact, oracle) < 1e-10
     assert exact.inner_loss.item() == pytest.approx(oracle.inner_loss.item(), rel=1e-12)
     assert exact.outer_loss.item() == pytest.approx(oracle.outer_loss.item(), rel=1e-10)
@@ -57,26 +57,26 @@ def test_with_uniformity_as_well(double, level, scope):
     _, without = setting(**overrides)
     full, contrastive = (Exact().gradient(p, TRIAL) for p in (problem, without))
     assert relative_error(full, Unrolled().gradient(problem, TRIAL)) < 1e-10
-    weights = problem.weights[0].clone().requires_grad_()
+    weights = problem.outer_params[0].clone().requires_grad_()
     (direct,) = torch.autograd.grad(2.0 * model._uniformity(weights), weights)
-    torch.testing.assert_close(full.weights[0] - contrastive.weights[0], direct)
+    torch.testing.assert_close(full.outer_params[0] - contrastive.outer_params[0], direct)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_without_uniformity_all_of_it_is_second_order(double, level):
     """A does not enter L_ct at the trial weights but through them: Eq. (8)."""
     _, problem = setting(method_kwargs__level=level)
-    assert FirstOrder().gradient(problem, TRIAL).weights[0].abs().max() == 0
+    assert FirstOrder().gradient(problem, TRIAL).outer_params[0].abs().max() == 0
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_against_finite_differences_of_the_outer_loss(double, level):
     _, problem = setting(gamma=1.0, method_kwargs__level=level)
-    gradient = Exact().gradient(problem, TRIAL).weights[0]
+    gradient = Exact().gradient(problem, TRIAL).outer_params[0]
     direction, eps = torch.randn_like(gradient), 1e-6
 
     def outer(step):
-        moved = type(problem)(**{**vars(problem), "weights": (problem.weights[0] + step * direction,)})
+        moved = type(problem)(**{**vars(problem), "weights": (problem.outer_params[0] + step * direction,)})
         return Unrolled().gradient(moved, TRIAL).outer_loss
 
     slope = (outer(eps) - outer(-eps)) / (2 * eps)
@@ -89,8 +89,8 @@ def test_exact_with_a_momentum_trial(double):
         MomentumStep(0.1, 0.9, 5e-4, {name: torch.randn_like(p) for name, p in params.items()})
         for params in (problem.encoder_params, problem.head_params)
     ]
-    oracle = Unrolled().gradient(problem, Trial(*steps))
-    assert relative_error(Exact().gradient(problem, Trial(*steps)), oracle) < 1e-10
+    oracle = Unrolled().gradient(problem, InnerStep(*steps))
+    assert relative_error(Exact().gradient(problem, InnerStep(*steps)), oracle) < 1e-10
 
 
 def test_what_lies_behind_the_map_takes_the_trial_step_with_the_head(double):
@@ -104,7 +104,7 @@ def test_what_lies_behind_the_map_takes_the_trial_step_with_the_head(double):
 def test_without_lambda_a_has_no_say(double):
     _, problem = setting(method_kwargs__lamb=0.0)
     for estimator in (Exact(), Unrolled()):
-        assert estimator.gradient(problem, TRIAL).weights[0].abs().max() == 0
+        assert estimator.gradient(problem, TRIAL).outer_params[0].abs().max() == 0
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -8,13 +8,14 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from method_config import bare_config, icl_msr_config, method_config, task_settings
+from method_config import baseline_config, icl_msr_config, method_config, task_settings
 from method_training import Views
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from metamask_plugin.errors import UserError
-from metamask_plugin.methods import ICLMSR, Bare, MetaMask, Supervised
+from metamask_plugin.methods import ICLMSR, Baseline, MetaMask, Supervised
+from metamask_plugin.methods.meta_checks import check_run
 
 # BatchNorm in the encoder sees its own process's images, as everywhere under DistributedDataParallel; the
 # heads keep theirs, which sees the joint batch
@@ -32,9 +33,9 @@ RUNS = {
     "metamask over swav": (MetaMask, method_config, "swav", {"trial_on": "heads"}),
     "icl_msr": (ICLMSR, icl_msr_config, "simclr", {}),
     "icl_msr over byol, shared": (ICLMSR, icl_msr_config, "byol", {"when": "before_step"}),
-    "bare barlow_twins": (Bare, bare_config, "barlow_twins", None),
-    "bare wmse": (Bare, bare_config, "wmse", None),
-    "supervised": (Supervised, bare_config, "simclr", None),
+    "barlow_twins alone": (Baseline, baseline_config, "barlow_twins", None),
+    "wmse alone": (Baseline, baseline_config, "wmse", None),
+    "supervised": (Supervised, baseline_config, "simclr", None),
 }
 
 
@@ -121,7 +122,7 @@ def test_two_processes_are_one(two_processes, name):
     two = torch.load(path, weights_only=True)
     one = run(name, 1)
     meta = [key for key in two if key.startswith(("mask.", "regularizer."))]
-    assert meta or issubclass(RUNS[name][0], Bare)
+    assert meta or issubclass(RUNS[name][0], Baseline)
     for key, value in one.state_dict().items():
         if value.is_floating_point() and "queue" not in key and "bank" not in key:
             # queues hold the same entries in another order
@@ -138,10 +139,14 @@ def test_processes_draw_the_same_slices_and_refuse_to_unroll(two_processes, rank
     assert refused.startswith("method_kwargs.meta.estimator must be another than unrolled where several")
 
 
+def check_ranks(model, ranks):
+    check_run(model.meta.cfg, model, "32-true", ranks)
+
+
 def test_synchronised_batch_norm_is_refused_in_several_processes():
     model = MetaMask(method_config())
-    model.check_processes(2)
+    check_ranks(model, 2)
     nn.SyncBatchNorm.convert_sync_batchnorm(model.task)
-    model.check_processes(1)
+    check_ranks(model, 1)
     with pytest.raises(UserError, match="sync_batchnorm must be False with a meta step, got True"):
-        model.check_processes(2)
+        check_ranks(model, 2)

@@ -12,7 +12,7 @@ from torch import nn
 
 from metamask_plugin.errors import UserError
 from metamask_plugin.methods import ICLMSR, MetaMask
-from metamask_plugin.methods.bilevel_method import BilevelMethod
+from metamask_plugin.methods.meta_step import MetaStep
 
 
 def build(meta=None, task="simclr", msr=False, **overrides):
@@ -27,15 +27,15 @@ class Gradients(pl.Callback):
 
     def __init__(self, model):
         self.seen = []
-        inner = model.meta.gradient
+        inner = model.meta.estimator.gradient
 
         def gradient(problem, trial):
             weights = {name: value.clone() for name, value in model.state_dict().items()}
             result = inner(problem, trial)
-            self.seen.append((problem, trial, weights, result.weights[0]))
+            self.seen.append((problem, trial, weights, result.outer_params[0]))
             return result
 
-        model.meta.gradient = gradient
+        model.meta.estimator.gradient = gradient
 
 
 @pytest.mark.parametrize("msr", [False, True])
@@ -53,7 +53,7 @@ def test_shared_is_the_meta_gradient_at_the_weights_before_the_regular_step(task
     batch = next(iter(_batches(msr)))
     views, original = again.separate(batch[1])
     arguments = (views, again.regularizer(original).detach()) if msr else (views,)
-    expected = again.meta.gradient(again.meta_problem(*arguments), trial).weights[0]
+    expected = again.meta.estimator.gradient(again.meta_problem(*arguments), trial).outer_params[0]
     # (moco's and byol's targets, in training mode, see the same batch statistics)
     torch.testing.assert_close(shared, expected, rtol=2e-3, atol=2e-3 * expected.abs().max().item())
 
@@ -141,7 +141,7 @@ def test_the_meta_step_of_a_mixed_precision_run_is_in_full_precision():
     again = build()
     again.load_state_dict(gradients.seen[0][2])
     views, _ = again.separate(next(iter(_batches(False)))[1])
-    expected = again.meta.estimator.gradient(again.meta_problem(views), trial).weights[0]
+    expected = again.meta.estimator.gradient(again.meta_problem(views), trial).outer_params[0]
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
@@ -202,7 +202,7 @@ def test_a_captured_meta_step_reads_all_that_changes(monkeypatch, graph_stand_in
     """Weights, queues, targets, momentum and the trial step's length, through the same places each time."""
 
     def trained(captured):
-        monkeypatch.setattr(BilevelMethod, "_can_capture", lambda self: captured)
+        monkeypatch.setattr(MetaStep, "can_capture", lambda self, method: captured)
         model = build({"trial": trial}, task, msr, scheduler__name="warmup_cosine", max_epochs=3)
         train(model, 3, original=msr, max_epochs=3)
         return model.state_dict()
@@ -227,4 +227,4 @@ def test_who_captures(monkeypatch, asked, device, world_size, task, captures):
     model = build(None, task, performance={"cuda_graph": asked})
     monkeypatch.setattr(MetaMask, "device", torch.device(device))
     model._trainer = SimpleNamespace(world_size=world_size)
-    assert model._can_capture() == captures
+    assert model.meta.can_capture(model) == captures

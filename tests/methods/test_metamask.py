@@ -92,7 +92,7 @@ def test_the_regular_loss_is_equation_5():
     model.logged = {}
     views = [torch.randn(8, 3, 32, 32) for _ in range(2)]
     loss = model.training_step([torch.arange(8), views, torch.arange(8)], 0)
-    logged = {**model.logged, **model.batch_metrics}
+    logged = {**model.logged, **model.step.metrics}
     regular = 0.5 * (logged["train_redundancy_loss"] + 3.0 * logged["train_task_loss"])
     torch.testing.assert_close(logged["train_loss"], regular)
     torch.testing.assert_close(loss, regular + logged["train_class_loss"])
@@ -124,7 +124,7 @@ def test_official_preset_uses_the_optimisers_momentum_and_starts_at_one_half():
     assert torch.equal(model.mask.values(), torch.full((256,), 0.5))
     trainer = train(model)
     main = trainer.optimizers[0]
-    steps = model.meta.trial(main, model.backbone, model.task)
+    steps = model.meta.inner_step(main)
     name, parameter = next(iter(model.backbone.named_parameters()))
     assert steps.encoder.momentum == 0.9 and set(steps.encoder.weight_decay.values()) == {1e-4}
     assert torch.equal(steps.encoder.buffers[name], main.state[parameter]["momentum_buffer"])

@@ -13,9 +13,9 @@ from metamask_plugin.bilevel import (
     FiniteDifference,
     FirstOrder,
     Functional,
+    InnerStep,
     MomentumStep,
     PlainStep,
-    Trial,
     Unrolled,
 )
 from metamask_plugin.methods import MetaMask
@@ -44,18 +44,18 @@ def setting(backbone="conv4", size=32, batch=6, **overrides):
 
 
 def relative_error(result, oracle):
-    ours, truth = result.weights[0], oracle.weights[0]
+    ours, truth = result.outer_params[0], oracle.outer_params[0]
     return ((ours - truth).norm() / truth.norm()).item()
 
 
 def cosine(result, oracle):
-    return torch.cosine_similarity(result.weights[0], oracle.weights[0], dim=0).item()
+    return torch.cosine_similarity(result.outer_params[0], oracle.outer_params[0], dim=0).item()
 
 
 @pytest.mark.parametrize(("backbone", "size"), ENCODERS)
 def test_exact_equals_unrolled(double, backbone, size):
     _, _, problem = setting(backbone, size)
-    trial = Trial(PlainStep(0.1), PlainStep(0.1))
+    trial = InnerStep(PlainStep(0.1), PlainStep(0.1))
     oracle = Unrolled().gradient(problem, trial)
     exact = Exact().gradient(problem, trial)
     assert relative_error(exact, oracle) < 1e-10
@@ -65,7 +65,7 @@ def test_exact_equals_unrolled(double, backbone, size):
 
 def test_the_second_order_part_dominates_where_exactness_is_tested(double):
     _, _, problem = setting("conv")
-    trial = Trial(PlainStep(0.1), PlainStep(0.1))
+    trial = InnerStep(PlainStep(0.1), PlainStep(0.1))
     # were this near 1, the test above could be passed with the first-order term alone
     assert cosine(FirstOrder().gradient(problem, trial), Unrolled().gradient(problem, trial)) < 0.5
 
@@ -74,7 +74,7 @@ def test_the_second_order_part_dominates_where_exactness_is_tested(double):
 @pytest.mark.parametrize("lr", [1e-3, 1.0])
 def test_exact_for_either_head_and_from_short_to_long_steps(double, final_norm, lr):
     _, _, problem = setting(method_kwargs__task_kwargs__final_norm=final_norm, batch=12)
-    trial = Trial(PlainStep(lr), PlainStep(lr))
+    trial = InnerStep(PlainStep(lr), PlainStep(lr))
     assert relative_error(Exact().gradient(problem, trial), Unrolled().gradient(problem, trial)) < 1e-10
 
 
@@ -84,16 +84,16 @@ def test_exact_with_the_officials_momentum_trial(double):
         MomentumStep(0.1, 0.9, 5e-4, {name: torch.randn_like(p) for name, p in params.items()})
         for params in (problem.encoder_params, problem.head_params)
     ]
-    trial = Trial(*steps)
+    trial = InnerStep(*steps)
     oracle = Unrolled().gradient(problem, trial)
     assert relative_error(Exact().gradient(problem, trial), oracle) < 1e-10
-    plain = Exact().gradient(problem, Trial(PlainStep(0.1), PlainStep(0.1)))
+    plain = Exact().gradient(problem, InnerStep(PlainStep(0.1), PlainStep(0.1)))
     assert relative_error(plain, oracle) > 1e-2
 
 
 def test_finite_difference_needs_a_small_r(double):
     _, _, problem = setting("conv")
-    trial = Trial(PlainStep(0.1), PlainStep(0.1))
+    trial = InnerStep(PlainStep(0.1), PlainStep(0.1))
     oracle = Unrolled().gradient(problem, trial)
     errors = [
         relative_error(FiniteDifference(r).gradient(problem, trial), oracle) for r in (1e-2, 1e-4, 1e-6)
@@ -103,18 +103,18 @@ def test_finite_difference_needs_a_small_r(double):
 
 def test_a_trial_step_of_length_zero_leaves_the_direct_term(double):
     _, _, problem = setting()
-    trial = Trial(PlainStep(0.0), PlainStep(0.0))
-    mask = problem.weights[0].clone().requires_grad_()
+    trial = InnerStep(PlainStep(0.0), PlainStep(0.0))
+    mask = problem.outer_params[0].clone().requires_grad_()
     loss = problem.outer_loss(problem.encode(problem.encoder_params), problem.head_params, (mask,))
     (expected,) = torch.autograd.grad(loss, mask)
     for estimator in (Exact(), Unrolled(), FirstOrder(), FiniteDifference()):
-        torch.testing.assert_close(estimator.gradient(problem, trial).weights[0], expected)
+        torch.testing.assert_close(estimator.gradient(problem, trial).outer_params[0], expected)
 
 
 def test_a_mask_of_ones_is_the_unmasked_loss(double):
     model, views, problem = setting()
     h = problem.encode(problem.encoder_params)
-    ones = torch.ones_like(problem.weights[0])
+    ones = torch.ones_like(problem.outer_params[0])
     expected = model.task(list(h))
     torch.testing.assert_close(problem.inner_loss(h, problem.head_params, (ones,)), expected)
 
@@ -131,7 +131,7 @@ def test_nothing_is_touched(estimator):
     buffers = [s["momentum_buffer"].clone() for s in optimizer.state.values()]
     rng = torch.get_rng_state()
 
-    estimator.gradient(model.meta_problem(views), Trial(PlainStep(0.1), PlainStep(0.1)))
+    estimator.gradient(model.meta_problem(views), InnerStep(PlainStep(0.1), PlainStep(0.1)))
 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     for p, grad in zip(model.parameters(), grads):
@@ -153,13 +153,13 @@ def test_exact_under_dropout_sees_one_and_the_same_mask(double):
     problem = BilevelProblem(
         lambda theta: encoder(theta, x), loss, loss, encoder.params, head.params, (torch.rand(8),)
     )
-    trial = Trial(PlainStep(0.1), PlainStep(0.1))
+    trial = InnerStep(PlainStep(0.1), PlainStep(0.1))
     assert relative_error(Exact().gradient(problem, trial), Unrolled().gradient(problem, trial)) < 1e-12
 
 
 def test_sigmoid_mask_gets_the_logits_gradient(double):
     model, _, problem = setting(method_kwargs__mask__parameterisation="sigmoid")
-    gradient = torch.randn_like(problem.weights[0])
+    gradient = torch.randn_like(problem.outer_params[0])
     model.mask.accumulate(gradient)
     logit = model.mask.logit.detach().clone().requires_grad_()
     (expected,) = torch.autograd.grad((torch.sigmoid(logit) * gradient).sum(), logit)
@@ -168,7 +168,7 @@ def test_sigmoid_mask_gets_the_logits_gradient(double):
 
 def test_without_a_tape_it_is_the_same_gradient(double):
     _, _, problem = setting("conv")
-    trial = Trial(PlainStep(0.1), PlainStep(0.1))
+    trial = InnerStep(PlainStep(0.1), PlainStep(0.1))
     assert (
         relative_error(Exact(reuse=False).gradient(problem, trial), Exact().gradient(problem, trial)) < 1e-12
     )
@@ -177,8 +177,8 @@ def test_without_a_tape_it_is_the_same_gradient(double):
 @pytest.mark.parametrize("estimator", [Exact(), Unrolled(), FirstOrder(), FiniteDifference(1e-6)])
 def test_a_frozen_encoder_is_a_trial_step_of_length_zero_there(double, estimator):
     _, _, problem = setting()
-    full = estimator.gradient(problem, Trial(PlainStep(0.0), PlainStep(0.1)))
-    heads = estimator.gradient(problem.frozen_encoder(), Trial(PlainStep(0.1), PlainStep(0.1)))
+    full = estimator.gradient(problem, InnerStep(PlainStep(0.0), PlainStep(0.1)))
+    heads = estimator.gradient(problem.frozen_encoder(), InnerStep(PlainStep(0.1), PlainStep(0.1)))
     assert relative_error(heads, full) < (1e-5 if isinstance(estimator, FiniteDifference) else 1e-12)
     assert heads.outer_loss.item() == pytest.approx(full.outer_loss.item(), rel=1e-12)
 
@@ -187,12 +187,13 @@ def test_a_frozen_encoder_is_evaluated_once_and_not_at_all_where_its_features_ar
     model, views, problem = setting()
     calls = []
     model.backbone.register_forward_hook(lambda *args: calls.append(1))
-    Exact().gradient(problem.frozen_encoder(), Trial(PlainStep(0.1), PlainStep(0.1)))
+    Exact().gradient(problem.frozen_encoder(), InnerStep(PlainStep(0.1), PlainStep(0.1)))
     assert len(calls) == len(views)
     encoded = problem.forward_pass(problem.encoder_params)
     calls.clear()
     Exact().gradient(
-        dataclasses.replace(problem, encoded=encoded).frozen_encoder(), Trial(PlainStep(0.1), PlainStep(0.1))
+        dataclasses.replace(problem, encoded=encoded).frozen_encoder(),
+        InnerStep(PlainStep(0.1), PlainStep(0.1)),
     )
     assert not calls
 
@@ -200,12 +201,12 @@ def test_a_frozen_encoder_is_evaluated_once_and_not_at_all_where_its_features_ar
 @pytest.mark.parametrize("estimator", [Exact(), FirstOrder(), FiniteDifference(1e-6)])
 def test_the_regular_steps_pass_serves_as_the_inner_one(double, estimator):
     model, views, problem = setting()
-    trial = Trial(PlainStep(0.1), PlainStep(0.1))
+    trial = InnerStep(PlainStep(0.1), PlainStep(0.1))
     encoded = dataclasses.replace(problem.forward_pass(problem.encoder_params, tape=True), shared=True)
     shared = estimator.gradient(dataclasses.replace(problem, encoded=encoded), trial)
     assert relative_error(shared, estimator.gradient(problem, trial)) < 1e-12
     # and the regular step can still differentiate it
-    gradient = encoded.pull_back(torch.ones_like(encoded.features))
+    gradient = encoded.vjp(torch.ones_like(encoded.features))
     assert all(torch.isfinite(value).all() for value in gradient.values())
 
 
@@ -214,10 +215,10 @@ def test_bf16_in_the_encoder_alone():
     model = MetaMask(method_config("conv", method_kwargs__meta={"precision": "bf16"}))
     views = [torch.randn(32, 3, 32, 32) for _ in range(2)]
     problem = model.meta_problem(views)
-    trial = Trial(PlainStep(1e-3), PlainStep(1e-3))
-    low = model.meta.gradient(problem, trial)
+    trial = InnerStep(PlainStep(1e-3), PlainStep(1e-3))
+    low = model.meta.estimator.gradient(problem, trial)
     full = Exact().gradient(dataclasses.replace(problem, encode_once=None), trial)
-    assert low.weights[0].dtype == torch.float32
+    assert low.outer_params[0].dtype == torch.float32
     assert low.inner_loss.item() != full.inner_loss.item()
     assert low.inner_loss.item() == pytest.approx(full.inner_loss.item(), rel=1e-2)
     assert cosine(low, full) > 0.95
@@ -225,7 +226,7 @@ def test_bf16_in_the_encoder_alone():
 
 def test_a_share_of_the_batch_is_the_problem_of_those_images(double):
     model, views, problem = setting(batch=8)
-    trial = Trial(PlainStep(0.1), PlainStep(0.1))
+    trial = InnerStep(PlainStep(0.1), PlainStep(0.1))
     half = model.meta_problem([x[:4] for x in views])
     assert relative_error(Exact().gradient(half, trial), Unrolled().gradient(half, trial)) < 1e-10
     assert cosine(Exact().gradient(half, trial), Exact().gradient(problem, trial)) < 0.999

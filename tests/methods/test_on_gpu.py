@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from method_config import TASK_KWARGS, bare_config, icl_msr_config, method_config, task_settings
+from method_config import TASK_KWARGS, baseline_config, icl_msr_config, method_config, task_settings
 from method_training import spoil_the_classifier, train
 
-from metamask_plugin.bilevel import CudaGraph, Exact, PlainStep, Trial, Unrolled
+from metamask_plugin.bilevel import CudaGraph, Exact, InnerStep, PlainStep, Unrolled
 from metamask_plugin.errors import NonFiniteError
 from metamask_plugin.methods import METHODS
 from metamask_plugin.tasks import TASKS
@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-TRIAL = Trial(PlainStep(0.1), PlainStep(0.1))
+TRIAL = InnerStep(PlainStep(0.1), PlainStep(0.1))
 
 
 def problem(config, backbone="conv4", batch=8, dtype=torch.float64, **settings):
@@ -24,7 +24,8 @@ def problem(config, backbone="conv4", batch=8, dtype=torch.float64, **settings):
     torch.manual_seed(0)
     cfg = config(backbone, **settings)
     model = METHODS[cfg.method](cfg).to("cuda", dtype, memory_format=torch.channels_last)
-    views = [model._layout(torch.randn(batch, 3, 32, 32).to("cuda", dtype)) for _ in range(2)]
+    views = [torch.randn(batch, 3, 32, 32).to("cuda", dtype) for _ in range(2)]
+    views = [x.to(memory_format=model.memory_format) for x in views]
     if config is method_config:
         return model.meta_problem(views)
     with torch.no_grad():
@@ -32,7 +33,7 @@ def problem(config, backbone="conv4", batch=8, dtype=torch.float64, **settings):
 
 
 def error(one, other):
-    one, other = one.weights[0].double(), other.weights[0].double()
+    one, other = one.outer_params[0].double(), other.outer_params[0].double()
     return ((one - other).norm() / other.norm()).item()
 
 
@@ -78,18 +79,18 @@ def test_the_gpus_gradient_is_the_cpus(precision):
     cfg = method_config(method_kwargs__meta={"precision": precision})
     model = METHODS["metamask"](cfg)
     views = [torch.randn(32, 3, 32, 32) for _ in range(2)]
-    trial = Trial(PlainStep(1e-3), PlainStep(1e-3))
-    here = model.meta.gradient(model.meta_problem(views), trial)
+    trial = InnerStep(PlainStep(1e-3), PlainStep(1e-3))
+    here = model.meta.estimator.gradient(model.meta_problem(views), trial)
     there = copy.deepcopy(model).cuda()
-    found = there.meta.gradient(there.meta_problem([x.cuda() for x in views]), trial)
-    assert found.weights[0].is_cuda and found.weights[0].dtype == torch.float32
-    cosine = torch.cosine_similarity(found.weights[0].cpu(), here.weights[0], dim=0).item()
+    found = there.meta.estimator.gradient(there.meta_problem([x.cuda() for x in views]), trial)
+    assert found.outer_params[0].is_cuda and found.outer_params[0].dtype == torch.float32
+    cosine = torch.cosine_similarity(found.outer_params[0].cpu(), here.outer_params[0], dim=0).item()
     assert cosine > (0.9999 if precision == "full" else 0.95)
 
 
 def test_a_gradient_that_is_no_number_stops_the_run_a_look_later(monkeypatch):
     spoil_the_classifier(monkeypatch)
-    model = METHODS["bare"](bare_config())
+    model = METHODS["bare"](baseline_config())
     with pytest.raises(NonFiniteError, match=r"the gradient of classifier.weight in epoch 1, step 1"):
         train(model, 3, accelerator="gpu")
     assert not bool(model.classifier.weight.isfinite().all())  # one step was made with it
@@ -107,14 +108,17 @@ def test_a_replayed_meta_gradient_is_the_meta_gradient(config, task):
     try:
         cfg = config(**task_settings(task))
         model = METHODS[cfg.method](cfg).cuda()
-        model._graph, model._captures = None, True
         for number in range(6):
-            views = [model._layout(torch.randn(8, 3, 32, 32, device="cuda")) for _ in range(2)]
+            views = [torch.randn(8, 3, 32, 32, device="cuda") for _ in range(2)]
+            views = [x.to(memory_format=model.memory_format) for x in views]
             more = [] if config is method_config else [torch.rand(8, 3, model.features_dim, device="cuda")]
             targets = model.target_features(views, keep_statistics=True)
-            trial = Trial(PlainStep(0.1 / (number + 1)), PlainStep(0.2 / (number + 1)))
-            found = model.meta_gradient(trial, views, *more, target_feats=targets)
-            expected = model.meta.gradient(model.meta_problem(views, *more, target_feats=targets), trial)
+            trial = InnerStep(PlainStep(0.1 / (number + 1)), PlainStep(0.2 / (number + 1)))
+            w = more[0] if more else model.mask.values()
+            found = model.meta._replayed(model, trial, views, w, targets, None)
+            expected = model.meta.estimator.gradient(
+                model.meta_problem(views, *more, target_feats=targets), trial
+            )
             assert error(found, expected) < 1e-9
             assert found.outer_loss.item() == pytest.approx(expected.outer_loss.item(), rel=1e-9)
             with torch.no_grad():
@@ -146,7 +150,7 @@ def test_a_captured_training_is_the_plain_one(monkeypatch, optimizer):
     def trained(captured):
         torch.manual_seed(0)
         model = METHODS["metamask"](method_config(**SCHEDULED, **OPTIMIZERS[optimizer]))
-        model._can_capture = lambda: captured
+        model.meta.can_capture = lambda method: captured
         train(model, 3, accelerator="gpu", precision="64-true", max_epochs=3)
         return {name: value.cpu() for name, value in model.state_dict().items()}
 

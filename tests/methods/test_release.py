@@ -22,7 +22,7 @@ from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.features import Features
 from metamask_plugin.evaluation.knn import knn_hits, masked_features
 from metamask_plugin.methods import ICLMSR, MetaMask
-from metamask_plugin.methods.bilevel_method import BilevelMethod
+from metamask_plugin.methods.meta_step import MetaStep
 
 CONFIGS = Path(__file__).resolve().parents[2] / "scripts" / "pretrain"
 SHIPPED = sorted(
@@ -169,7 +169,7 @@ def drive_ours(model, batches):
             record.keep_gradients()
 
         def on_train_batch_end(self, trainer, pl_module, *args):  # before the module's own, the meta step
-            record.losses.append(pl_module.batch_metrics["train_loss"].detach())
+            record.losses.append(pl_module.step.metrics["train_loss"].detach())
 
     def meta_step(main, step=model.meta.step):
         record.keep_meta_gradient()
@@ -312,7 +312,7 @@ def test_both_steps_have_the_epochs_rate(when):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             regular.append(optimizer.param_groups[0]["lr"])
 
-    def trial(*args, make=model.meta.trial):
+    def trial(*args, make=model.meta.inner_step):
         trials.append(make(*args).encoder.lr)
         return make(*args)
 
@@ -320,7 +320,7 @@ def test_both_steps_have_the_epochs_rate(when):
         make(main)
         mask.append(model.meta.optimizer.param_groups[0]["lr"])
 
-    model.meta.trial, model.meta.step = trial, step
+    model.meta.inner_step, model.meta.step = trial, step
     train(model, steps=2, callbacks=[Keep()], max_epochs=3)
     cosine = [(1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in (0, 0, 1, 1, 2, 2)]
     assert regular == trials == pytest.approx([0.1 * factor for factor in cosine])
@@ -355,7 +355,7 @@ def test_statistics_move_beside_a_captured_meta_step_too(monkeypatch, graph_stan
     """With a target network and half a batch, whose target features are computed anew."""
 
     def trained(captured, moves=True):
-        monkeypatch.setattr(BilevelMethod, "_can_capture", lambda self: captured)
+        monkeypatch.setattr(MetaStep, "can_capture", lambda self, method: captured)
         torch.manual_seed(0)
         cfg = config(**task_settings("byol"))
         cfg.method_kwargs.meta = {"update_statistics": moves, "batch_share": 0.5}

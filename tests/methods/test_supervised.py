@@ -17,7 +17,7 @@ def build(config=method_config, **overrides):
 def test_its_loss_is_the_cross_entropy_of_all_views_and_labelled_images():
     model = build(method_kwargs__alpha=100.0, method_kwargs__scale_loss=0.1)
     feats, labels = [torch.randn(6, 256) for _ in range(2)], torch.tensor([3, -1, 0, 9, 9, 1])
-    model.task.observe(torch.arange(6), labels, 0)
+    model.task.before_batch(torch.arange(6), labels, 0)
     loss, *_ = model.regular_loss({"feats": feats}, None)
     known = labels != -1
     expected = sum(F.cross_entropy(model.task.classifier(h[known]), labels[known]) for h in feats) / 2
@@ -26,7 +26,7 @@ def test_its_loss_is_the_cross_entropy_of_all_views_and_labelled_images():
 
 def test_without_labels_the_loss_is_zero():
     model = build()
-    model.task.observe(torch.arange(2), torch.tensor([-1, -1]), 0)
+    model.task.before_batch(torch.arange(2), torch.tensor([-1, -1]), 0)
     loss, *_ = model.regular_loss({"feats": [torch.randn(2, 256)] * 2}, None)
     assert loss == 0
 

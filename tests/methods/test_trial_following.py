@@ -14,12 +14,22 @@ from method_training import Views, train
 from solo_checkout import needs_solo_learn, under_solo
 from torch import nn
 
-from metamask_plugin.bilevel import AdamStep, Exact, MatchedStep, PlainStep, Trial, TrustRatioStep, Unrolled
+from metamask_plugin.bilevel import (
+    AdamStep,
+    Exact,
+    HeadsOnly,
+    InnerStep,
+    MatchedStep,
+    PlainStep,
+    TrustRatioStep,
+    Unrolled,
+    inner_step,
+)
+from metamask_plugin.bilevel.inner_step import SHARE, rule_following
 from metamask_plugin.errors import UserError
 from metamask_plugin.host.optimizers import build_optimizer
-from metamask_plugin.methods import ICLMSR, MetaMask, trial_steps
-from metamask_plugin.methods.bilevel_method import BilevelMethod
-from metamask_plugin.methods.trial_steps import SHARE, trial_step
+from metamask_plugin.methods import ICLMSR, MetaMask
+from metamask_plugin.methods.meta_step import MetaStep
 
 ADAMW = {"optimizer__name": "adamw", "optimizer__lr": 1e-3, "optimizer__kwargs": {}}
 LARS = {"optimizer__name": "lars", "optimizer__lr": 0.3, "optimizer__kwargs": {"momentum": 0.9}}
@@ -44,12 +54,12 @@ def assert_follows(module, main, weight, clip=None):
     """The trial step is the one that the optimiser then makes with this gradient."""
     params = {name: p.detach().clone() for name, p in module.named_parameters()}
     grads = {name: torch.randn_like(p) for name, p in params.items()}
-    step = trial_step("adaptive", None, main, module)
+    step = rule_following(main, module, "adaptive")
     first = next(iter(params))  # stands for the encoder
     groups = [
         {n: t for n, t in tensors.items() if (n == first) == e} for e in (1, 0) for tensors in (params, grads)
     ]
-    trial = Trial(step, step, weight, clip).at(groups[::2], groups[1::2])
+    trial = InnerStep(step, step, weight, clip).at(groups[::2], groups[1::2])
     trial = {**trial.encoder.step(*groups[:2]), **trial.head.step(*groups[2:])}
     for name, p in module.named_parameters():
         p.grad = weight * grads[name]
@@ -77,8 +87,8 @@ SOLO_LARS = """
 import torch
 from torch import nn
 from solo.utils.lars import LARS
-from metamask_plugin.bilevel import Trial
-from metamask_plugin.methods.trial_steps import trial_step
+from metamask_plugin.bilevel import InnerStep
+from metamask_plugin.bilevel.inner_step import rule_following
 
 torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)
@@ -89,8 +99,8 @@ for kwargs in ({}, {"exclude_bias_n_norm": True}, {"clip_lr": True}):
     grads = {name: torch.randn_like(p) for name, p in params.items()}
     for name, p in module.named_parameters():
         p.grad = 10 * grads[name]
-    step = trial_step("adaptive", None, main, module)
-    trial = Trial(step, step, 10.0).at((params, params), (grads, grads)).encoder.step(params, grads)
+    step = rule_following(main, module, "adaptive")
+    trial = InnerStep(step, step, 10.0).at((params, params), (grads, grads)).encoder.step(params, grads)
     main.step()
     for name, p in module.named_parameters():
         torch.testing.assert_close(trial[name], p.detach(), rtol=1e-12, atol=1e-14)
@@ -111,7 +121,7 @@ def test_weight_decay_is_in_the_trust_ratio_and_no_part_of_the_step(double):
     params = {"weight": module.weight.detach().clone()}
     grads = {"weight": torch.randn_like(module.weight)}
     module.weight.grad = grads["weight"].clone()
-    trial = trial_step("adaptive", None, main, module).at(params, grads).step(params, grads)
+    trial = rule_following(main, module, "adaptive").at(params, grads).step(params, grads)
     main.step()
     w, g = params["weight"], grads["weight"]
     q = 0.02 * w.norm() / (g.norm() + decay * w.norm())
@@ -138,10 +148,10 @@ def test_weight_decay_is_in_the_trust_ratio_and_no_part_of_the_step(double):
 def test_which_trial_step_is_made(overrides, meta, kind):
     model = build(meta=meta, **overrides)
     trainer = train(model, steps=1)
-    trial = model.meta.trial(trainer.optimizers[0], model.backbone, model.task, 100.0, 2.0)
+    trial = model.meta.inner_step(trainer.optimizers[0], 2.0)
     follows = kind in (MatchedStep, AdamStep, TrustRatioStep) or meta.get("trial") == "adaptive"
     assert (trial.weight, trial.clip) == ((100.0, 2.0) if follows else (1.0, None))
-    for step in trial.steps:
+    for step in trial[:2]:
         assert type(step) is kind
         wanted = meta.get("inner_lr")
         rate = trainer.optimizers[0].param_groups[0]["lr"] if wanted in (None, "auto") else wanted
@@ -158,8 +168,11 @@ def test_an_adaptive_trial_step_is_that_of_the_weighted_loss():
         model = build(
             msr, **ADAMW, **({} if msr else {"method_kwargs__alpha": 20, "method_kwargs__scale_loss": 0.5})
         )
-        make = model.meta.trial
-        model.meta.trial = lambda *args, make=make: (weights.append([*args, 1.0][3]), make(*args))[1]
+        gradient = model.meta.estimator.gradient
+        model.meta.estimator.gradient = lambda problem, step, gradient=gradient: (
+            weights.append(step.weight),
+            gradient(problem, step),
+        )[1]
         train(model, steps=1, original=msr)
     assert weights == [10.0, 1.0]
 
@@ -216,7 +229,8 @@ def test_clipping_by_value_is_no_shorter_step():
     train(build(**ADAMW, meta={"inner_lr": 1e-3}), steps=1, **clip)
     model = build(**ADAMW)
     train(model, steps=1, gradient_clip_val=0.1)
-    assert model.trial(model.backbone, model.task, 7.0)[2:] == (7.0, 0.1)
+    main = model.optimizers(use_pl_optimizer=False)
+    assert model.meta.inner_step(main, 0.1)[2:] == (100.0, 0.1)
 
 
 @pytest.mark.parametrize("msr", [False, True])
@@ -232,10 +246,10 @@ def test_a_training_says_what_its_trial_steps_gain(msr):
 
 def test_the_cosine_is_with_the_meta_gradient_before():
     model, seen = build(), []
-    inner = model.meta.gradient
-    model.meta.gradient = lambda *args: (seen.append(inner(*args)), seen[-1])[1]
+    inner = model.meta.estimator.gradient
+    model.meta.estimator.gradient = lambda *args: (seen.append(inner(*args)), seen[-1])[1]
     metrics = train(model, steps=3).callback_metrics
-    (a, b, c) = (found.weights[0] for found in seen)
+    (a, b, c) = (found.outer_params[0] for found in seen)
     cosines = [torch.cosine_similarity(*pair, dim=0) for pair in ((a, b), (b, c))]
     torch.testing.assert_close(metrics["meta_gradient_cosine"], sum(cosines) / 2)
     torch.testing.assert_close(metrics["meta_gradient_norm"], sum(g.norm() for g in (a, b, c)) / 3)
@@ -269,8 +283,8 @@ def test_the_cosine_is_with_the_meta_gradient_before():
 )
 def test_a_trial_step_that_overshoots_is_told_once(capsys, gain, epoch, meta, remedy):
     model = build(meta=meta)
-    inner = model.meta.gradient
-    model.meta.gradient = lambda *args: inner(*args)._replace(gain=torch.tensor(gain))
+    inner = model.meta.estimator.gradient
+    model.meta.estimator.gradient = lambda *args: inner(*args)._replace(gain=torch.tensor(gain))
     train(model, steps=2, max_epochs=3)
     lines = [line for line in capsys.readouterr().out.splitlines() if "trial step" in line]
     assert len(lines) == (remedy is not None)
@@ -288,7 +302,7 @@ def test_the_next_batch_can_judge(double, task, msr):
     model = build(msr, **task_settings(task))
     first, second = ([torch.randn(6, 3, 32, 32) for _ in range(2)] for _ in range(2))
     more = (model.regularizer(torch.randn(6, 3, 36, 36)).detach(),) if msr else ()
-    trial = Trial(PlainStep(0.1), PlainStep(0.1))
+    trial = InnerStep(PlainStep(0.1), PlainStep(0.1))
 
     def gradient(estimator, outer):
         return estimator.gradient(model.meta_problem(first, *more, outer=outer), trial)
@@ -296,25 +310,24 @@ def test_the_next_batch_can_judge(double, task, msr):
     exact, oracle = (gradient(estimator, (second, None)) for estimator in (Exact(), Unrolled()))
     same, ordinary = gradient(Exact(), (first, None)), gradient(Exact(), None)
     for ours, theirs in ((exact, oracle), (same, ordinary)):
-        torch.testing.assert_close(ours.weights, theirs.weights, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(ours.outer_params, theirs.outer_params, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(ours[1:], theirs[1:], rtol=1e-9, atol=1e-12)
-    assert not torch.allclose(exact.weights[0], ordinary.weights[0], rtol=0.1)
+    assert not torch.allclose(exact.outer_params[0], ordinary.outer_params[0], rtol=0.1)
     heads = gradient(Exact(), (second, None))
-    model.meta.cfg.trial_on = "heads"
-    frozen = model.meta.gradient(model.meta_problem(first, *more, outer=(second, None)), trial)
-    assert not torch.allclose(frozen.weights[0], heads.weights[0], rtol=0.1)
+    frozen = HeadsOnly(Exact()).gradient(model.meta_problem(first, *more, outer=(second, None)), trial)
+    assert not torch.allclose(frozen.outer_params[0], heads.outer_params[0], rtol=0.1)
 
 
 @pytest.mark.parametrize("when", ["after_step", "epoch_end"])
 def test_the_first_batch_of_an_epoch_has_none_before_it(when):
     model, calls = build(meta={"outer_batch": "next", "when": when}), []
-    inner = model.meta_step
+    inner = model.meta.run
 
-    def meta_step(batch, target_feats=None, encoded=None, outer=None):
-        calls.append((batch[1][0][0, 0, 0, 0].item(), outer[0][0][0, 0, 0, 0].item()))
-        inner(batch, target_feats, encoded, outer)
+    def run(method, views, *more, outer=None):
+        calls.append((views[0][0, 0, 0, 0].item(), outer[0][0][0, 0, 0, 0].item()))
+        inner(method, views, *more, outer=outer)
 
-    model.meta_step = meta_step
+    model.meta.run = run
     train(model, steps=3, max_epochs=2)
     first = [Views()[index][1][0][0, 0, 0].item() for index in (0, 8, 16)]
     assert calls == 2 * [(first[0], first[1]), (first[1], first[2])]
@@ -332,11 +345,11 @@ class OfEachStep(pl.Callback):
 def test_several_meta_gradients_make_one_step_on_their_mean():
     meta = {"optimizer": {"name": "sgd", "lr": 1.0}}
     model, watch, seen = build(meta={**meta, "accumulate": 2}), OfEachStep(), []
-    inner = model.meta.gradient
-    model.meta.gradient = lambda *args: (seen.append(inner(*args)), seen[-1])[1]
+    inner = model.meta.estimator.gradient
+    model.meta.estimator.gradient = lambda *args: (seen.append(inner(*args)), seen[-1])[1]
     train(model, steps=3, callbacks=[watch])
     assert torch.equal(watch.masks[0], watch.masks[1]) and not torch.equal(watch.masks[1], watch.masks[2])
-    mean = (seen[0].weights[0] + seen[1].weights[0]) / 2
+    mean = (seen[0].outer_params[0] + seen[1].outer_params[0]) / 2
     torch.testing.assert_close(watch.masks[2], watch.masks[0] - mean)
 
 
@@ -368,7 +381,7 @@ def test_a_checkpoint_from_before_is_gone_on_with(tmp_path):
 @pytest.mark.parametrize("overrides", [ADAMW, LARS])
 def test_a_captured_meta_step_reads_the_optimisers_state(monkeypatch, graph_stand_in, overrides):
     def trained(captured):
-        monkeypatch.setattr(BilevelMethod, "_can_capture", lambda self: captured)
+        monkeypatch.setattr(MetaStep, "can_capture", lambda self, method: captured)
         model = build(scheduler__name="warmup_cosine", max_epochs=3, **overrides)
         train(model, 3, max_epochs=3)
         return model.state_dict()
@@ -378,15 +391,21 @@ def test_a_captured_meta_step_reads_the_optimisers_state(monkeypatch, graph_stan
         assert torch.equal(value, plain[name]), name
 
 
+class StaticRates(MetaMask):
+    @property
+    def learnable_params(self):
+        groups = super().learnable_params
+        return [{**group, "static_lr": True} if group["name"] == "task" else group for group in groups]
+
+
 def test_rates_that_move_against_each_other_are_not_captured(monkeypatch, graph_stand_in):
     """A predictor that keeps its rate, as SimSiam's, while the others' is scheduled."""
 
     def trained(captured):
-        monkeypatch.setattr(BilevelMethod, "_can_capture", lambda self: captured)
+        monkeypatch.setattr(MetaStep, "can_capture", lambda self, method: captured)
         settings = task_settings("simsiam")
-        model = build(scheduler__name="warmup_cosine", max_epochs=3, **settings)
-        groups = model.task.parameter_groups
-        model.task.parameter_groups = lambda: [{**group, "static_lr": True} for group in groups()]
+        torch.manual_seed(0)
+        model = StaticRates(method_config(scheduler__name="warmup_cosine", max_epochs=3, **settings))
         train(model, 3, max_epochs=3)
         return model.state_dict()
 
@@ -425,15 +444,15 @@ def test_a_fused_adam_is_not_asked_for_its_counts():
     main = torch.optim.AdamW(module.parameters())
     for p in module.parameters():
         main.state[p] = {"step": torch.zeros((), device="meta"), "exp_avg_sq": torch.zeros_like(p)}
-    step = trial_step("adaptive", None, main, module)
+    step = rule_following(main, module, "adaptive")
     assert [torch.is_tensor(number) for number in step.numbers] == [False, True, True, False]
 
 
 def test_counts_on_a_device_give_the_same_corrections(monkeypatch, double):
     steps = {"a": torch.tensor(4.0), "b": torch.tensor(0.0)}
-    (host, ours), device = trial_steps._corrections(steps, 0.9), types.SimpleNamespace(type="cuda")
+    (host, ours), device = inner_step._corrections(steps, 0.9), types.SimpleNamespace(type="cuda")
     monkeypatch.setattr(torch.Tensor, "device", device)
-    there, theirs = trial_steps._corrections(steps, 0.9)
+    there, theirs = inner_step._corrections(steps, 0.9)
     monkeypatch.undo()
     for name in steps:
         assert float(there[theirs[name]]) == pytest.approx(host[ours[name]])

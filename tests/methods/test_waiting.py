@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from method_config import TASK_KWARGS, bare_config, icl_msr_config, method_config, task_settings
+from method_config import TASK_KWARGS, baseline_config, icl_msr_config, method_config, task_settings
 from method_training import train
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,7 +82,7 @@ def train_within(model, context, original=False, **kwargs):
     return trainer
 
 
-@pytest.mark.parametrize("config", [bare_config, method_config, icl_msr_config])
+@pytest.mark.parametrize("config", [baseline_config, method_config, icl_msr_config])
 @pytest.mark.parametrize("task", TASK_KWARGS)
 def test_no_step_asks_for_a_number(monkeypatch, config, task):
     # two looks that are read later, and the step counter of Adam, which stays on the host on a GPU too
@@ -92,7 +92,7 @@ def test_no_step_asks_for_a_number(monkeypatch, config, task):
     for module in ("contrastive", "whitening"):
         monkeypatch.setattr(f"metamask_plugin.losses.{module}.can_be_asked", lambda answer: False)
     model, found = build(config, task), Counter()
-    if config is not bare_config:
+    if config is not baseline_config:
         model.meta.cfg.optimizer = {"name": "sgd", "lr": 1e-2, "weight_decay": 0.0, "kwargs": {}}
     train_within(model, lambda: counted(found), config is icl_msr_config)
     assert not +found
@@ -101,11 +101,11 @@ def test_no_step_asks_for_a_number(monkeypatch, config, task):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("config", [bare_config, method_config, icl_msr_config])
+@pytest.mark.parametrize("config", [baseline_config, method_config, icl_msr_config])
 @pytest.mark.parametrize("task", TASK_KWARGS)
 def test_no_step_waits_for_the_gpu(gpu, config, task, precision):
     model = build(config, task)
-    if config is not bare_config and precision != "32-true":
+    if config is not baseline_config and precision != "32-true":
         model.meta.cfg.precision = "bf16"
     original = config is icl_msr_config
     trainer = train_within(model, refused, original, accelerator="gpu", precision=precision)

@@ -13,7 +13,7 @@ from composing import tiny
 from metamask_plugin.cli import pretrain
 from metamask_plugin.cli.checked import changed
 from metamask_plugin.cli.config import complete
-from metamask_plugin.methods.task_method import TaskMethod
+from metamask_plugin.methods.base import TaskMethod
 from metamask_plugin.training.resume import start_of
 
 ROOT = Path(__file__).resolve().parents[2]

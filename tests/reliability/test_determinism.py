@@ -9,19 +9,19 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from method_config import bare_config, icl_msr_config, method_config, task_settings
+from method_config import baseline_config, icl_msr_config, method_config, task_settings
 from method_training import train
 from PIL import Image
 from test_processes import config
 
 from metamask_plugin.cli import pretrain
 from metamask_plugin.cli.pretrain import torch_flags_kept
-from metamask_plugin.methods import ICLMSR, Bare, MetaMask
+from metamask_plugin.methods import ICLMSR, Baseline, MetaMask
 from metamask_plugin.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {
-    "bare": (Bare, bare_config),
+    "bare": (Baseline, baseline_config),
     "metamask": (MetaMask, method_config),
     "icl_msr": (ICLMSR, icl_msr_config),
 }

@@ -16,7 +16,7 @@ from method_training import quiet_trainer
 from test_processes import WORKERS, config
 from torch.utils.data import DataLoader, Dataset
 
-from metamask_plugin.bilevel import ESTIMATORS, PlainStep, Trial
+from metamask_plugin.bilevel import ESTIMATORS, InnerStep, PlainStep
 from metamask_plugin.cli import pretrain
 from metamask_plugin.methods import ICLMSR, MetaMask
 from metamask_plugin.training.callbacks import Progress
@@ -26,7 +26,7 @@ RESIDENT_BOUND = 16e6
 """Bytes. One graph kept each step is a multiple of it after 900 of them, see the last test of its section."""
 
 TINY = {"backbone__kwargs": {"width": 8}, "optimizer__batch_size": 4}
-TRIAL = Trial(PlainStep(0.1), PlainStep(0.1))
+TRIAL = InnerStep(PlainStep(0.1), PlainStep(0.1))
 
 
 def build(method, estimator):
@@ -42,10 +42,12 @@ def meta_step(model, views, original):
     if isinstance(model, ICLMSR):
         leaves = {name: p.detach().requires_grad_() for name, p in model.regularizer.named_parameters()}
         own = torch.func.functional_call(model.regularizer, leaves, (original,))
-        gradient = model.meta.gradient(model.meta_problem(views, own.detach()), TRIAL).weights[0]
+        gradient = model.meta.estimator.gradient(model.meta_problem(views, own.detach()), TRIAL).outer_params[
+            0
+        ]
         gradients = torch.autograd.grad(own, list(leaves.values()), gradient)
     else:
-        gradients = model.meta.gradient(model.meta_problem(views), TRIAL).weights
+        gradients = model.meta.estimator.gradient(model.meta_problem(views), TRIAL).outer_params
     with torch.no_grad():
         for parameter, grad in zip(parameters, gradients, strict=True):
             parameter -= 1e-3 * grad
@@ -141,7 +143,7 @@ class Census(pl.Callback):
 
 def assert_flat_training(method, when, steps, settled):
     model = build(method, "exact")
-    model.meta.shared, model.meta.per_iteration = when == "before_step", when == "after_step"
+    model.meta.shared, model.meta.cfg.when = when == "before_step", when
     sizes = [16, 16, 20] if method == "icl_msr" else [16, 16]
     census = Census(settled, steps - 1)
     trainer = quiet_trainer(callbacks=[census])

@@ -11,13 +11,13 @@ from lightning.pytorch.plugins import MixedPrecision
 from method_config import icl_msr_config, method_config, task_settings
 from method_training import spoil_the_classifier, train
 
+from metamask_plugin.bilevel import Exact
 from metamask_plugin.cli import pretrain
 from metamask_plugin.data import PretrainDataModule
 from metamask_plugin.errors import NonFiniteError
 from metamask_plugin.methods import METHODS
-from metamask_plugin.methods.meta_update import MetaUpdate
+from metamask_plugin.methods.base import TaskMethod
 from metamask_plugin.methods.numeric_guard import NumericGuard
-from metamask_plugin.methods.task_method import TaskMethod
 from metamask_plugin.modules.dimensional_mask import DimensionalMask
 from metamask_plugin.tasks import SimCLR
 
@@ -75,16 +75,16 @@ def in_a_pixel(patch):
 
 
 def in_the_meta_gradient(patch):
-    plain = MetaUpdate.gradient
+    plain = Exact.gradient
 
     def gradient(self, problem, trial):
         found = plain(self, problem, trial)
         self.made = getattr(self, "made", 0) + 1
         if self.made == STEP + 1:
-            found.weights[0][2] = math.nan
+            found.outer_params[0][2] = math.nan
         return found
 
-    patch.setattr(MetaUpdate, "gradient", gradient)
+    patch.setattr(Exact, "gradient", gradient)
 
 
 FAULTS = {
@@ -166,14 +166,14 @@ def test_the_last_answer_is_read_where_a_training_ends_inside_an_epoch(monkeypat
 @pytest.mark.fault("numbers")
 def test_under_a_gradient_scaler_the_first_culprit_is_named(monkeypatch):
     monkeypatch.setattr(NumericGuard, "_deferred", lambda self, method: True)
-    plain = MetaUpdate.gradient
+    plain = Exact.gradient
 
     def gradient(self, problem, trial):
         found = plain(self, problem, trial)
-        found.weights[0][2] = math.nan
+        found.outer_params[0][2] = math.nan
         return found
 
-    monkeypatch.setattr(MetaUpdate, "gradient", gradient)
+    monkeypatch.setattr(Exact, "gradient", gradient)
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))
     model = METHODS["metamask"](method_config(backbone__kwargs={"width": 8}))
     with pytest.raises(NonFiniteError, match="the gradient of meta parameter 0 in epoch 1, step 1"):

@@ -19,7 +19,7 @@ import json, sys, torch
 from pathlib import Path
 from killed_runs import config, signal_myself
 from metamask_plugin.cli import pretrain
-from metamask_plugin.methods.task_method import TaskMethod
+from metamask_plugin.methods.base import TaskMethod
 
 runs, images, step, *overrides = sys.argv[1:]
 plain = TaskMethod.training_step

@@ -13,7 +13,7 @@ SCRIPT = """
 import sys, torch
 from killed_runs import config, kill_myself, signal_myself
 from metamask_plugin.cli import pretrain
-from metamask_plugin.methods.task_method import TaskMethod
+from metamask_plugin.methods.base import TaskMethod
 
 runs, rank, number, *overrides = sys.argv[1:]
 plain = TaskMethod.on_train_batch_end

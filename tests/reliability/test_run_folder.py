@@ -33,7 +33,7 @@ from metamask_plugin.cli.machine import device_count
 from metamask_plugin.data.fingerprint import fingerprint
 from metamask_plugin.data.splits import MemoryImages
 from metamask_plugin.methods import METHODS
-from metamask_plugin.methods.task_method import TaskMethod
+from metamask_plugin.methods.base import TaskMethod
 from metamask_plugin.studies.pretraining import pretraining_config
 from metamask_plugin.studies.spec import study_of
 from metamask_plugin.training.callbacks import OnlineKNN

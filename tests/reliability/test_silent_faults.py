@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from killed_runs import config
-from method_config import bare_config, method_config, task_settings
+from method_config import baseline_config, method_config, task_settings
 from method_training import Views, quiet_trainer, train
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -18,15 +18,15 @@ from metamask_plugin.bilevel import (
     BilevelProblem,
     Exact,
     Functional,
+    InnerStep,
     MomentumStep,
     PlainStep,
-    Trial,
     Unrolled,
 )
 from metamask_plugin.cli.config import complete
 from metamask_plugin.data.loaders import EpochPosition, EpochShuffle, TrainingLoader
 from metamask_plugin.errors import UserError
-from metamask_plugin.methods import Bare, MetaMask
+from metamask_plugin.methods import Baseline, MetaMask
 
 embedded = pytest.mark.skipif(host.name != "embedded", reason="solo-learn's own host does this itself")
 
@@ -61,7 +61,7 @@ class SaveAfter(pl.Callback):
 def scheduled(path=None, batch_size=4, stop=None, scheduler="warmup_cosine", interval="step", **kwargs):
     """Trains BYOL on 16 images for four epochs, or goes on from a checkpoint."""
     schedule = {"name": scheduler, "warmup_epochs": 0, "interval": interval, "lr_decay_steps": [2]}
-    model = Bare(bare_config(max_epochs=4, scheduler=schedule, **task_settings("byol")))
+    model = Baseline(baseline_config(max_epochs=4, scheduler=schedule, **task_settings("byol")))
     rates = Rates(model)
     callbacks = [rates] if stop is None else [rates, SaveAfter(stop, path)]
     trainer = quiet_trainer(max_epochs=4, callbacks=callbacks, **kwargs)
@@ -97,7 +97,7 @@ def test_schedules_keep_their_share_when_an_epoch_has_other_steps(tmp_path, capf
 def test_schedules_keep_their_share_when_epochs_change_twice(tmp_path):
     first, second = tmp_path / "one.ckpt", tmp_path / "two.ckpt"
     scheduled(first, 4, stop=1)
-    model = Bare(bare_config(max_epochs=4, scheduler={"name": "none"}, **task_settings("byol")))
+    model = Baseline(baseline_config(max_epochs=4, scheduler={"name": "none"}, **task_settings("byol")))
     rates = Rates(model)
     settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(accelerator="cpu", max_epochs=4, callbacks=[rates, SaveAfter(2, second)], **settings)
@@ -107,7 +107,7 @@ def test_schedules_keep_their_share_when_epochs_change_twice(tmp_path):
     torch.save(checkpoint, first)
     trainer.fit(model, model_loader, ckpt_path=first, weights_only=False)
     assert rates.progress == [0.375, 0.5]
-    model = Bare(bare_config(max_epochs=4, scheduler={"name": "none"}, **task_settings("byol")))
+    model = Baseline(baseline_config(max_epochs=4, scheduler={"name": "none"}, **task_settings("byol")))
     rates = Rates(model)
     trainer = pl.Trainer(accelerator="cpu", max_epochs=4, callbacks=[rates], **settings)
     trainer.fit(model, DataLoader(Views(16), batch_size=4), ckpt_path=second, weights_only=False)
@@ -194,8 +194,10 @@ def test_the_exact_gradient_is_that_of_the_drawn_masks(double):
     torch.manual_seed(0)
     model = MetaMask(method_config(**DROPPED))
     problem = model.meta_problem([torch.randn(4, 3, 32, 32) for _ in range(2)])
-    trial = Trial(PlainStep(0.1), PlainStep(0.1))
-    exact, unrolled = (estimator().gradient(problem, trial).weights[0] for estimator in (Exact, Unrolled))
+    trial = InnerStep(PlainStep(0.1), PlainStep(0.1))
+    exact, unrolled = (
+        estimator().gradient(problem, trial).outer_params[0] for estimator in (Exact, Unrolled)
+    )
     torch.testing.assert_close(exact, unrolled, rtol=1e-9, atol=1e-12)
 
 
@@ -221,13 +223,13 @@ class TrialRates(Rates):
     def __init__(self, model):
         super().__init__(model)
         self.trials = []
-        make = model.meta.trial
+        make = model.meta.inner_step
 
         def trial(*arguments):
             self.trials.append(make(*arguments).encoder.lr)
             return make(*arguments)
 
-        model.meta.trial = trial
+        model.meta.inner_step = trial
 
 
 @pytest.mark.fault("numbers", source="Lightning-AI/pytorch-lightning#7737, facebookresearch/deit#145")
@@ -251,6 +253,19 @@ def test_the_trial_step_is_as_long_as_the_regular_one(when, scheduler):
     assert min(rates.trials) > 0
 
 
+class OwnRate(MetaMask):
+    """A predictor with a rate of its own."""
+
+    @property
+    def learnable_params(self):
+        predictor = list(self.task.predictor.parameters())
+        own = {id(p) for p in predictor}
+        groups = super().learnable_params
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+        return [*groups, {"name": "predictor", "params": predictor, "lr": 0.03}]
+
+
 @pytest.mark.fault("numbers", source="facebookresearch/higher#83")
 @embedded
 def test_the_momentum_trial_step_is_the_optimisers_of_every_parameter():
@@ -262,21 +277,9 @@ def test_the_momentum_trial_step_is_the_optimisers_of_every_parameter():
     )
     cfg.optimizer.weight_decay = 0.1
     torch.manual_seed(0)
-    model = MetaMask(cfg)
-    groups = model.task.parameter_groups
-
-    def with_own_rate():
-        (group,) = groups()
-        predictor = list(model.task.predictor.parameters())
-        own = {id(p) for p in predictor}
-        rest = [p for p in group["params"] if id(p) not in own]
-        return [{**group, "params": rest}, {"name": "predictor", "params": predictor, "lr": 0.03}]
-
-    model.task.parameter_groups = with_own_rate
+    model = OwnRate(cfg)
     main = train(model, steps=1).optimizers[0]
-    for module, step in zip(
-        (model.backbone, model.task), model.meta.trial(main, model.backbone, model.task).steps
-    ):
+    for module, step in zip((model.backbone, model.task), model.meta.inner_step(main)[:2]):
         params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
         grads = {name: torch.randn_like(p) for name, p in params.items()}
         trial = step.step(params, grads)
@@ -357,13 +360,13 @@ def test_encoder_and_classifier_are_each_clipped_to_the_norm(monkeypatch):
         groups = ([*model.classifier.parameters()], rest)
         norms.append([torch.stack([p.grad.norm() for p in group]).norm().item() for group in groups])
 
-    def clip(self, *args, plain=Bare.configure_gradient_clipping, **kwargs):
+    def clip(self, *args, plain=Baseline.configure_gradient_clipping, **kwargs):
         measure(self)
         plain(self, *args, **kwargs)
         measure(self)
 
-    monkeypatch.setattr(Bare, "configure_gradient_clipping", clip)
-    train(Bare(bare_config()), steps=1, gradient_clip_val=0.01)
+    monkeypatch.setattr(Baseline, "configure_gradient_clipping", clip)
+    train(Baseline(baseline_config()), steps=1, gradient_clip_val=0.01)
     before, after = norms
     assert min(before) > 0.01 and after == pytest.approx([0.01, 0.01], rel=1e-3)
 
@@ -396,7 +399,7 @@ def test_accuracies_are_of_the_labelled_images():
             return number, views, 3 if index in (0, 8, 9, 10) else 5 if index == 1 else -1
 
     torch.manual_seed(0)
-    model = Bare(bare_config(optimizer__classifier_lr=0.0))
+    model = Baseline(baseline_config(optimizer__classifier_lr=0.0))
     with torch.no_grad():
         model.classifier.weight.zero_()
         model.classifier.bias.copy_(torch.eye(10)[3])
@@ -417,7 +420,7 @@ def test_accuracies_are_of_the_labelled_images():
 @embedded
 @pytest.mark.parametrize("images", [1, 5, 7, 9])
 def test_images_that_several_processes_repeat_count_once(images):
-    model = Bare(bare_config()).eval()
+    model = Baseline(baseline_config()).eval()
     data = [(torch.randn(3, 32, 32), number) for number in range(images)]
     counted = []
     for rank in range(4):
@@ -463,7 +466,7 @@ def test_a_queue_that_holds_an_images_own_past_is_said(task, setting, size, warn
     settings = task_settings(task)
     if setting is not None:
         settings["method_kwargs__task_kwargs"] = {**settings["method_kwargs__task_kwargs"], setting: size}
-    train(Bare(bare_config(**settings)), steps=3)
+    train(Baseline(baseline_config(**settings)), steps=3)
     out = capfd.readouterr().out
     said = f"warning: method_kwargs.task_kwargs.{setting}={size} holds projections of more than one epoch (24"
     assert (said in out) == warned and ("warning" in out) == warned
@@ -488,8 +491,12 @@ def test_the_exact_gradient_with_shared_and_with_frozen_weights(double):
         outer_loss=loss,
         encoder_params=function.params,
         head_params=head.params,
-        weights=(torch.ones(6),),
+        outer_params=(torch.ones(6),),
     )
-    trial = Trial(PlainStep(0.3, {"0.bias": 0.5}), MomentumStep(0.3, 0.9, {"weight": 0.1, "bias": 0.0}, {}))
-    exact, unrolled = (estimator().gradient(problem, trial).weights[0] for estimator in (Exact, Unrolled))
+    trial = InnerStep(
+        PlainStep(0.3, {"0.bias": 0.5}), MomentumStep(0.3, 0.9, {"weight": 0.1, "bias": 0.0}, {})
+    )
+    exact, unrolled = (
+        estimator().gradient(problem, trial).outer_params[0] for estimator in (Exact, Unrolled)
+    )
     torch.testing.assert_close(exact, unrolled, rtol=1e-10, atol=1e-14)

@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from metamask_plugin.errors import UserError
+from metamask_plugin.methods.interventional import InterventionalTask
 from metamask_plugin.tasks.byol import BYOL
-from metamask_plugin.tasks.interventional import InterventionalTask
 
 CONFIG = Path(__file__).resolve().parents[2] / "scripts/pretrain/task/byol.yaml"
 
@@ -16,7 +16,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "scripts/pretrain/task/byol.yaml"
 def build(**kwargs):
     torch.manual_seed(0)
     task = BYOL(6, **{"proj_hidden_dim": 8, "proj_output_dim": 4, **kwargs})
-    task.start_target(nn.Identity())
+    task.init_target(nn.Identity())
     with torch.no_grad():  # or the target would be the head itself
         for weight in task.target.parameters():
             weight.add_(0.3 * torch.randn_like(weight))
@@ -52,10 +52,10 @@ def test_order_of_views_and_images_and_length_of_targets_do_not_count(double):
 
 def test_targets_are_the_target_networks_projections(double):
     task, feats = build(), views(2, dim=6)
-    z, targets = task.branches(feats, feats)
+    _, z, targets = task(feats, feats)
     torch.testing.assert_close(targets[0], task.target.head(feats[0]))
     assert not any(view.requires_grad for view in targets)
-    torch.testing.assert_close(task(feats, feats), task.loss(z, targets))
+    torch.testing.assert_close(task(feats, feats).loss, task.loss(z, targets))
 
 
 @pytest.mark.parametrize("level", ["features", "projection"])
@@ -63,7 +63,7 @@ def test_weights_of_one_give_the_loss_itself(double, level):
     task, feats = build(), views(3, dim=6)
     weights = torch.ones(5, 3, 6 if level == "features" else 4)
     contrast, adjusted = InterventionalTask(task, level)(feats, weights, feats[:2])
-    torch.testing.assert_close(adjusted, contrast)
+    torch.testing.assert_close(adjusted, contrast.loss)
 
 
 def test_every_stratum_moves_the_heads_gradient(double):
@@ -90,9 +90,9 @@ def test_loss_is_twice_differentiable(double):
 
 def test_the_predictor_sees_unweighted_projections_alone():
     task, feats, seen = build(), views(2, dim=6), []
+    _, z, _ = task(feats, feats)
     task.predictor.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    z, _ = task.branches(feats, feats)
-    task.backdoor_adjusted_loss(z, None, [torch.randn(5, 3, 4) for _ in range(2)])
+    task.loss(z, feats, [torch.randn(5, 3, 4) for _ in range(2)])
     assert [id(view) for view in seen] == [id(view) for view in z]
 
 
@@ -100,9 +100,9 @@ def test_losses_change_nothing_but_running_statistics():
     task, feats = build(), views(2, dim=6)
     for mode in (task.train(), task.eval()):
         before = {name: value.clone() for name, value in task.state_dict().items()}
-        z, targets = mode.branches(feats, feats)
+        _, z, targets = mode(feats, feats)
         task.loss(z, targets)
-        task.backdoor_adjusted_loss(z, targets, [torch.randn(5, 3, 4) for _ in range(2)])
+        task.loss(z, targets, [torch.randn(5, 3, 4) for _ in range(2)])
         changed = {name for name, value in task.state_dict().items() if not torch.equal(value, before[name])}
         assert all("running_" in name or "num_batches" in name for name in changed)
     assert not changed  # in evaluation

@@ -28,8 +28,8 @@ def test_the_harder_the_negatives_count_the_larger_the_loss(views):
 
 def test_weighted_positives_leave_the_weights_of_negatives_alone(views):
     task = HCL(8, **SMALL)
-    once = task.backdoor_adjusted_loss(views, None, [view[:, None] for view in views])
-    longer = task.backdoor_adjusted_loss(views, None, [7 * view[:, None] for view in views])
+    once = task.loss(views, None, [view[:, None] for view in views])
+    longer = task.loss(views, None, [7 * view[:, None] for view in views])
     torch.testing.assert_close(longer, once)
 
 

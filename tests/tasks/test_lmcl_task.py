@@ -36,19 +36,19 @@ def test_one_image_has_no_negatives_but_a_distance():
     z = projections(images=1)
     torch.testing.assert_close(LMCL(8, **SMALL).loss(z), 10 * distance_polarization(z))
     with pytest.raises(ValueError, match="2 images or more"):
-        LMCL(8, **SMALL).backdoor_adjusted_loss(z, None, [view[:, None] for view in z])
+        LMCL(8, **SMALL).loss(z, None, [view[:, None] for view in z])
 
 
 def test_strata_enter_the_contrast_alone(double):
     task, z = LMCL(8, **SMALL, bank_size=7), projections()
     unweighted = [view[:, None].expand(-1, 4, -1) for view in z]
     contrast = task.loss(z) - 10 * distance_polarization(z)
-    torch.testing.assert_close(task.backdoor_adjusted_loss(z, None, unweighted), contrast)
+    torch.testing.assert_close(task.loss(z, None, unweighted), contrast)
 
     weights = torch.rand(6, 4, 5, requires_grad=True)
     z = [view.requires_grad_() for view in z]
     weighted = [view[:, None] * weights for view in z]
-    adjusted = task.backdoor_adjusted_loss(z, None, weighted)
+    adjusted = task.loss(z, None, weighted)
     torch.testing.assert_close(adjusted, backdoor_adjusted_loss(z, weighted, 0.5, task.bank.entries))
     (gradient,) = torch.autograd.grad(adjusted, weights, retain_graph=True)
     first = torch.autograd.grad(adjusted, z, create_graph=True)
@@ -61,7 +61,7 @@ def test_the_queue_takes_in_a_batch_once_and_the_loss_changes_nothing():
     task, z = LMCL(8, **SMALL, bank_size=20), projections()
     before = copy.deepcopy(task.state_dict())
     task.loss(z)
-    task.backdoor_adjusted_loss(z, None, [view[:, None] for view in z])
+    task.loss(z, None, [view[:, None] for view in z])
     assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
     task.after_batch(z, None)
     torch.testing.assert_close(task.bank.entries[:12], torch.nn.functional.normalize(torch.cat(z), dim=1))

@@ -5,7 +5,7 @@ from torch import nn
 
 from metamask_plugin.errors import UserError
 from metamask_plugin.losses.moco import moco_loss
-from metamask_plugin.tasks.interventional import InterventionalTask
+from metamask_plugin.methods.interventional import InterventionalTask
 from metamask_plugin.tasks.moco import MoCo
 
 
@@ -18,7 +18,7 @@ def trunk(double):
 @pytest.fixture
 def task(trunk):
     task = MoCo(8, proj_hidden_dim=12, proj_output_dim=5, temperature=0.3, queue_size=32)
-    task.start_target(trunk)
+    task.init_target(trunk)
     with torch.no_grad():
         task.target.head[0].weight.mul_(0.5).add_(0.1)  # away from the online head
     return task
@@ -31,19 +31,19 @@ def features(views=2):
 @pytest.mark.parametrize("views", [2, 4])
 def test_queries_are_of_all_views_and_keys_of_the_large_crops(task, views):
     feats, target_feats = features(views), features()
-    queries, keys = task.branches(feats, target_feats)
+    _, queries, keys = task(feats, target_feats)
     for key, h in zip(keys, target_feats):
         torch.testing.assert_close(key, task.target.head(h))
     expected = moco_loss([task.projector(h) for h in feats], keys, task.queue.entries, 0.3)
-    torch.testing.assert_close(task(feats, target_feats), expected)
+    torch.testing.assert_close(task(feats, target_feats).loss, expected)
     torch.testing.assert_close(task.loss(queries, keys), expected)
 
 
 def test_one_image_has_the_queue_for_negatives(task):
     task.eval()
     feats = [h[:1] for h in features()]
-    expected = moco_loss(*task.branches(feats, feats), task.queue.entries, 0.3)
-    assert task(feats, feats) == expected
+    expected = moco_loss(*task(feats, feats)[1:], task.queue.entries, 0.3)
+    assert task(feats, feats).loss == expected
 
 
 def test_weighted_keys_go_through_the_targets_head(task):
@@ -55,9 +55,9 @@ def test_weighted_keys_go_through_the_targets_head(task):
 
 
 def test_strata_that_weigh_nothing_give_the_loss_itself(task):
-    queries, keys = task.branches(features(3), features())
+    _, queries, keys = task(features(3), features())
     weighted = [key[:, None].repeat(1, 3, 1) for key in keys]
-    torch.testing.assert_close(task.backdoor_adjusted_loss(queries, keys, weighted), task.loss(queries, keys))
+    torch.testing.assert_close(task.loss(queries, keys, weighted), task.loss(queries, keys))
 
 
 def test_every_stratum_counts_and_has_a_mixed_second_derivative(task):
@@ -73,10 +73,10 @@ def test_every_stratum_counts_and_has_a_mixed_second_derivative(task):
 
 
 def test_only_after_batch_changes_the_queue(task):
-    queries, keys = task.branches(features(), features())
+    _, queries, keys = task(features(), features())
     before = {name: value.clone() for name, value in task.state_dict().items()}
     task.loss(queries, keys)
-    task.backdoor_adjusted_loss(queries, keys, [key[:, None] for key in keys])
+    task.loss(queries, keys, [key[:, None] for key in keys])
     assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
     task.after_batch(queries, keys)
     torch.testing.assert_close(task.queue.entries[:12], F.normalize(torch.cat(keys), dim=1))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from metamask_plugin.errors import UserError
 from metamask_plugin.losses.nnclr import nearest_neighbours, nnclr_loss
-from metamask_plugin.tasks.interventional import InterventionalTask
+from metamask_plugin.methods.interventional import InterventionalTask
 from metamask_plugin.tasks.nnclr import NNCLR
 
 SIZES = {"proj_hidden_dim": 12, "proj_output_dim": 5, "pred_hidden_dim": 9}
@@ -31,11 +31,11 @@ def test_neighbours_of_projections_find_predictions(task, views):
     feats = features(views)
     z = [task.projector(h) for h in feats]
     expected = nnclr_loss(neighbours(task, z), [task.predictor(view) for view in z], 0.3)
-    torch.testing.assert_close(task(feats), expected)
+    torch.testing.assert_close(task(feats).loss, expected)
 
 
 def test_the_anchors_pass_no_gradient_on(task):
-    z, _ = task.branches(features(), None)
+    _, z, _ = task(features(), None)
     z = [view.detach().requires_grad_() for view in z]
     fixed = neighbours(task, z)
     expected = torch.autograd.grad(nnclr_loss(fixed, [task.predictor(view) for view in z], 0.3), z)
@@ -59,9 +59,9 @@ def test_weighted_positives_are_predicted_stratum_by_stratum(task):
 
 
 def test_strata_that_weigh_nothing_give_the_loss_itself(task):
-    z, _ = task.branches(features(), None)
+    _, z, _ = task(features(), None)
     weighted = [view[:, None].repeat(1, 3, 1) for view in z]
-    torch.testing.assert_close(task.backdoor_adjusted_loss(z, None, weighted), task.loss(z))
+    torch.testing.assert_close(task.loss(z, None, weighted), task.loss(z))
 
 
 def test_every_stratum_counts_and_has_a_mixed_second_derivative(task):
@@ -85,11 +85,11 @@ def test_both_heads_statistics_see_each_batch_once(task):
 
 
 def test_only_after_batch_changes_the_support_set(task):
-    z, _ = task.branches(features(), None)
+    _, z, _ = task(features(), None)
     task.eval()  # running statistics aside
     before = {name: value.clone() for name, value in task.state_dict().items()}
     task.loss(z)
-    task.backdoor_adjusted_loss(z, None, [view[:, None] for view in z])
+    task.loss(z, None, [view[:, None] for view in z])
     assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
     task.after_batch(z, None)
     torch.testing.assert_close(task.support.entries[:6], F.normalize(z[0].detach(), dim=1))

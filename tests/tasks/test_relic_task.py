@@ -11,7 +11,7 @@ def started(**settings):
     """A task on 6 features with its target network, and one batch: projections, targets, strata."""
     torch.manual_seed(0)
     task = RELIC(6, **{"proj_hidden_dim": 8, "proj_output_dim": 4, "pred_hidden_dim": 8, **settings})
-    task.start_target(nn.Linear(3, 6))
+    task.init_target(nn.Linear(3, 6))
     return task, [torch.randn(5, 4) for _ in range(3)], [torch.randn(5, 4) for _ in range(2)]
 
 
@@ -27,7 +27,7 @@ def test_is_the_loss_of_predictions_and_targets(double):
         2.0,
         task.bank.entries,
     )
-    torch.testing.assert_close(task(views, targets), expected)
+    torch.testing.assert_close(task(views, targets).loss, expected)
     assert task.project(views[0]).shape == (5, task.projection_dim)
 
 
@@ -39,14 +39,14 @@ def test_the_target_has_no_predictor():
 def test_without_predictor_both_branches_have_one_head():
     task, _, _ = started(pred_hidden_dim=0)
     feats = torch.randn(5, 6)
-    torch.testing.assert_close(task.eval().project(feats), task.project_positive(feats))
+    torch.testing.assert_close(task.eval().project(feats), task.project_key(feats))
 
 
 def test_bank_takes_the_targets_once_a_batch():
     task, projections, targets = started(bank_size=12)
     before = {name: value.clone() for name, value in task.state_dict().items()}
     task.loss(projections, targets)
-    task.backdoor_adjusted_loss(projections, targets, [h[:, None] for h in targets])
+    task.loss(projections, targets, [h[:, None] for h in targets])
     torch.testing.assert_close(task.state_dict(), before, rtol=0, atol=0)
     task.after_batch(projections, targets)
     assert task.bank.position == 10
@@ -57,16 +57,14 @@ def test_bank_takes_the_targets_once_a_batch():
 def test_unweighted_strata_give_the_loss(double):
     task, projections, targets = started(bank_size=7)
     strata = [h[:, None].expand(-1, 3, -1) for h in targets]
-    torch.testing.assert_close(
-        task.backdoor_adjusted_loss(projections, targets, strata), task.loss(projections, targets)
-    )
+    torch.testing.assert_close(task.loss(projections, targets, strata), task.loss(projections, targets))
 
 
 def test_every_stratum_counts_and_the_mixed_derivative_does_not_vanish(double):
     task, projections, targets = started()
     strata = [torch.randn(5, 3, 4, requires_grad=True) for _ in range(2)]
     z = projections[0].requires_grad_()
-    loss = task.backdoor_adjusted_loss(projections, targets, strata)
+    loss = task.loss(projections, targets, strata)
     grads = torch.autograd.grad(loss, strata, create_graph=True)
     assert all((grad.abs().sum(dim=(0, 2)) > 0).all() for grad in grads)
     (mixed,) = torch.autograd.grad(sum(grad.square().sum() for grad in grads), z)

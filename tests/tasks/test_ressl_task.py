@@ -9,7 +9,7 @@ from torch import nn
 from metamask_plugin.data.augmentations import parse_augmentations
 from metamask_plugin.errors import UserError
 from metamask_plugin.losses.ressl import relation_loss
-from metamask_plugin.tasks.interventional import InterventionalTask
+from metamask_plugin.methods.interventional import InterventionalTask
 from metamask_plugin.tasks.ressl import ReSSL
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts/pretrain"
@@ -19,7 +19,7 @@ def build(**kwargs):
     torch.manual_seed(0)
     settings = {"proj_hidden_dim": 8, "proj_output_dim": 4, "queue_size": 7, "online_temperature": 0.3}
     task = ReSSL(6, **{**settings, "target_temperature": 0.2, **kwargs})
-    task.start_target(nn.Identity())
+    task.init_target(nn.Identity())
     with torch.no_grad():  # or the target would be the head itself
         for weight in task.target.parameters():
             weight.add_(0.3 * torch.randn_like(weight))
@@ -61,10 +61,10 @@ def test_symmetric_loss_does_not_know_the_order_of_views(double):
 
 def test_targets_are_the_target_networks_projections(double):
     task, feats = build(), views(2, dim=6)
-    z, targets = task.branches(feats, feats)
+    _, z, targets = task(feats, feats)
     torch.testing.assert_close(targets[0], task.target.head(feats[0]))
     assert not any(view.requires_grad for view in targets)
-    torch.testing.assert_close(task(feats, feats), task.loss(z, targets))
+    torch.testing.assert_close(task(feats, feats).loss, task.loss(z, targets))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -73,7 +73,7 @@ def test_weights_of_one_give_the_loss_itself(double, level, symmetric):
     task, feats = build(symmetric=symmetric), views(3, dim=6)
     weights = torch.ones(5, 3, 6 if level == "features" else 4)
     contrast, adjusted = InterventionalTask(task, level)(feats, weights, feats[:2])
-    torch.testing.assert_close(adjusted, contrast)
+    torch.testing.assert_close(adjusted, contrast.loss)
 
 
 def test_every_stratum_moves_the_heads_gradient(double):
@@ -92,7 +92,7 @@ def test_the_queue_takes_the_first_targets_once_a_batch():
         task, z, targets = build(symmetric=symmetric), views(2), views(4)[2:]
         before = {name: value.clone() for name, value in task.state_dict().items()}
         loss = task.loss(z, targets)
-        task.backdoor_adjusted_loss(z, targets, [torch.randn(5, 3, 4) for _ in range(2)])
+        task.loss(z, targets, [torch.randn(5, 3, 4) for _ in range(2)])
         assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
 
         task.after_batch(z, targets)

@@ -11,7 +11,7 @@ def started(**settings):
     """A task on 6 features with its target network, and one batch: projections, targets."""
     torch.manual_seed(0)
     task = SSLHSIC(6, **{"proj_hidden_dim": 8, "proj_output_dim": 4, "pred_hidden_dim": 8, **settings})
-    task.start_target(nn.Linear(3, 6))
+    task.init_target(nn.Linear(3, 6))
     return task, [torch.randn(5, 4) for _ in range(3)], [torch.randn(5, 4) for _ in range(2)]
 
 
@@ -22,7 +22,7 @@ def test_is_the_loss_of_all_predictions_and_targets_together(double, kernel):
     views = [torch.randn(5, 6) for _ in range(3)]
     targets = [torch.randn(5, 6) for _ in range(2)]
     z = [task.predictor(task.projector(h)) for h in views] + [task.target.head(h) for h in targets]
-    torch.testing.assert_close(task(views, targets), hsic_loss(z, 2.0, kernel, 0.5))
+    torch.testing.assert_close(task(views, targets).loss, hsic_loss(z, 2.0, kernel, 0.5))
     assert task.project(views[0]).shape == (5, task.projection_dim)
 
 
@@ -35,7 +35,7 @@ def test_losses_leave_the_state_alone():
     task, projections, targets = started()
     before = {name: value.clone() for name, value in task.state_dict().items()}
     task.loss(projections, targets)
-    task.backdoor_adjusted_loss(projections, targets, [h[:, None] for h in targets])
+    task.loss(projections, targets, [h[:, None] for h in targets])
     task.after_batch(projections, targets)
     torch.testing.assert_close(task.state_dict(), before, rtol=0, atol=0)
 
@@ -44,17 +44,17 @@ def test_adjusted_loss_is_the_mean_over_strata(double):
     task, projections, targets = started()
     unweighted = [h[:, None].expand(-1, 3, -1) for h in targets]
     loss = task.loss(projections, targets)
-    torch.testing.assert_close(task.backdoor_adjusted_loss(projections, targets, unweighted), loss)
+    torch.testing.assert_close(task.loss(projections, targets, unweighted), loss)
     strata = [torch.randn(5, 3, 4) for _ in range(2)]
     expected = sum(task.loss(projections, [weighted[:, t] for weighted in strata]) for t in range(3)) / 3
-    torch.testing.assert_close(task.backdoor_adjusted_loss(projections, targets, strata), expected)
+    torch.testing.assert_close(task.loss(projections, targets, strata), expected)
 
 
 def test_every_stratum_counts_and_the_mixed_derivative_does_not_vanish(double):
     task, projections, targets = started()
     strata = [torch.randn(5, 3, 4, requires_grad=True) for _ in range(2)]
     z = projections[0].requires_grad_()
-    loss = task.backdoor_adjusted_loss(projections, targets, strata)
+    loss = task.loss(projections, targets, strata)
     grads = torch.autograd.grad(loss, strata, create_graph=True)
     assert all((grad.abs().sum(dim=(0, 2)) > 0).all() for grad in grads)
     (mixed,) = torch.autograd.grad(sum(grad.square().sum() for grad in grads), z)
@@ -64,7 +64,7 @@ def test_every_stratum_counts_and_the_mixed_derivative_does_not_vanish(double):
 def test_unequal_numbers_of_strata():
     task, projections, targets = started()
     with pytest.raises(RuntimeError, match="equal size"):
-        task.backdoor_adjusted_loss(projections, targets, [torch.randn(5, 3, 4), torch.randn(5, 2, 4)])
+        task.loss(projections, targets, [torch.randn(5, 3, 4), torch.randn(5, 2, 4)])
 
 
 @pytest.mark.parametrize(

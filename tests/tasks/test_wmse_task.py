@@ -22,7 +22,7 @@ def test_is_w_mse_of_the_projections_in_random_slices(task):
     feats = [torch.randn(11, 6) for _ in range(3)]
     task.eval()
     torch.manual_seed(1)
-    ours = task(feats)
+    ours = task(feats).loss
     torch.manual_seed(1)
     partitions = random_slices(11, 5, 2)
     assert [[len(index) for index in slices] for slices in partitions] == [[6, 5], [6, 5]]
@@ -46,7 +46,7 @@ def test_fewer_images_than_dimensions_run(double):
     torch.manual_seed(0)
     task = WMSE(6, proj_hidden_dim=8, proj_output_dim=16).train()  # whitening_size 128
     for images in (2, 8):
-        loss = task([torch.randn(images, 6) for _ in range(2)])
+        loss = task([torch.randn(images, 6) for _ in range(2)]).loss
         gradients = torch.autograd.grad(loss, list(task.parameters()))
         assert 0 <= loss <= 4
         assert all(g.isfinite().all() for g in gradients)
@@ -58,7 +58,7 @@ def test_icl_msr_is_the_mean_over_strata_and_ordered_pairs(task):
     projections = random_projections(views=3)
     weighted = [torch.randn(11, 2, 3).requires_grad_() for _ in projections]
     torch.manual_seed(1)
-    ours = task.backdoor_adjusted_loss(projections, None, weighted)
+    ours = task.loss(projections, None, weighted)
     torch.manual_seed(1)
     partitions = random_slices(11, 5, 2)
     terms = [
@@ -79,13 +79,13 @@ def test_icl_msr_of_unweighted_strata_is_the_loss(task):
     plain = task.loss(projections)
     torch.manual_seed(1)
     strata = [z[:, None].repeat(1, 4, 1) for z in projections]
-    torch.testing.assert_close(task.backdoor_adjusted_loss(projections, None, strata), plain)
+    torch.testing.assert_close(task.loss(projections, None, strata), plain)
 
 
 def test_icl_msr_has_a_mixed_second_derivative(task):
     feats, a = [torch.randn(6, 6) for _ in range(2)], torch.rand(6, 2, 6).requires_grad_()
     weighted = [torch.stack([task.project(h * t) for t in a.unbind(1)], dim=1) for h in feats]
-    loss = task.backdoor_adjusted_loss([task.project(h) for h in feats], None, weighted)
+    loss = task.loss([task.project(h) for h in feats], None, weighted)
     first = torch.autograd.grad(loss, list(task.parameters()), create_graph=True)
     (mixed,) = torch.autograd.grad(sum(g.pow(2).sum() for g in first), a)
     assert (mixed.abs().sum(dim=(0, 2)) > 0).all()
@@ -95,7 +95,7 @@ def test_losses_change_no_state(task):
     projections = random_projections()
     before = {name: value.clone() for name, value in task.state_dict().items()}
     task.loss(projections)
-    task.backdoor_adjusted_loss(projections, None, [z[:, None] for z in projections])
+    task.loss(projections, None, [z[:, None] for z in projections])
     torch.testing.assert_close(dict(task.state_dict()), before)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from method_config import bare_config
+from method_config import baseline_config
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -21,7 +21,7 @@ class Method(nn.Module):
         super().__init__()
         self.backbone = build_encoder(name, size, **kwargs)
         changes = {"host": host, "optimizer__name": optimizer, "backbone__kwargs": kwargs}
-        self.cfg = bare_config(name, size, **changes)
+        self.cfg = baseline_config(name, size, **changes)
 
 
 def written(tmp_path, method, **args):

@@ -1,13 +1,15 @@
 """A task beside its backdoor-adjusted self: the two terms of ICL-MSR's regular loss."""
 
+import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from metamask_plugin.modules.batch_norm import statistics_kept
+from metamask_plugin.errors import UserError
+from metamask_plugin.modules.batch_norm import frozen_bn_stats
 from metamask_plugin.modules.stop_gradient import without_gradient
-from metamask_plugin.tasks.base import Projections, Task
+from metamask_plugin.tasks.base import Task, TaskOutput
 
 LEVELS = ("features", "feature_map", "projection")
 
@@ -31,11 +33,17 @@ class InterventionalTask(nn.Module):
         level: where A enters.
         tail: from the feature map to features, for ``feature_map`` alone.
 
+    Raises:
+        UserError: for a task whose loss takes no other positives.
+
     [0] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
     """
 
     def __init__(self, task: Task, level: str, tail: nn.Module | None = None):
         super().__init__()
+        if "positives" not in inspect.signature(task.loss).parameters:
+            name = type(task).__name__
+            raise UserError(f"method_kwargs.task must have a backdoor-adjusted form, got {name}; take simclr")
         self.task, self.level, self.tail = task, level, tail
 
     def forward(
@@ -43,43 +51,29 @@ class InterventionalTask(nn.Module):
         encoded: Sequence[torch.Tensor],
         weights: torch.Tensor | None,
         target_feats: Sequence[torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """L_ct and, with weights, L_msr, from what the encoder gives.
+        feats: Sequence[torch.Tensor] | None = None,
+    ) -> tuple[TaskOutput, torch.Tensor | None]:
+        """L_ct with its projections and, with weights, L_msr, from what the encoder gives.
 
         Args:
             encoded: of each view, features (N, D); for ``feature_map`` the map (N, C, h, w).
             weights: A, shape (N, n, C), shared by an image's views; None for L_ct alone.
             target_feats: the target network's features of the large crops, (N, D) each, where there is one.
+            feats: features of each view, where they are known besides the map.
         """
-        feats = encoded if self.tail is None else [self.tail(feature_map) for feature_map in encoded]
-        projections, targets = self.task.branches(feats, target_feats)
-        return self.losses(projections, targets, encoded if target_feats is None else target_feats, weights)
-
-    def losses(
-        self,
-        projections: Projections,
-        targets: Projections | None,
-        positives: Sequence[torch.Tensor],
-        weights: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """:meth:`forward` where the projections are there already.
-
-        Args:
-            projections: of each view, (N, P) each.
-            targets: of each large crop, (N, P) each, where there is a target network.
-            positives: what A weighs: target features where there are some, else what the encoder gave.
-            weights: A, shape (N, n, C); None for L_ct alone.
-        """
-        contrast = self.task.loss(projections, targets)
+        if feats is None:
+            feats = encoded if self.tail is None else [self.tail(feature_map) for feature_map in encoded]
+        contrast = self.task(feats, target_feats)
         if weights is None:
             return contrast, None
+        positives = encoded if target_feats is None else target_feats
         if self.level == "projection":
-            positives = projections if targets is None else targets
+            positives = contrast.projections if contrast.targets is None else contrast.targets
         if self.task.stop_gradient:
             positives = [view.detach() for view in positives]
-        with statistics_kept(self):  # at test time nothing is weighted, and L_ct has counted the batch
+        with frozen_bn_stats(self):  # at test time nothing is weighted, and L_ct has counted the batch
             strata = [self._strata(view, weights, index) for index, view in enumerate(positives)]
-            return contrast, self.task.backdoor_adjusted_loss(projections, targets, strata)
+            return contrast, self.task.loss(contrast.projections, contrast.targets, strata)
 
     def _strata(self, view: torch.Tensor, weights: torch.Tensor, index: int) -> torch.Tensor:
         """a_t * Z for every t, projected: (N, n, P). Each stratum is a batch of its own for BatchNorm."""
@@ -94,4 +88,4 @@ class InterventionalTask(nn.Module):
                 feats = [self.tail(stratum) for stratum in maps]
         else:
             feats = [view * a for a in weights.unbind(1)]
-        return torch.stack([self.task.project_positive(stratum, index) for stratum in feats], dim=1)
+        return torch.stack([self.task.project_key(stratum, index) for stratum in feats], dim=1)

@@ -7,11 +7,11 @@ from method_config import icl_msr_config, method_config
 from metamask_plugin.bilevel import (
     AdamStep,
     Exact,
+    InnerStep,
     MatchedStep,
     MomentumStep,
     Permuted,
     PlainStep,
-    Trial,
     TrustRatioStep,
     Unrolled,
 )
@@ -64,9 +64,9 @@ def problem(method):
 )
 def test_exact_equals_unrolled(double, make, weight, clip, method):
     bilevel = problem(method)
-    trial = Trial(make(bilevel.encoder_params), make(bilevel.head_params), weight, clip)
+    trial = InnerStep(make(bilevel.encoder_params), make(bilevel.head_params), weight, clip)
     exact, oracle = Exact().gradient(bilevel, trial), Unrolled().gradient(bilevel, trial)
-    error = (exact.weights[0] - oracle.weights[0]).norm() / oracle.weights[0].norm()
+    error = (exact.outer_params[0] - oracle.outer_params[0]).norm() / oracle.outer_params[0].norm()
     assert error < 1e-10
     for ours, theirs in zip(exact[1:], oracle[1:]):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -74,31 +74,31 @@ def test_exact_equals_unrolled(double, make, weight, clip, method):
 
 @pytest.mark.parametrize("make", STEPS)
 def test_a_step_pulls_back_what_it_pushes_forward(double, make):
-    """<cotangent, d step> = -<pull_back(cotangent), dg>, and a step is linear in the gradient."""
+    """<cotangent, d step> = -<vjp(cotangent), dg>, and a step is linear in the gradient."""
     torch.manual_seed(0)
     params = {"weight": torch.randn(4, 3), "bias": torch.randn(4), "norm": torch.randn(4)}
     grads, change, cotangent = ({k: torch.randn_like(p) for k, p in params.items()} for _ in range(3))
     step = make(params).at(params, grads)
     moved = {k: step.step(params, {n: g + change[n] for n, g in grads.items()})[k] for k in params}
     pushed = sum(((moved[k] - step.step(params, grads)[k]) * cotangent[k]).sum() for k in params)
-    pulled = sum((step.pull_back(cotangent)[k] * change[k]).sum() for k in params)
+    pulled = sum((step.vjp(cotangent)[k] * change[k]).sum() for k in params)
     torch.testing.assert_close(pushed, -pulled)
 
 
 def test_what_a_trial_step_gains_and_how_long_it_is(double):
     bilevel = problem("icl_msr")
-    trial = Trial(PlainStep(0.1), PlainStep(0.2))
+    trial = InnerStep(PlainStep(0.1), PlainStep(0.2))
     found = Exact().gradient(bilevel, trial)
     weights, before, after = [], [], []
     with torch.no_grad():
         h = bilevel.encode(bilevel.encoder_params)
-        at_the_weights = bilevel.outer_loss(h, bilevel.head_params, bilevel.weights)
+        at_the_weights = bilevel.outer_loss(h, bilevel.head_params, bilevel.outer_params)
     for w in (bilevel.encoder_params, bilevel.head_params):
         weights += [p.detach().requires_grad_() for p in w.values()]
     named = dict(zip([*bilevel.encoder_params, *bilevel.head_params], weights))
     theta = {name: named[name] for name in bilevel.encoder_params}
     phi = {name: named[name] for name in bilevel.head_params}
-    inner = bilevel.inner_loss(bilevel.encode(theta), phi, bilevel.weights)
+    inner = bilevel.inner_loss(bilevel.encode(theta), phi, bilevel.outer_params)
     for p, g in zip(weights, torch.autograd.grad(inner, weights, materialize_grads=True)):
         length = 0.1 if any(p is q for q in theta.values()) else 0.2
         before.append(p.detach().flatten())
@@ -110,7 +110,7 @@ def test_what_a_trial_step_gains_and_how_long_it_is(double):
 
 def test_where_both_losses_are_one_the_gain_is_their_difference(double):
     bilevel = problem("metamask")
-    found = Exact().gradient(bilevel, Trial(PlainStep(0.01), PlainStep(0.01)))
+    found = Exact().gradient(bilevel, InnerStep(PlainStep(0.01), PlainStep(0.01)))
     assert found.gain == found.inner_loss - found.outer_loss > 0
 
 
@@ -157,13 +157,13 @@ def test_a_negative_length_is_refused(step):
 
 
 def test_a_permuted_meta_gradient_is_as_long_and_belongs_to_other_dimensions(double):
-    bilevel, trial = problem("metamask"), Trial(PlainStep(0.1), PlainStep(0.1))
+    bilevel, trial = problem("metamask"), InnerStep(PlainStep(0.1), PlainStep(0.1))
     exact = Exact().gradient(bilevel, trial)
     permuted, again, other = (Permuted(seed).gradient(bilevel, trial) for seed in (0, 0, 1))
-    assert torch.equal(permuted.weights[0].sort().values, exact.weights[0].sort().values)
-    assert torch.equal(permuted.weights[0], again.weights[0])
-    assert not torch.equal(permuted.weights[0], other.weights[0])
-    assert (permuted.weights[0] == exact.weights[0]).float().mean() < 0.1
+    assert torch.equal(permuted.outer_params[0].sort().values, exact.outer_params[0].sort().values)
+    assert torch.equal(permuted.outer_params[0], again.outer_params[0])
+    assert not torch.equal(permuted.outer_params[0], other.outer_params[0])
+    assert (permuted.outer_params[0] == exact.outer_params[0]).float().mean() < 0.1
     assert permuted[1:] == exact[1:]
 
 

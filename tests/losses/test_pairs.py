@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from metamask_plugin.losses.negative_cosine import byol_loss, negative_cosine_loss
+from metamask_plugin.losses.pairs import byol_loss, negative_cosine_loss
 
 
 @pytest.fixture

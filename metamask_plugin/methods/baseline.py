@@ -7,10 +7,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin.errors import check, choose
 from metamask_plugin.methods import icl_msr, metamask
+from metamask_plugin.methods.base import RegularLoss, TaskMethod
 from metamask_plugin.methods.presets import apply_preset
-from metamask_plugin.methods.task_method import TaskMethod
 from metamask_plugin.modules.feature_dropout import FeatureDropout
-from metamask_plugin.tasks import Projections
 
 DEFAULTS: dict[str, Any] = {
     "task": "simclr",
@@ -24,10 +23,10 @@ PLUGINS = {"preset", *metamask.PAPER, *icl_msr.PAPER}
 """What a config of MetaMask or ICL-MSR says besides; it has no meaning here."""
 
 
-class Bare(TaskMethod):
+class Baseline(TaskMethod):
     """A self-supervised task and nothing else: scale_loss * alpha * L_task.
 
-    ``method=bare`` turns a config of either method into its baseline: the same task, encoder, views and
+    ``method=baseline`` turns a config of either method into its baseline: the same task, encoder, views and
     budget; what belongs to the method is left aside.
 
     Args:
@@ -51,7 +50,7 @@ class Bare(TaskMethod):
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
         """Adds the host's defaults and this method's, and checks ``method_kwargs``."""
-        cfg = super(Bare, Bare).add_and_assert_specific_cfg(cfg)
+        cfg = super(Baseline, Baseline).add_and_assert_specific_cfg(cfg)
         for key in cfg.method_kwargs:
             choose("a key of method_kwargs", key, {*DEFAULTS, *PLUGINS})
         own = OmegaConf.masked_copy(cfg.method_kwargs, [key for key in cfg.method_kwargs if key in DEFAULTS])
@@ -65,9 +64,9 @@ class Bare(TaskMethod):
         out: dict[str, list[torch.Tensor]],
         target_feats: list[torch.Tensor] | None,
         original: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[Projections, Projections | None]]:
+    ) -> RegularLoss:
         """The task's loss and its factors."""
-        branches = self.task.branches(self.feature_dropout(out["feats"]), target_feats)
-        loss = self.task.loss(*branches)
+        task = self.task(self.feature_dropout(out["feats"]), target_feats)
         kwargs = self.cfg.method_kwargs
-        return kwargs.scale_loss * kwargs.alpha * loss, {"train_task_loss": loss}, branches
+        loss = kwargs.scale_loss * kwargs.alpha * task.loss
+        return RegularLoss(loss, {"train_task_loss": task.loss}, task.projections, task.targets)

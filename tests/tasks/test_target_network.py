@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from metamask_plugin.modules.target_network import TargetNetwork, cosine_momentum
+from metamask_plugin.tasks.base import TargetNetwork, cosine_momentum
 
 
 def networks():
