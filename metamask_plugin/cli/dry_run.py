@@ -17,9 +17,9 @@ from metamask_plugin.cli.machine import check_together, processes
 from metamask_plugin.config.messages import unknown_key
 from metamask_plugin.config.methods import METHOD_KWARGS, DataKwargs, TaskKwargs
 from metamask_plugin.config.signatures import check_keywords
-from metamask_plugin.data.coco import coco_splits
-from metamask_plugin.data.confounded_digits import confounded_digits
-from metamask_plugin.data.digits import digits
+from metamask_plugin.data.datasets.coco import coco_splits
+from metamask_plugin.data.datasets.confounded_digits import confounded_digits
+from metamask_plugin.data.datasets.digits import digits
 from metamask_plugin.data.memory import check_generated, memory
 from metamask_plugin.errors import UserError, check, choose, shown
 from metamask_plugin.host.optimizers import build_optimizer

@@ -26,7 +26,7 @@ from metamask_plugin.cli.config import complete, device_count, for_method, recor
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.machine import device_title, device_type, processes
 from metamask_plugin.data import PretrainDataModule, load_dataset
-from metamask_plugin.data.worker_failure import worker_failure, worker_failures
+from metamask_plugin.data.workers import worker_failure, worker_failures
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.files import write_whole
 from metamask_plugin.evaluation.knn import within_bank

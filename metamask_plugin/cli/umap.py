@@ -15,7 +15,7 @@ from metamask_plugin.cli.checkpoint_inputs import (
 from metamask_plugin.cli.errors import one_line_errors
 from metamask_plugin.cli.parsers import umap as parse_args
 from metamask_plugin.cli.paths import made_folder
-from metamask_plugin.data.loader import ShieldedLoader
+from metamask_plugin.data.workers import ShieldedLoader
 from metamask_plugin.errors import check, choose
 from metamask_plugin.evaluation.features import Features
 from metamask_plugin.evaluation.figures import save

@@ -6,12 +6,11 @@ The lines go to stdout, the count to stderr; the exit code is 1 where there are 
 """
 
 import sys
-from pathlib import Path
 
 from metamask_plugin.cli.parsers import verify as parse_args
-from metamask_plugin.data.image_tree import image_files, listing
-from metamask_plugin.data.remarks import tell_left_out
-from metamask_plugin.data.unreadable import SkippedImage
+from metamask_plugin.data.datasets.folders import image_files
+from metamask_plugin.data.images import SkippedImage
+from metamask_plugin.data.splits import FileImages
 from metamask_plugin.data.verify import unreadable
 from metamask_plugin.errors import UserError
 
@@ -30,22 +29,13 @@ def main(arguments: list[str] | None = None) -> int:
     found, images = 0, 0
     for folder in args.folders:
         try:
-            faults, count = _look(folder, level)
+            paths = image_files(folder)
+            reasons = unreadable(FileImages(paths, [0] * len(paths), []), level)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        for fault in faults:
-            print(fault)
-        found, images = found + len(faults), images + count
+        for index, reason in reasons.items():
+            print(SkippedImage(paths[index], reason))
+        found, images = found + len(reasons), images + len(paths)
     print(f"{found} of {images} images cannot be read", file=sys.stderr)
     return 1 if found else 0
-
-
-def _look(folder: str, level: str) -> tuple[list[SkippedImage], int]:
-    """What cannot be read below a folder, and the number of its images."""
-    listing(Path(folder))
-    there = image_files(folder)
-    tell_left_out([there])
-    reasons = unreadable(there.paths, level)
-    unread = [SkippedImage(there.paths[index], reason) for index, reason in reasons.items()]
-    return [*there.faults, *unread], len(there.paths)

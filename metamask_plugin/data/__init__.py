@@ -1,20 +1,21 @@
 """Data sets, views and the batches made of them."""
 
-from metamask_plugin.data.augmentations import Augmentation, parse_augmentations
-from metamask_plugin.data.confounded_digits import ConfoundedImages, confounded_digits
 from metamask_plugin.data.datamodule import PretrainDataModule
-from metamask_plugin.data.digits import digits
+from metamask_plugin.data.datasets.confounded_digits import ConfoundedImages, confounded_digits
+from metamask_plugin.data.datasets.digits import digits
+from metamask_plugin.data.datasets.folders import FolderImages
+from metamask_plugin.data.images import UnreadableImage
+from metamask_plugin.data.loaders import evaluation_loader, training_loader
 from metamask_plugin.data.regions import region_of
-from metamask_plugin.data.registry import DATASETS, Dataset, load_dataset
-from metamask_plugin.data.splits import (
-    FileImages,
-    FolderImages,
-    ImageSplit,
-    MemoryImages,
-    UnreadableImage,
-    stratified_subset,
+from metamask_plugin.data.registry import DATASETS, load_dataset
+from metamask_plugin.data.splits import Dataset, FileImages, ImageSplit, MemoryImages, stratified_subset
+from metamask_plugin.data.views import (
+    Augmentation,
+    EvaluationView,
+    KorniaViews,
+    TorchvisionViews,
+    parse_augmentations,
 )
-from metamask_plugin.data.views import EvaluationView, KorniaViews, TorchvisionViews
 
 __all__ = [
     "DATASETS",
@@ -32,8 +33,10 @@ __all__ = [
     "UnreadableImage",
     "confounded_digits",
     "digits",
+    "evaluation_loader",
     "load_dataset",
     "parse_augmentations",
     "region_of",
     "stratified_subset",
+    "training_loader",
 ]

@@ -1,6 +1,9 @@
 """The batches of a pretraining run, in the shape solo-learn's methods expect."""
 
+from collections.abc import Iterable
 from dataclasses import replace
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,8 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from metamask_plugin.data.augmentations import Augmentation, parse_augmentations
-from metamask_plugin.data.dali_batches import DaliBatches, require_dali
 from metamask_plugin.data.loaders import (
     SEED,
     BatchedViews,
@@ -26,8 +27,14 @@ from metamask_plugin.data.registry import Dataset, evaluation_resize
 from metamask_plugin.data.remarks import tell_unused_statistics
 from metamask_plugin.data.splits import ImageSplit
 from metamask_plugin.data.verify import prepared
-from metamask_plugin.data.views import EvaluationView, KorniaViews, TorchvisionViews
-from metamask_plugin.errors import check, choose
+from metamask_plugin.data.views import (
+    Augmentation,
+    EvaluationView,
+    KorniaViews,
+    TorchvisionViews,
+    parse_augmentations,
+)
+from metamask_plugin.errors import UserError, check, choose
 
 FORMATS = ("image_folder", "dali")
 
@@ -35,37 +42,24 @@ FORMATS = ("image_folder", "dali")
 class PretrainDataModule(LightningDataModule):
     """Training batches ``[indexes (B,), [view (B, 3, s, s), ...], targets (B,)]``, test ``[X, targets]``.
 
-    ``data.pipeline`` says where the views are made:
-
-    - ``torchvision``: image by image on ``data.num_workers`` workers.
-    - ``kornia``: the images lie in memory as uint8 and a batch's views are made at once, on the device, in
-      :meth:`on_after_batch_transfer`. Image files are decoded into memory first, resized to the largest crop
-      size, or to ``data.evaluation_resize`` where that is larger. ``data.on_device`` says where that memory
-      is: True, on the device, from the first batch on, so that only indexes travel; False, on the host,
-      pinned where there is CUDA. The default is the device if that is a GPU whose free memory is three times
-      what the images need. The batches are the same.
-
-    The default is ``kornia`` if the training split is in memory, else ``torchvision``.
+    ``data.pipeline`` says where views are made, see :func:`~metamask_plugin.data.loaders.training_loader`:
+    ``torchvision``, image by image on ``data.num_workers`` workers (the default for image files), or
+    ``kornia``, a batch at a time on the device, in :meth:`on_after_batch_transfer` (the default for images in
+    memory). For ``kornia`` image files are decoded into memory first, resized to the largest crop size, or to
+    ``data.evaluation_resize`` where that is larger; ``data.on_device`` says whether that memory is the
+    device's (by default where three times as much is free there). The batches are the same.
 
     With ``data.format: dali``, solo-learn's key, NVIDIA DALI reads and decodes the training images and makes
     their views, on ``dali.device`` (``gpu`` or ``cpu``; default ``gpu`` where the run uses one) with
-    ``data.num_workers`` threads, see :func:`~metamask_plugin.data.dali_views.dali_views`; evaluation stays
-    with torchvision.
-
-    ``data.evaluation_resize`` says what the shorter side is resized to before the evaluation's centre crop,
-    see :func:`~metamask_plugin.data.registry.evaluation_resize`.
-
-    ``data.region`` (``full``, ``foreground`` or ``background``; default ``full``) and ``data.region_form``
-    (``fill`` or ``zoom``; default ``fill``) say what of the training and test images is to be seen, see
-    :func:`region_of`.
+    ``data.num_workers`` threads, see :func:`~metamask_plugin.data.dali.dali_views`; evaluation stays with
+    torchvision.
 
     Args:
         dataset: see :func:`load_dataset`.
-        cfg: the run's configuration; read are ``data.format``, ``data.pipeline``, ``data.on_device``,
-            ``data.num_workers``, ``data.region``, ``data.region_form``, ``data.verify``,
-            ``data.invalid_images`` (see :mod:`~metamask_plugin.data.verify`), ``data.evaluation_resize``,
-            ``data.mean``, ``data.std``, ``dali.device``, ``augmentations``, ``optimizer.batch_size``,
-            ``limit_train_batches`` and ``seed``.
+        cfg: the run's configuration; read are ``data`` (``format``, ``pipeline``, ``on_device``,
+            ``num_workers``, ``evaluation_resize``, ``mean``, ``std``, and what
+            :func:`~metamask_plugin.data.verify.prepared` reads), ``dali.device``, ``augmentations``,
+            ``optimizer.batch_size``, ``limit_train_batches`` and ``seed``.
         processes: how many train together; each has its share of the training images.
 
     Attributes:
@@ -78,10 +72,9 @@ class PretrainDataModule(LightningDataModule):
         position: where in its epoch the training is.
 
     Raises:
-        UserError: a setting is unknown or out of range, the batch is larger than a process's share of the
-            training split, an epoch has no batch, workers cannot send batches, or an image file cannot be
-            read and is not to be skipped.
-            What DALI cannot do is found in :meth:`setup`: an evaluator needs no DALI.
+        UserError: a setting is unknown, the batch is larger than a process's share of the training split, an
+            epoch has no batch, workers cannot send batches, or an image file cannot be read and is not to be
+            skipped. What DALI cannot do is found in :meth:`setup`: an evaluator needs no DALI.
     """
 
     def __init__(self, dataset: Dataset, cfg: DictConfig, processes: int = 1) -> None:
@@ -92,13 +85,21 @@ class PretrainDataModule(LightningDataModule):
             self.pipeline = "dali"
         limit = cfg.get("limit_train_batches")
         self.batch_size = cfg.optimizer.get("batch_size")
-        _check_batches(self.batch_size, len(dataset.train), processes, self.pipeline, limit)
         self.num_workers = checked_workers(cfg.data, self.pipeline)
-        self.on_device = _checked_on_device(cfg.data.get("on_device"), self.pipeline)
+        self.on_device = cfg.data.get("on_device")
+        check(
+            not self.on_device or self.pipeline == "kornia",
+            "data.on_device",
+            f"False or left out with the pipeline {self.pipeline}",
+            self.on_device,
+            "its images are files, or views made by workers; set data.pipeline=kornia",
+        )
         seed = cfg.get("seed")
         self.seed = SEED if seed is None else seed
         if dataset.name == "custom":
-            dataset = _with_configured_mean_std(dataset, cfg.augmentations[0])
+            first = cfg.augmentations[0]
+            given = {key: tuple(first[key]) for key in ("mean", "std") if first.get(key) is not None}
+            dataset = replace(dataset, **given)
         if not isinstance(cfg.augmentations[0], Augmentation):
             tell_unused_statistics(dataset.name, dataset.mean, dataset.std, cfg.augmentations, cfg.data)
         crop_size = entries[0].crop_size
@@ -106,7 +107,6 @@ class PretrainDataModule(LightningDataModule):
         self.view = EvaluationView(crop_size, dataset.mean, dataset.std, resize)
         largest = max(resize, *(entry.crop_size for entry in entries))
         self.full, dataset = prepared(dataset, cfg.data, largest, self.pipeline == "kornia")
-        # without those that were skipped
         _check_batches(self.batch_size, len(dataset.train), processes, self.pipeline, limit)
         self.dataset = dataset
         draw = KorniaViews if self.pipeline == "kornia" else TorchvisionViews
@@ -114,16 +114,14 @@ class PretrainDataModule(LightningDataModule):
         self.position = EpochPosition()
         self._entries = entries
         self._batched: BatchedViews | None = None
-        self._wanted = {key: OmegaConf.select(cfg, key) for key in ("data.pipeline", "dali.device")}
+        self._dali_device_given = OmegaConf.select(cfg, "dali.device")
 
     def setup(self, stage: str | None = None) -> None:
         """Before a training: whether DALI can do what is asked of it."""
         if self.pipeline == "dali" and stage in ("fit", None):
-            pipeline = self._wanted["data.pipeline"]
-            check(pipeline is None, "data.pipeline", "left out with data.format=dali", pipeline)
-            require_dali(self.dataset.train, self._dali_device())
+            _dali().require_dali(self.dataset.train, self._dali_device())
 
-    def train_dataloader(self) -> DataLoader | DaliBatches:
+    def train_dataloader(self) -> Iterable:
         """Shuffled by seed and epoch; an incomplete last batch is dropped."""
         if self.pipeline == "dali":
             return self._dali_batches()
@@ -184,10 +182,10 @@ class PretrainDataModule(LightningDataModule):
         seen = region_of(split.subset(labelled), region, self.full.mean, form)
         return self.evaluation_loader(seen, batch_size)
 
-    def _dali_batches(self) -> DaliBatches:
+    def _dali_batches(self) -> Iterable:
         # Lightning gives each process its share by replacing a DataLoader's sampler; this is no DataLoader.
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return DaliBatches(
+        return _dali().DaliBatches(
             self.dataset.train,
             self._entries,
             self.dataset.mean,
@@ -202,9 +200,7 @@ class PretrainDataModule(LightningDataModule):
         )
 
     def _dali_device(self) -> str:
-        if self._wanted["dali.device"] is not None:
-            return self._wanted["dali.device"]
-        return "gpu" if self._device().type == "cuda" else "cpu"
+        return self._dali_device_given or ("gpu" if self._device().type == "cuda" else "cpu")
 
     def _device(self) -> torch.device:
         """Where the training runs; without a trainer, where it would."""
@@ -213,7 +209,18 @@ class PretrainDataModule(LightningDataModule):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _check_batches(batch_size: Any, images: int, processes: int, pipeline: str, limit: Any) -> None:
+def _dali() -> ModuleType:
+    """The module that needs DALI."""
+    try:
+        return import_module("metamask_plugin.data.dali")
+    except ImportError as error:
+        raise UserError(
+            f"data.format must be image_folder where NVIDIA DALI cannot be imported ({error}), got 'dali'; "
+            "pip install nvidia-dali-cuda130 (CUDA 12: nvidia-dali-cuda120), or set data.format=image_folder"
+        ) from None
+
+
+def _check_batches(batch_size: int, images: int, processes: int, pipeline: str, limit: Any) -> None:
     """Raises a UserError unless an epoch of each process has at least one whole batch.
 
     Args:
@@ -224,10 +231,6 @@ def _check_batches(batch_size: Any, images: int, processes: int, pipeline: str, 
             some, so that none has fewer.
         limit: ``limit_train_batches``, of which a float is a share of the epoch's batches.
     """
-    whole_number = isinstance(batch_size, int) and not isinstance(batch_size, bool)
-    check(
-        whole_number and batch_size >= 1, "optimizer.batch_size", "a whole number of at least 1", batch_size
-    )
     share = images // processes if pipeline == "dali" else -(-images // processes)
     whose = (
         "the number of training images" if processes == 1 else f"the images of one of {processes} processes"
@@ -247,28 +250,3 @@ def _check_batches(batch_size: Any, images: int, processes: int, pipeline: str, 
         limit,
         "set limit_train_batches=1, a number of batches",
     )
-
-
-def _checked_on_device(on_device: Any, pipeline: str) -> bool | None:
-    check(
-        on_device is None or isinstance(on_device, bool),
-        "data.on_device",
-        "True, False, or null where the free memory is to decide",
-        on_device,
-    )
-    check(
-        not on_device or pipeline == "kornia",
-        "data.on_device",
-        f"False or left out with the pipeline {pipeline}",
-        on_device,
-        "its images are files, or views made by workers; set data.pipeline=kornia",
-    )
-    return on_device
-
-
-def _with_configured_mean_std(dataset: Dataset, node: DictConfig) -> Dataset:
-    configured = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
-    given = {key: tuple(configured[key]) for key in ("mean", "std") if configured.get(key) is not None}
-    for key, value in given.items():
-        check(len(value) == 3, f"augmentations[0].{key}", "three numbers, one a channel", list(value))
-    return replace(dataset, **given)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
-from metamask_plugin.data.loader import ShieldedLoader, check_worker_sockets
 from metamask_plugin.data.splits import ImageSplit, MemoryImages
 from metamask_plugin.data.views import EvaluationView, KorniaViews, TorchvisionViews
+from metamask_plugin.data.workers import ShieldedLoader, check_worker_sockets
 from metamask_plugin.errors import check, choose
 
 PIPELINES = ("kornia", "torchvision")

@@ -6,14 +6,15 @@ the area outside as the background" (Qiang et al., ICML 2022, Section 6.2).
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from metamask_plugin.data.splits import FileImages, ImageSplit, MemoryImages, centre_square
-from metamask_plugin.data.unreadable import UnreadableImage, printable
+from metamask_plugin.data.images import centre_square
+from metamask_plugin.data.splits import Dataset, FileImages, ImageSplit, MemoryImages
 from metamask_plugin.errors import check, choose
 
 REGIONS = ("full", "foreground", "background")
@@ -59,7 +60,24 @@ def region_of(
         images = _zoomed(split, colour)
     else:
         images = _filled(split.images, split.boxes, region == "foreground", colour)
-    return _without_boxes(split, images=images)
+    changed = copy.copy(split)
+    changed.images, changed.boxes, changed.masks = images, None, None
+    return changed
+
+
+def in_region(dataset: Dataset, region: str, form: str = "fill") -> Dataset:
+    """A data set with the foregrounds or the backgrounds alone; what is removed turns the mean.
+
+    Args:
+        dataset: with full images.
+        region: ``full``, ``foreground`` or ``background``, see :func:`region_of`.
+        form: ``fill`` or ``zoom``, likewise.
+
+    Raises:
+        UserError: an unknown region or form, or a split without boxes.
+    """
+    splits = {name: region_of(split, region, dataset.mean, form) for name, split in dataset.splits.items()}
+    return replace(dataset, **splits)
 
 
 class _RegionFiles(FileImages):
@@ -67,7 +85,7 @@ class _RegionFiles(FileImages):
 
     def __init__(self, split: FileImages, region: str, colour: tuple[int, ...], form: str) -> None:
         super().__init__(split.paths, split.labels, split.classes)
-        self.reading = split.reading
+        self.bits = split.bits
         # Not ``boxes``: what is left has none. A tensor still, so that subset() picks from it.
         self._box = split.boxes
         self._region, self._colour, self._form = region, colour, form
@@ -78,20 +96,8 @@ class _RegionFiles(FileImages):
             image.paste(self._colour, box)
             return image
         if self._form == "zoom":
-            self._refuse_huge_square(index, box)
             return _box_on_square(image, box, self._colour)
         return _box_in_place(image, box, self._colour)
-
-    def _refuse_huge_square(self, index: int, box: Sequence[int]) -> None:
-        """Refuses a box, long and narrow, that would be put on a square larger than any image may be."""
-        side, limit = max(box[2] - box[0], box[3] - box[1]), Image.MAX_IMAGE_PIXELS
-        if limit is not None and side * side > limit:
-            path, reason = printable(self.paths[index]), f"a box with a side of {side} pixels"
-            raise UnreadableImage(
-                f"image file {path} must be small enough for data.region_form=zoom, got {reason}; set "
-                "data.region_form=fill, or remove it",
-                reason,
-            )
 
 
 def _filled(images: Tensor, boxes: Tensor, inside: bool, colour: tuple[int, ...]) -> Tensor:
@@ -124,9 +130,3 @@ def _box_on_square(image: Image.Image, box: Sequence[int], colour: tuple[int, ..
     canvas = Image.new("RGB", (side, side), colour)
     canvas.paste(image.crop(box), ((side - width) // 2, (side - height) // 2))
     return canvas
-
-
-def _without_boxes(split: MemoryImages, images: Tensor) -> MemoryImages:
-    changed = copy.copy(split)
-    changed.images, changed.boxes, changed.masks = images, None, None
-    return changed

@@ -3,31 +3,30 @@
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from metamask_plugin.data.coco import coco_splits
-from metamask_plugin.data.confounded_digits import confounded_digits
-from metamask_plugin.data.digits import digits
-from metamask_plugin.data.fingerprint import fingerprint
+from metamask_plugin.data.datasets.coco import coco_splits
+from metamask_plugin.data.datasets.confounded_digits import confounded_digits
+from metamask_plugin.data.datasets.digits import digits
+from metamask_plugin.data.datasets.folders import SET_PATH, FolderImages, folder_splits
+from metamask_plugin.data.datasets.tiny_imagenet import tiny_imagenet_splits
+from metamask_plugin.data.datasets.torchvision_sets import torchvision_splits
 from metamask_plugin.data.memory import check_generated
-from metamask_plugin.data.regions import region_of
-from metamask_plugin.data.remarks import tell_left_out, tell_shared, tell_unevaluated
+from metamask_plugin.data.remarks import tell_shared, tell_unevaluated
 from metamask_plugin.data.splits import (
+    Dataset,
     FileImages,
-    FolderImages,
     ImageSplit,
     MemoryImages,
+    Splits,
     stratified_subset,
 )
-from metamask_plugin.data.tiny_imagenet import tiny_imagenet_splits
-from metamask_plugin.data.torchvision_sets import SET_PATH, Splits, folder_splits, torchvision_splits
-from metamask_plugin.data.unreadable import SkippedImage
-from metamask_plugin.data.verify import Verification, accept_unlisted
+from metamask_plugin.data.verify import Verification
 from metamask_plugin.errors import check, choose
 
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -60,71 +59,18 @@ LARGEST_WHOLE = 96
 FRACTION_SEED = 0
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """A data set, ready to make views of.
-
-    Attributes:
-        name: as in ``data.dataset``.
-        train: training images.
-        test: held-out images, or None.
-        num_classes: at least 1, also where nothing is labelled.
-        mean: per channel, images in [0, 1].
-        std: per channel.
-        skipped: what was left out as it cannot be read, where ``data.invalid_images`` is ``skip``.
-    """
-
-    name: str
-    train: ImageSplit
-    test: ImageSplit | None
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    skipped: tuple[SkippedImage, ...] = ()
-
-    @property
-    def splits(self) -> dict[str, ImageSplit]:
-        """``train`` and, where there is one, ``test``."""
-        splits = {"train": self.train, "test": self.test}
-        return {name: split for name, split in splits.items() if split is not None}
-
-    def files_with(self, **changes: Any) -> "Dataset":
-        """The same data set with another reading of its files, see :class:`~.image_file.Reading`."""
-        files = {name: split for name, split in self.splits.items() if isinstance(split, FileImages)}
-        return replace(self, **{name: split.read_with(**changes) for name, split in files.items()})
-
-    def fingerprint(self) -> str:
-        """A short hash of the training images, see :func:`~metamask_plugin.data.fingerprint.fingerprint`."""
-        return fingerprint(self.train)
-
-    def in_region(self, region: str, form: str = "fill") -> "Dataset":
-        """The same data set with the foregrounds or the backgrounds alone; what is removed turns the mean.
-
-        Args:
-            region: ``full``, ``foreground`` or ``background``, see :func:`region_of`.
-            form: ``fill`` or ``zoom``, likewise.
-
-        Raises:
-            UserError: an unknown region or form, or a split without boxes.
-        """
-        splits = {name: region_of(split, region, self.mean, form) for name, split in self.splits.items()}
-        return replace(self, **splits)
-
-
 def load_dataset(data_cfg: DictConfig | Mapping[str, Any]) -> Dataset:
     """Builds the data set that the ``data`` node of the configuration asks for.
 
     Keys: ``dataset`` (one of :data:`DATASETS`), ``train_path`` and ``val_path`` (where files are read),
     ``download`` (False), ``fraction`` (share of the training images, the same of every class; -1 for all),
     ``no_labels`` (False; training labels become -1, and a ``custom`` training folder needs no class folders
-    and has no test split), ``invalid_images`` (``stop``, or ``skip`` to go on without folders and links that
-    cannot be listed), ``bits`` (that 16-bit grey uses; None for 16) and ``kwargs`` (options of the generated
-    sets; ``train_annotations`` and ``val_annotations``, the box files of ``coco``). Other keys are left to
-    others; the files themselves are verified by ``PretrainDataModule``, see
-    :mod:`~metamask_plugin.data.verify`.
+    and has no test split), ``bits`` (that 16-bit grey uses; None for 16) and ``kwargs`` (options of the
+    generated sets; ``train_annotations`` and ``val_annotations``, the box files of ``coco``). Other keys are
+    left to others; files are verified by :func:`~metamask_plugin.data.verify.prepared`.
 
     The images are always full ones: ``region`` (``full``, ``foreground`` or ``background``) and
-    ``region_form`` (``fill`` or ``zoom``) are applied by ``PretrainDataModule``, see :func:`region_of`.
+    ``region_form`` (``fill`` or ``zoom``) are applied later, too.
 
     Mean and std are ``mean`` and ``std`` where they are given, else the data set's own; for ``custom`` they
     are ImageNet's here, and ``PretrainDataModule`` takes ``augmentations[0].mean`` and ``.std`` where those
@@ -137,17 +83,12 @@ def load_dataset(data_cfg: DictConfig | Mapping[str, Any]) -> Dataset:
         OmegaConf.to_container(data_cfg, resolve=True) if isinstance(data_cfg, DictConfig) else dict(data_cfg)
     )
     name = choose("data.dataset", node.get("dataset"), DATASETS)
-    how = Verification.of(node)
     train, test = DATASETS[name](node)
     if test is not None:
         _require_same_classes(train, test)
     _require_class_count(name, train)
-    tell_left_out([split for split in (train, test) if split is not None])
     tell_shared(train, test)
     tell_unevaluated(node, train, test)
-    faults = (*train.faults, *(test.faults if test is not None else ()))
-    if faults:
-        accept_unlisted(faults, name, how)
     mean, std = _configured_mean_std(node) or MEAN_STD.get(name) or _measured_mean_std(train)
     fraction = -1 if node.get("fraction") is None else node["fraction"]
     if fraction != -1:
@@ -155,7 +96,7 @@ def load_dataset(data_cfg: DictConfig | Mapping[str, Any]) -> Dataset:
     if node.get("no_labels"):
         train = copy.copy(train)
         train.labels = torch.full_like(train.labels, -1)
-    dataset = Dataset(name, train, test, max(1, len(train.classes)), mean, std, faults)
+    dataset = Dataset(name, train, test, max(1, len(train.classes)), mean, std)
     return dataset if node.get("bits") is None else _with_bits(dataset, node["bits"])
 
 
@@ -177,7 +118,7 @@ def evaluation_resize(name: str, crop_size: int, given: int | None = None) -> in
         whole = name not in CENTRE_CROPPED or crop_size <= LARGEST_WHOLE
         return crop_size if whole else round(crop_size / CENTRE_CROP)
     check(
-        isinstance(given, int) and not isinstance(given, bool) and given >= crop_size,
+        given >= crop_size,
         "data.evaluation_resize",
         f"a whole number of at least the crop size {crop_size}",
         given,
@@ -187,11 +128,13 @@ def evaluation_resize(name: str, crop_size: int, given: int | None = None) -> in
 
 
 def _with_bits(dataset: Dataset, bits: Any) -> Dataset:
-    whole = isinstance(bits, int) and not isinstance(bits, bool) and 8 <= bits <= 16
-    check(whole, "data.bits", "a whole number from 8 to 16", bits)
-    files = any(isinstance(split, FileImages) for split in dataset.splits.values())
-    check(files, "data.bits", f"null for {dataset.name}, whose images are no files", bits)
-    return dataset.files_with(bits=bits)
+    files = {
+        name: copy.copy(split) for name, split in dataset.splits.items() if isinstance(split, FileImages)
+    }
+    check(bool(files), "data.bits", f"null for {dataset.name}, whose images are no files", bits)
+    for split in files.values():
+        split.bits = bits
+    return replace(dataset, **files)
 
 
 def _require_class_count(name: str, train: ImageSplit) -> None:
@@ -254,17 +197,9 @@ def _require_same_classes(train: ImageSplit, test: ImageSplit) -> None:
 
 
 def _configured_mean_std(node: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    given = [node.get(key) for key in ("mean", "std")]
-    if given == [None, None]:
-        return None
-    for key, value in zip(("mean", "std"), given):
-        check(
-            value is not None and len(value) == 3,
-            f"data.{key}",
-            "three numbers, one a channel, where data.mean or data.std is given",
-            value,
-        )
-    return tuple(given[0]), tuple(given[1])
+    mean, std = node.get("mean"), node.get("std")
+    check((mean is None) == (std is None), "data.mean and data.std", "given both or neither", (mean, std))
+    return None if mean is None else (tuple(mean), tuple(std))
 
 
 def _measured_mean_std(split: MemoryImages) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -2,45 +2,21 @@
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
-
-from metamask_plugin.data.image_file import Peak, peak_of_16_bits
-from metamask_plugin.data.image_tree import Listing, images_by_content
+from metamask_plugin.data.images import peak_of_16_bits
 from metamask_plugin.data.splits import FileImages, ImageSplit
-from metamask_plugin.data.unreadable import printable
+from metamask_plugin.signals import is_first_process
 
-# Headers are cheap; of the files with 16 bits a few say what all of them are.
-HEADERS, DECODED = 256, 16
+LOOKED_AT = 256
+"""Files, evenly spaced, whose headers say whether there is 16-bit grey; of that alone pixels are read."""
 
 
-@rank_zero_only
 def tell(line: str) -> None:
     """One line on stderr, of the first process."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def tell_left_out(splits: Sequence[ImageSplit | Listing]) -> None:
-    """How many images are hidden, and how many files are images by their content alone."""
-    hidden = [path for split in splits for path in split.hidden]
-    if hidden:
-        tell(
-            f"note: left out {len(hidden)} images that are hidden or lie in folders of a desktop or a file "
-            "server (names that begin with a dot, @eaDir, __MACOSX, thumbnails ...), the first "
-            f"{printable(hidden[0])}"
-        )
-    unnamed, complete = images_by_content(path for split in splits for path in split.others)
-    if unnamed:
-        endings = Counter(os.path.splitext(path)[1] or "none" for path in unnamed)
-        listed = ", ".join(f"{printable(ending)}: {count}" for ending, count in endings.most_common(5))
-        least = "" if complete else "at least "
-        tell(
-            f"warning: left out {least}{len(unnamed)} files that begin like images and have another "
-            f"extension ({listed}), the first {printable(unnamed[0])}; rename them to .jpg, .png ..."
-        )
+    if is_first_process():
+        print(line, file=sys.stderr, flush=True)
 
 
 def tell_shared(train: ImageSplit, test: ImageSplit | None) -> None:
@@ -92,38 +68,17 @@ def tell_unused_statistics(
 
 
 def tell_unused_bits(name: str, split: FileImages) -> None:
-    """Whether images with 16 bits a channel use fewer, and would be read as almost black, or use more."""
-    peaks = _peaks(split)
-    for grey in (True, False):
-        values = [peak.value for peak in peaks if peak.grey == grey]
-        if values:
-            _tell_bits(name, split.reading.bits if grey else 16, max(values), len(values), grey)
-
-
-def _tell_bits(name: str, bits: int, largest: int, count: int, grey: bool) -> None:
-    used = largest.bit_length()
-    kind = "grey" if grey else "colour"
-    found = f"{name} images with 16-bit {kind} use {used} bits (largest value {largest} of {count} looked at)"
-    if used > bits:
-        tell(f"warning: {found} and values above {2**bits - 1} become white; set data.bits={used}")
-    elif used < bits == 16:  # who sets data.bits knows how many there are
+    """Whether 16-bit grey uses fewer bits than ``data.bits`` says and is read almost black, or more."""
+    step = -(-len(split) // LOOKED_AT) or 1
+    peaks = [peak for path in split.paths[::step] if (peak := peak_of_16_bits(path)) is not None]
+    used = max(peaks, default=2**split.bits - 1).bit_length()
+    found = f"warning: {name} images with 16-bit grey use {used} bits"
+    if used > split.bits:
+        tell(f"{found}, and values above {2**split.bits - 1} become white; set data.bits={used}")
+    elif used < split.bits == 16:  # who sets data.bits knows how many there are
         # cameras and scanners have an even number of bits, and a sample may miss the brightest pixel
         fitting = used if used == 15 else max(8, used + used % 2)
-        remedy = f"set data.bits={fitting}" if grey else "save them with 8 bits a channel"
-        tell(f"warning: {found} and are read too dark; {remedy}")
-
-
-def _peaks(split: FileImages) -> list[Peak]:
-    """Of some files, evenly spaced."""
-    step = -(-len(split.paths) // HEADERS) or 1
-    peaks: list[Peak] = []
-    for path in split.paths[::step]:
-        peak = peak_of_16_bits(path)
-        if peak is not None:
-            peaks.append(peak)
-        if len(peaks) == DECODED:
-            break
-    return peaks
+        tell(f"{found} and are read too dark; set data.bits={fitting}")
 
 
 def _real_paths(paths: Sequence[str]) -> list[str]:

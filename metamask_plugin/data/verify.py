@@ -1,44 +1,40 @@
 """Image files verified before a training, and what becomes of those that cannot be read.
 
-``data.verify`` says how: ``header`` opens every file and looks at its header and its end, see
-:func:`~metamask_plugin.data.image_file.header_fault`; ``decode`` decodes every file whole, which finds damage
-in the middle, too; ``none`` leaves it to the training. ``data.invalid_images`` says what then: ``stop`` ends
-with one line before anything is trained; ``skip`` goes on without them. Many files that were verified
-before and have not changed since are not opened again, see :mod:`~metamask_plugin.data.verified_before`.
-``metamask-ssl verify`` lists them all.
+``data.verify`` says how: ``header`` opens every file and looks at its header and its end, ``decode`` also
+decodes it, which finds damage in the middle (see :func:`~metamask_plugin.data.images.fault`); ``none`` leaves
+it to the training. ``data.invalid_images`` says what then: ``stop`` ends with one line before anything is
+trained; ``skip`` goes on without them. ``metamask-ssl verify`` lists them all.
 """
 
-import copy
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from metamask_plugin.data.each_image import each_image
-from metamask_plugin.data.image_file import WHOLE, Reading, decode_fault, header_fault
-from metamask_plugin.data.remarks import tell_unused_bits
-from metamask_plugin.data.splits import FileImages, ImageSplit, MemoryImages
-from metamask_plugin.data.unreadable import InvalidImages, SkippedImage, printable
-from metamask_plugin.data.verified_before import remembered
-from metamask_plugin.errors import UserError, check, choose
-
-if TYPE_CHECKING:
-    from metamask_plugin.data.registry import Dataset
+from metamask_plugin.data.images import SkippedImage, fault, parallel_map
+from metamask_plugin.data.regions import in_region
+from metamask_plugin.data.remarks import tell, tell_unused_bits
+from metamask_plugin.data.splits import Dataset, FileImages, ImageSplit, MemoryImages
+from metamask_plugin.errors import UserError, check, choose, printable
 
 LEVELS = ("none", "header", "decode")
 """Each finds what the one before it finds."""
 ON_INVALID = ("stop", "skip")
-# Reading waits for the disk, or for a file server, more than it computes.
-THREADS = 8
 # Of images of which more are missing than there, the path was wrong or the download has failed.
 MOST_SKIPPED = 0.5
-LIST = "metamask-ssl verify <folder> --decode"
 
-Faults = Mapping[str, Mapping[int, str]]
-"""Reasons by split (``train``, ``test``) and index."""
+
+class InvalidImages(UserError):
+    """Image files that cannot be read, found before a training.
+
+    Attributes:
+        images: all of them.
+    """
+
+    def __init__(self, message: str, images: Sequence[SkippedImage] = ()) -> None:
+        super().__init__(message)
+        self.images = tuple(images)
 
 
 @dataclass(frozen=True)
@@ -76,138 +72,100 @@ class Verification:
 
 
 def prepared(
-    dataset: "Dataset", data: Mapping[str, Any], size: int, in_memory: bool
-) -> tuple["Dataset", "Dataset"]:
+    dataset: Dataset, data: Mapping[str, Any], size: int, in_memory: bool
+) -> tuple[Dataset, Dataset]:
     """The data set after its files were verified, or decoded into memory.
 
     Args:
         dataset: as loaded.
         data: the ``data`` node; read are ``verify``, ``invalid_images``, ``region`` and ``region_form``.
-        size: pixels that the shorter side of an image is resized to, at most.
-        in_memory: whether image files are decoded.
+        size: side of the images in memory, pixels.
+        in_memory: whether image files are decoded, which verifies them, too.
 
     Returns:
-        the data set with full images, and with the region that is to be seen of them.
+        the data set with full images (files stay files), and with the region that is to be seen of them.
 
     Raises:
         InvalidImages: files that cannot be read, all in one line.
         UserError: too many to be skipped, or an unknown setting.
     """
     how = Verification.of(data)
-    full = dataset.files_with(side=size)
-    if not in_memory:  # else decoding verifies
-        full = verified(full, how)
-    shown = full.in_region(data.get("region") or "full", data.get("region_form") or "fill")
-    return decoded(full, shown, size, how) if in_memory else (full, shown)
-
-
-def verified(dataset: "Dataset", how: Verification) -> "Dataset":
-    """The data set after its files were verified; with ``skip``, without those that cannot be read.
-
-    Images in memory, and files that were verified as thoroughly before, are left alone.
-
-    Raises:
-        InvalidImages: files that cannot be read, all in one line.
-        UserError: too many to be skipped.
-    """
-    faults = {}
-    for name, split in dataset.splits.items():
-        if isinstance(split, FileImages) and LEVELS.index(split.verified) < LEVELS.index(how.level):
-            faults[name] = _faults(name, split, how.level)
-    dataset = without(dataset, faults, how)
-    for name in faults:
-        tell_unused_bits(name, getattr(dataset, name))
-    return replace(dataset, **{name: _marked(getattr(dataset, name), how.level) for name in faults})
-
-
-def decoded(
-    dataset: "Dataset", shown: "Dataset", size: int, how: Verification
-) -> tuple["Dataset", "Dataset"]:
-    """Decodes all image files into memory, which verifies them at once.
-
-    Args:
-        dataset: with whole images.
-        shown: the same images, or the same region of each, which are to be decoded.
-        size: see :meth:`~metamask_plugin.data.splits.FileImages.to_memory`.
-        how: whether to skip what cannot be decoded.
-
-    Returns:
-        ``dataset`` and ``shown`` in memory, both without what was skipped.
-
-    Raises:
-        InvalidImages: files that cannot be decoded, all in one line.
-        UserError: too many to be skipped.
-    """
+    seen = in_region(dataset, data.get("region") or "full", data.get("region_form") or "fill")
+    files = {name: split for name, split in seen.splits.items() if isinstance(split, FileImages)}
     memory: dict[str, MemoryImages] = {}
     faults: dict[str, dict[int, str]] = {}
-    for name, split in shown.splits.items():
-        if isinstance(split, FileImages):
-            rank_zero_info(
-                f"data.pipeline=kornia: decoding {len(split)} {name} images to {size} x {size} in memory "
-                f"({len(split) * 3 * size * size / 1e6:.0f} MB)"
-            )
+    for name, split in files.items():
+        if in_memory:
             memory[name], errors = split.decode(size)
             faults[name] = {index: error.reason for index, error in errors.items()}
-            tell_unused_bits(name, split)
-    whole = without(dataset, faults, how)
-    for name, images in memory.items():
-        if faults[name]:
-            memory[name] = images.subset(_kept(len(images), faults[name]))
-    whole = replace(whole, **{name: _marked(getattr(whole, name), "decode") for name in memory})
-    return whole, replace(shown, skipped=whole.skipped, **memory)
+        else:
+            faults[name] = unreadable(split, how.level, f"verifying {name} images")
+    kept = _kept(dataset, faults, how)
+    full = _subsets(dataset, kept)
+    seen = _subsets(replace(seen, **memory), kept)
+    for name in files:
+        tell_unused_bits(name, full.splits[name])
+    skipped = tuple(
+        SkippedImage(split.paths[index], reason)
+        for name, split in files.items()
+        for index, reason in faults[name].items()
+    )
+    return replace(full, skipped=skipped), replace(seen, skipped=skipped)
 
 
-def unreadable(
-    paths: list[str], level: str, title: str = "verifying", reading: Reading = WHOLE
-) -> dict[int, str]:
+def unreadable(split: FileImages, level: str, title: str = "verifying") -> dict[int, str]:
     """Why files cannot be read, by index.
 
     Args:
-        paths: image files.
+        split: image files.
         level: one of :data:`LEVELS`.
         title: of the progress bar that many images have.
-        reading: how they are to be read.
 
     Raises:
-        MachineFault: the disk or the network fails, again and again, or memory is exhausted.
+        MachineFault: the disk or the network fails, again and again.
     """
     if level == "none":
         return {}
-    fault = header_fault if level == "header" else decode_fault
-    return each_image(len(paths), lambda index: fault(paths[index], reading), title, THREADS)
+    return parallel_map(
+        lambda index: fault(split.paths[index], level == "decode", split.bits), len(split), title
+    )
 
 
-def without(dataset: "Dataset", faults: Faults, how: Verification) -> "Dataset":
-    """``dataset`` without the images at fault, which are added to its ``skipped``.
+def _kept(
+    dataset: Dataset, faults: Mapping[str, Mapping[int, str]], how: Verification
+) -> dict[str, torch.Tensor]:
+    """Indexes of the images that can be read, for each split where some cannot.
 
     Raises:
         InvalidImages: there are any, and they are not to be skipped.
         UserError: more than half of a split are at fault, or all images of a class.
     """
     splits = dataset.splits
-    found = {
-        name: [SkippedImage(splits[name].paths[index], reason) for index, reason in at_fault.items()]
+    found = [
+        SkippedImage(splits[name].paths[index], reason)
         for name, at_fault in faults.items()
-        if at_fault
-    }
-    everything = tuple(image for images in found.values() for image in images)
-    if not everything:
-        return dataset
+        for index, reason in at_fault.items()
+    ]
+    if not found:
+        return {}
     if not how.skip:
-        refuse(everything, sum(len(splits[name]) for name in faults), dataset.name)
+        _refuse(found, sum(len(splits[name]) for name in faults), dataset.name)
     kept = {}
-    for name, images in found.items():
-        split = splits[name]
-        keep = _kept(len(split), faults[name])
-        _refuse_too_many(name, split, keep, images[0])
-        kept[name] = split.subset(keep)
-    tell_skipped(everything)
-    return replace(dataset, skipped=(*dataset.skipped, *everything), **kept)
+    for name, at_fault in faults.items():
+        if at_fault:
+            keep = torch.ones(len(splits[name]), dtype=torch.bool)
+            keep[list(at_fault)] = False
+            kept[name] = keep.nonzero().flatten()
+            _refuse_too_many(name, splits[name], kept[name])
+    tell(f"warning: left out {len(found)} images that cannot be read, the first {found[0]}")
+    return kept
 
 
-def refuse(images: Iterable[SkippedImage], of: int, name: str) -> None:
-    """Raises :class:`InvalidImages` with the count, the first, and how to get the list."""
-    images = tuple(images)
+def _subsets(dataset: Dataset, kept: Mapping[str, torch.Tensor]) -> Dataset:
+    return replace(dataset, **{name: dataset.splits[name].subset(rows) for name, rows in kept.items()})
+
+
+def _refuse(images: Sequence[SkippedImage], of: int, name: str) -> None:
     skip = "or set data.invalid_images=skip to go on without"
     if len(images) == 1:
         raise InvalidImages(
@@ -217,64 +175,18 @@ def refuse(images: Iterable[SkippedImage], of: int, name: str) -> None:
         )
     raise InvalidImages(
         f"the images of {name} must be readable, got {len(images)} of {of} that are not, the first "
-        f"{images[0]}; replace or delete them ({LIST} lists them), {skip} them",
+        f"{images[0]}; replace or delete them (metamask-ssl verify <folder> --decode lists all), {skip} them",
         images,
     )
 
 
-def accept_unlisted(faults: tuple[SkippedImage, ...], name: str, how: Verification) -> None:
-    """What becomes of folders and links that could not be followed when the images of ``name`` were listed.
-
-    Raises:
-        InvalidImages: they are not to be skipped.
-    """
-    if how.skip:
-        return tell_skipped(faults)
-    raise InvalidImages(
-        f"the folders of {name} must be listable, got {len(faults)} that are not, the first {faults[0]}; "
-        "mend or remove them, or set data.invalid_images=skip to go on without",
-        faults,
-    )
-
-
-@rank_zero_only
-def tell_skipped(images: Iterable[SkippedImage]) -> None:
-    """One line on stderr."""
-    images = tuple(images)
-    print(
-        f"warning: left out {len(images)} files or folders that cannot be read, the first {images[0]}",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
-def _faults(name: str, split: FileImages, level: str) -> dict[int, str]:
-    def look() -> dict[int, str]:
-        return unreadable(split.paths, level, f"verifying {name} images", split.reading)
-
-    return remembered(split.paths, f"{level} {split.reading}", look)
-
-
-def _kept(count: int, at_fault: Mapping[int, str]) -> torch.Tensor:
-    keep = torch.ones(count, dtype=torch.bool)
-    keep[list(at_fault)] = False
-    return keep.nonzero().flatten()
-
-
-def _marked(split: FileImages, level: str) -> FileImages:
-    """A copy that need not be verified so thoroughly again; its subsets neither."""
-    marked = copy.copy(split)
-    marked.verified = level
-    return marked
-
-
-def _refuse_too_many(name: str, split: ImageSplit, keep: torch.Tensor, first: SkippedImage) -> None:
+def _refuse_too_many(name: str, split: ImageSplit, keep: torch.Tensor) -> None:
     skipped = len(split) - len(keep)
     if skipped > MOST_SKIPPED * len(split):
         raise UserError(
             "data.invalid_images must be stop where more than half of the images cannot be read, got 'skip' "
-            f"and {skipped} of {len(split)} {name} images that cannot, the first {first}; correct the path "
-            "or fetch the images anew"
+            f"and {skipped} of {len(split)} {name} images that cannot; correct the path or fetch the images "
+            "anew"
         )
     lost = sorted(set(split.labels.tolist()) - set(split.labels[keep].tolist()))
     if lost:

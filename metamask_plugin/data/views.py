@@ -1,24 +1,108 @@
 """Views of an image: drawn one image at a time on workers, or a batch at a time on the device."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from kornia import __version__ as kornia_version
 from kornia import augmentation as kornia
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
-from metamask_plugin.data.augmentations import Augmentation, parse_augmentations
-from metamask_plugin.data.batched_crop import BatchedResizedCrop
-from metamask_plugin.data.splits import centre_square
+from metamask_plugin.config.read import read
+from metamask_plugin.config.views import View
+from metamask_plugin.data.images import centre_square
+from metamask_plugin.errors import check
 
 KORNIA = tuple(int(part) for part in kornia_version.split(".")[:2])
 # Standard deviation in pixels, drawn uniformly: SimCLR's, and the only one solo-learn knows.
 BLUR_SIGMA = (0.1, 2.0)
+# Width / height of a random crop, and candidates tried before it falls back to the centre: torchvision's.
+ASPECT = (3 / 4, 4 / 3)
+TRIES = 10
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """One entry of the list: how ``num_crops`` views of an image are made.
+
+    Attributes:
+        crop_size: height and width of the views in pixels.
+        num_crops: views made by this entry.
+        crop_scale: smallest and largest share of the image's area that a random resized crop keeps; None
+            resizes the whole image, as does a crop that keeps all of it.
+        color_jitter: probability.
+        brightness: strength, as are contrast and saturation, at least 0.
+        contrast: strength.
+        saturation: strength.
+        hue: strength in turns, 0 to 0.5.
+        grayscale: probability, as are the rest.
+        gaussian_blur: probability.
+        solarization: probability.
+        equalization: probability.
+        horizontal_flip: probability.
+    """
+
+    crop_size: int
+    num_crops: int = 1
+    crop_scale: tuple[float, float] | None = None
+    color_jitter: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    grayscale: float = 0.0
+    gaussian_blur: float = 0.0
+    solarization: float = 0.0
+    equalization: float = 0.0
+    horizontal_flip: float = 0.0
+
+
+def parse_augmentations(nodes: Iterable[Mapping[str, Any]] | ListConfig) -> list[Augmentation]:
+    """Reads the configuration's ``augmentations``.
+
+    Args:
+        nodes: the list, plain or of OmegaConf; entries that are :class:`Augmentation` already stay as they
+            are.
+
+    Raises:
+        UserError: an unknown key, or a value out of its range.
+    """
+    if isinstance(nodes, ListConfig | DictConfig):
+        nodes = OmegaConf.to_container(nodes, resolve=True)
+    check(
+        isinstance(nodes, list | tuple) and len(nodes) > 0,
+        "augmentations",
+        "a list with at least one entry",
+        nodes,
+        "compose one of the augmentations/*.yaml",
+    )
+    return [
+        node if isinstance(node, Augmentation) else _parse(node, f"augmentations.{i}")
+        for i, node in enumerate(nodes)
+    ]
+
+
+def _parse(node: Any, name: str) -> Augmentation:
+    check(isinstance(node, Mapping), name, "a mapping with crop_size and num_crops", node)
+    view = read(View, node, name)
+    rrc, jitter = view["rrc"], view["color_jitter"]
+    scale = (rrc["crop_min_scale"], rrc["crop_max_scale"])
+    chances = ("grayscale", "gaussian_blur", "solarization", "equalization", "horizontal_flip")
+    return Augmentation(
+        crop_size=view["crop_size"],
+        num_crops=view["num_crops"],
+        crop_scale=scale if rrc["enabled"] and scale != (1, 1) else None,
+        color_jitter=jitter["prob"],
+        **{strength: jitter[strength] for strength in ("brightness", "contrast", "saturation", "hue")},
+        **{chance: view[chance]["prob"] for chance in chances},
+    )
 
 
 class TorchvisionViews:
@@ -223,3 +307,87 @@ def _batch_pipeline(entry: Augmentation) -> nn.Sequential:
     if entry.horizontal_flip:
         steps.append(kornia.RandomHorizontalFlip(p=entry.horizontal_flip))
     return nn.Sequential(*steps)
+
+
+class BatchedResizedCrop(nn.Module):
+    """torchvision's ``RandomResizedCrop(size, scale, interpolation=BICUBIC)``, another crop for each image.
+
+    Cropping and resizing are linear and separable, so each image's crop is ``R_y x R_xᵀ`` with one resampling
+    matrix an axis. The matrices are filled in for all images at once, and hold Pillow's antialiased bicubic
+    filter, which is what torchvision uses on workers. kornia's ``slice`` mode loops over the images instead,
+    its ``resample`` mode neither antialiases nor uses Pillow's kernel.
+
+    Args:
+        size: height and width of the result in pixels.
+        scale: smallest and largest share of the area that is kept.
+    """
+
+    def __init__(self, size: int, scale: tuple[float, float]) -> None:
+        super().__init__()
+        self.size = size
+        self.scale = scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Crops float images in [0, 1] of shape (B, 3, H, W) to (B, 3, size, size), again in [0, 1]."""
+        height, width = images.shape[-2:]
+        windows = sample_crops(len(images), height, width, self.scale)
+        # Without waiting, so that views are queued while the GPU is still busy with the previous batch.
+        top, left, rows, columns = windows.to(images.device, non_blocking=True).unbind(1)
+        along_x = resampling_matrix(left, columns, width, self.size)[:, None]
+        along_y = resampling_matrix(top, rows, height, self.size)[:, None]
+        # Bicubic overshoots at edges; Pillow clips after each of the two passes.
+        narrowed = (images @ along_x.mT).clamp(0, 1)
+        return (along_y @ narrowed).clamp(0, 1)
+
+
+def sample_crops(count: int, height: int, width: int, scale: tuple[float, float]) -> Tensor:
+    """Crop windows distributed as torchvision's, int64, columns top, left, height, width, shape (count, 4).
+
+    Always drawn on the CPU, so that a seed gives the same crops on every device.
+    """
+    area = height * width * torch.empty(count, TRIES).uniform_(*scale)
+    aspect = torch.empty(count, TRIES).uniform_(math.log(ASPECT[0]), math.log(ASPECT[1])).exp()
+    columns, rows = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    fits = (columns > 0) & (columns <= width) & (rows > 0) & (rows <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    columns, rows = columns.gather(1, first)[:, 0], rows.gather(1, first)[:, 0]
+    found = fits.any(1)
+    # Without a fitting candidate: the largest centred window of an allowed aspect.
+    whole_columns = min(width, round(height * ASPECT[1]))
+    whole_rows = min(height, round(width / ASPECT[0]))
+    columns = torch.where(found, columns, whole_columns)
+    rows = torch.where(found, rows, whole_rows)
+    top = torch.where(found, (torch.rand(count) * (height - rows + 1)).long(), (height - rows) // 2)
+    left = torch.where(found, (torch.rand(count) * (width - columns + 1)).long(), (width - columns) // 2)
+    return torch.stack([top, left, rows, columns], 1)
+
+
+def resampling_matrix(start: Tensor, length: Tensor, inputs: int, outputs: int) -> Tensor:
+    """Weights that take a window of a line of pixels to ``outputs`` pixels with Pillow's bicubic filter.
+
+    Output ``k`` sees the window at ``(k + 1/2) · length / outputs``; pixels outside the window have weight 0,
+    and when the window shrinks the filter widens by the same factor (antialiasing).
+
+    Args:
+        start: first pixel of each window, shape (B,).
+        length: pixels in each window, shape (B,).
+        inputs: pixels in the line.
+        outputs: pixels wanted.
+
+    Returns:
+        shape (B, outputs, inputs), rows sum to 1.
+    """
+    pixel = torch.arange(inputs, device=start.device) - start[:, None, None]
+    step = (length / outputs)[:, None, None]
+    centre = (torch.arange(outputs, device=start.device)[:, None] + 0.5) * step
+    weights = _cubic((pixel + 0.5 - centre) / step.clamp(min=1))
+    weights = weights * ((pixel >= 0) & (pixel < length[:, None, None]))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def _cubic(x: Tensor) -> Tensor:
+    """Keys' cubic convolution kernel with a = -1/2, Pillow's choice (torch's plain ``bicubic`` has -3/4)."""
+    x = x.abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))

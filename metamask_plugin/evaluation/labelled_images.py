@@ -16,7 +16,6 @@ from metamask_plugin.data import (
     TorchvisionViews,
     load_dataset,
 )
-from metamask_plugin.data.fingerprint import fingerprint
 from metamask_plugin.data.loaders import (
     TrainingLoader,
     checked_workers,
@@ -26,6 +25,7 @@ from metamask_plugin.data.loaders import (
 )
 from metamask_plugin.data.regions import region_of
 from metamask_plugin.data.registry import Dataset, evaluation_resize
+from metamask_plugin.data.splits import fingerprint
 from metamask_plugin.data.verify import prepared
 from metamask_plugin.errors import UserError, check
 

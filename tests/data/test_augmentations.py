@@ -1,7 +1,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from metamask_plugin.data.augmentations import Augmentation, parse_augmentations
+from metamask_plugin.data.views import Augmentation, parse_augmentations
 from metamask_plugin.errors import UserError
 
 

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from metamask_plugin.data.batched_crop import BatchedResizedCrop, resampling_matrix, sample_crops
+from metamask_plugin.data.views import BatchedResizedCrop, resampling_matrix, sample_crops
 
 
 def noise(height: int, width: int) -> Image.Image:

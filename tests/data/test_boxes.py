@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metamask_plugin.data.boxes import clip_box, square_box
-from metamask_plugin.data.splits import centre_square
+from metamask_plugin.data.images import centre_square, clip_box, square_box
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from metamask_plugin.data.coco import CLASSES, coco_splits
+from metamask_plugin.data.datasets.coco import CLASSES, coco_splits
 from metamask_plugin.data.registry import MEAN_STD, load_dataset
 from metamask_plugin.errors import UserError
 

@@ -4,8 +4,14 @@ import time
 import pytest
 import torch
 
-from metamask_plugin.data.confounded_digits import PATCH, REGIONS, _render, boxes_of, confounded_digits
-from metamask_plugin.data.digits import raw_digits
+from metamask_plugin.data.datasets.confounded_digits import (
+    PATCH,
+    REGIONS,
+    _render,
+    boxes_of,
+    confounded_digits,
+)
+from metamask_plugin.data.datasets.digits import raw_digits
 from metamask_plugin.errors import UserError
 
 

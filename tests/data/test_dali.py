@@ -29,7 +29,7 @@ from metamask_plugin.training.callbacks import Progress
 
 pytest.importorskip("nvidia.dali", reason="no NVIDIA DALI: pip install nvidia-dali-cuda130")
 
-from metamask_plugin.data.dali_batches import DaliBatches
+from metamask_plugin.data.dali import DaliBatches
 
 ROOT = Path(__file__).resolve().parents[2]
 RAW = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # mean and std that leave pixels in [0, 1]
@@ -314,7 +314,6 @@ def shift(order):
     ("options", "message"),
     [
         ({"dataset": "digits"}, r"^data\.format must be image_folder for a data set that lies in memory"),
-        ({"pipeline": "kornia"}, r"^data\.pipeline must be left out with data\.format=dali, got 'kornia'"),
         ({"device": "tpu"}, r"^dali\.device must be one of cpu, gpu, got 'tpu'"),
         ({"format": "h5"}, r"^data\.format must be one of dali, image_folder, got 'h5'"),
     ],
@@ -341,7 +340,7 @@ def test_without_cuda_the_device_is_the_cpu(photographs):
 
 
 def test_without_dali_one_line_says_how_to_get_it_and_evaluators_go_on(photographs, monkeypatch):
-    monkeypatch.setitem(sys.modules, "nvidia.dali.plugin.pytorch", None)
+    monkeypatch.setitem(sys.modules, "metamask_plugin.data.dali", None)
     data = module(photographs)
     with pytest.raises(UserError, match=r"^data\.format .*pip install nvidia-dali-cuda130") as error:
         data.setup("fit")

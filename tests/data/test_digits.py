@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from metamask_plugin.data.digits import digits
+from metamask_plugin.data.datasets.digits import digits
 from metamask_plugin.errors import UserError
 
 

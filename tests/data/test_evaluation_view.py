@@ -23,7 +23,7 @@ def test_the_default_is_solo_learns(name):
     assert evaluation_resize(name, 224, 224) == 224 and evaluation_resize(name, 32, 36) == 36
 
 
-@pytest.mark.parametrize("given", [223, 0, True, 256.0])
+@pytest.mark.parametrize("given", [223, 0])
 def test_a_resize_below_the_crop_is_refused(given):
     with pytest.raises(UserError, match="data.evaluation_resize must be a whole number of at least the crop"):
         evaluation_resize("imagenet", 224, given)

@@ -3,9 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
-from metamask_plugin.data.confounded_digits import confounded_digits
+from metamask_plugin.data.datasets.confounded_digits import confounded_digits
+from metamask_plugin.data.images import centre_square
 from metamask_plugin.data.regions import region_of
-from metamask_plugin.data.splits import FileImages, MemoryImages, centre_square
+from metamask_plugin.data.splits import FileImages, MemoryImages
 from metamask_plugin.data.views import EvaluationView
 from metamask_plugin.errors import UserError
 

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from metamask_plugin.data import registry
+from metamask_plugin.data.datasets.tiny_imagenet import tiny_imagenet_splits
 from metamask_plugin.data.registry import MEAN_STD, load_dataset
 from metamask_plugin.data.splits import MemoryImages
-from metamask_plugin.data.tiny_imagenet import tiny_imagenet_splits
 from metamask_plugin.errors import UserError
 
 CLASSES = ("n01", "n02")

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
-from metamask_plugin.data.splits import FolderImages, MemoryImages
-from metamask_plugin.data.torchvision_sets import torchvision_splits
+from metamask_plugin.data import FolderImages, MemoryImages
+from metamask_plugin.data.datasets.torchvision_sets import torchvision_splits
 from metamask_plugin.errors import UserError
 
 

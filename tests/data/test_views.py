@@ -9,11 +9,15 @@ from scipy.stats import ks_2samp
 from torchvision import transforms
 from torchvision.transforms import functional as vision
 
-from metamask_plugin.data import batched_crop
 from metamask_plugin.data import views as views_module
-from metamask_plugin.data.batched_crop import sample_crops
-from metamask_plugin.data.confounded_digits import confounded_digits
-from metamask_plugin.data.views import EvaluationView, KorniaViews, TorchvisionViews, blur_kernel
+from metamask_plugin.data.datasets.confounded_digits import confounded_digits
+from metamask_plugin.data.views import (
+    EvaluationView,
+    KorniaViews,
+    TorchvisionViews,
+    blur_kernel,
+    sample_crops,
+)
 
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 of_kornia_0_9 = pytest.mark.skipif(
@@ -182,7 +186,7 @@ def fixed_windows(monkeypatch, count: int) -> list[tuple[int, ...]]:
     windows = sample_crops(count, 32, 32, (0.08, 1.0))
     rows = [tuple(row) for row in windows.tolist()]
     coming = iter(rows)
-    monkeypatch.setattr(batched_crop, "sample_crops", lambda *_: windows)
+    monkeypatch.setattr(views_module, "sample_crops", lambda *_: windows)
     monkeypatch.setattr(transforms.RandomResizedCrop, "get_params", lambda *_: next(coming))
     return rows
 

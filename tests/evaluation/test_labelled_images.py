@@ -4,10 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from metamask_plugin.data import MemoryImages
+from metamask_plugin.data import FolderImages, MemoryImages
 from metamask_plugin.data.regions import region_of
 from metamask_plugin.data.registry import Dataset
-from metamask_plugin.data.splits import FolderImages
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation import labelled_images
 from metamask_plugin.evaluation.labelled_images import LabelledImages, merged_data

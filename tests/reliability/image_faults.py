@@ -32,25 +32,10 @@ def png_claiming(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def webp_claiming(width: int, height: int) -> bytes:
-    whole = bytearray(encoded("WEBP", lossless=True))
-    assert whole[12:16] == b"VP8L"
-    whole[21:25] = struct.pack("<I", (width - 1) | (height - 1) << 14)
-    return bytes(whole)
-
-
 def jpeg_claiming(width: int, height: int) -> bytes:
     whole = encoded("JPEG")
     frame = whole.index(b"\xff\xc0")
     return whole[: frame + 5] + struct.pack(">HH", height, width) + whole[frame + 9 :]
-
-
-def png_damaged_inside() -> bytes:
-    """Whole by its header and its end, wrong between."""
-    whole = bytearray(encoded("PNG"))
-    start = whole.index(b"IDAT") + 40
-    whole[start : start + 200] = bytes(200)
-    return bytes(whole)
 
 
 def with_thumbnail() -> bytes:
@@ -73,41 +58,24 @@ def half(content: bytes) -> bytes:
 
 CONTENTS = {
     "JPEG cut in half": lambda: half(encoded("JPEG")),
-    "JPEG without its last byte": lambda: encoded("JPEG")[:-1],
     "progressive JPEG cut": lambda: encoded("JPEG", progressive=True)[:-700],
-    "JPEG with zeros for its second half": lambda: half(encoded("JPEG")) + bytes(2000),
     "PNG cut in half": lambda: half(encoded("PNG")),
-    "PNG without its last chunk": lambda: encoded("PNG")[:-12],
-    "BMP cut": lambda: encoded("BMP")[:-100],
-    "PPM cut": lambda: encoded("PPM")[:-100],
     "TIFF cut": lambda: encoded("TIFF")[:-100],
     "WebP cut": lambda: encoded("WEBP")[:-100],
-    "GIF cut": lambda: encoded("GIF")[:-300],
     "zero bytes": lambda: b"",
-    "one byte": lambda: b"\xff",
     "web page": lambda: b"<!DOCTYPE html><html><body>404 Not Found</body></html>\n",
     "random bytes": lambda: np.random.default_rng(0).bytes(5000),
     "PostScript": lambda: encoded("EPS"),
-    "float TIFF": lambda: wide(np.float32),
     "32-bit TIFF": lambda: wide(np.int32),
     "PNG bomb, Pillow warns": lambda: png_claiming(10_000, 10_000),
-    "PNG bomb, Pillow refuses": lambda: png_claiming(50_000, 50_000),
     "JPEG bomb": lambda: jpeg_claiming(65_000, 65_000),
-    "WebP bomb": lambda: webp_claiming(16_000, 16_000),
 }
 """What a file with an image's name may hold instead of one."""
 
 
-def _other(path: Path, make) -> None:
-    path.unlink(missing_ok=True)
-    make(path)
-
-
 PLACES = {
     "dangling link": lambda path: path.symlink_to("gone.jpg"),
-    "link to itself": lambda path: path.symlink_to(path.name),
     "named pipe": lambda path: os.mkfifo(path),
-    "device": lambda path: path.symlink_to("/dev/zero"),
     "vanished": lambda path: None,
 }
 """What may lie where a file was."""
@@ -120,7 +88,8 @@ def inject(fault: str, path: Path) -> None:
     if fault in CONTENTS:
         path.write_bytes(CONTENTS[fault]())
     else:
-        _other(path, PLACES[fault])
+        path.unlink(missing_ok=True)
+        PLACES[fault](path)
 
 
 def make_tree(root: Path, classes: tuple[str, ...] = ("cat", "dog"), images: int = 4) -> Path:

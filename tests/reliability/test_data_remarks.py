@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from metamask_plugin.data import PretrainDataModule, load_dataset
-from metamask_plugin.data.coco import CLASSES as COCO_CLASSES
+from metamask_plugin.data.datasets.coco import CLASSES as COCO_CLASSES
 from metamask_plugin.data.registry import CLASSES
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.features import Features

@@ -94,7 +94,7 @@ def probe(folder, **data):
 def test_evaluators_stop_with_the_same_line(tmp_path, trees, capfd):
     folder = run(tmp_path, trees)
     bad = trees[1] / "cat" / "0.jpg"
-    inject("JPEG without its last byte", bad)
+    inject("JPEG cut in half", bad)
     capfd.readouterr()
     for evaluate in (
         lambda: knn.main(["--pretrained_checkpoint_dir", str(folder.path), "--k", "1"]),
@@ -106,7 +106,7 @@ def test_evaluators_stop_with_the_same_line(tmp_path, trees, capfd):
         assert stopped.value.code == 2 and len(lines) == 1
         assert lines[0].startswith(f"error: image file {bad} must be readable, got a truncated file")
     probe(folder, invalid_images="skip")
-    assert "left out 1 files or folders that cannot be read" in capfd.readouterr().err
+    assert "left out 1 images that cannot be read" in capfd.readouterr().err
 
 
 @pytest.mark.slow

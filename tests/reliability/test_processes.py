@@ -16,7 +16,7 @@ from composing import tiny
 from PIL import Image
 
 from metamask_plugin.cli import pretrain
-from metamask_plugin.data.worker_failure import worker_failure
+from metamask_plugin.data.workers import worker_failure
 from metamask_plugin.errors import UserError
 from metamask_plugin.training.callbacks import Progress
 from metamask_plugin.training.ranks import with_timeout

@@ -30,8 +30,7 @@ from PIL import Image
 from metamask_plugin.cli import pretrain
 from metamask_plugin.cli.config import complete, for_method, recorded
 from metamask_plugin.cli.machine import device_count
-from metamask_plugin.data.fingerprint import fingerprint
-from metamask_plugin.data.splits import MemoryImages
+from metamask_plugin.data.splits import MemoryImages, fingerprint
 from metamask_plugin.methods import METHODS
 from metamask_plugin.methods.base import TaskMethod
 from metamask_plugin.studies.pretraining import pretraining_config

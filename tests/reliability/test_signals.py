@@ -18,11 +18,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from metamask_plugin import signals
-from metamask_plugin.data import loader as loader_module
 from metamask_plugin.data import verify
-from metamask_plugin.data.loader import ShieldedLoader
+from metamask_plugin.data import workers as loader_module
 from metamask_plugin.data.splits import FileImages
-from metamask_plugin.data.worker_failure import worker_failure
+from metamask_plugin.data.workers import ShieldedLoader, worker_failure
 from metamask_plugin.signals import SIGNALS, Preempted, install, restore
 from metamask_plugin.training import callbacks, report
 from metamask_plugin.training.callbacks import Progress
@@ -185,7 +184,7 @@ def once(act, owner, name):
 
 
 PLACES = {
-    "verifying": (verify, "header_fault", workers(2)),
+    "verifying": (verify, "fault", workers(2)),
     "decoding": (FileImages, "image", ["++data.pipeline=kornia"]),
     "reporting": (report, "evaluate_rows", workers(2)),
 }

@@ -6,7 +6,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from metamask_plugin.data.augmentations import parse_augmentations
+from metamask_plugin.data.views import parse_augmentations
 from metamask_plugin.errors import UserError
 from metamask_plugin.losses.ressl import relation_loss
 from metamask_plugin.methods.interventional import InterventionalTask

@@ -1,10 +1,13 @@
-"""The project's ``DataLoader``, whose workers leave signals to the process that started them."""
+"""The project's ``DataLoader``: workers leave signals to the main process, and their death is one line."""
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Listener
 from tempfile import gettempdir
 from typing import Any
@@ -12,7 +15,12 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from metamask_plugin.errors import UserError
-from metamask_plugin.signals import SIGNALS, held
+from metamask_plugin.signals import SIGNALS, Preempted, held
+
+# torch has two messages: of its handler of SIGCHLD, and of the loop that waits for a batch
+DIED = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)|exited unexpectedly)"
+)
 
 
 class ShieldedLoader(DataLoader):
@@ -29,7 +37,22 @@ class ShieldedLoader(DataLoader):
         if not isinstance(self.worker_init_fn, WorkerStart):
             self.worker_init_fn = WorkerStart(self.worker_init_fn)
         with held():  # a worker inherits that, and is safe until it has shielded itself
-            return super().__iter__()
+            return self._watched(super().__iter__())
+
+    def _watched(self, batches: Any) -> Iterator[Any]:
+        """Says of a broken pipe what torch says of a worker's death, which ends up there, too."""
+        try:
+            yield from batches
+        except (ConnectionError, EOFError) as error:
+            until = time.monotonic() + 2  # the pipe breaks a moment before the worker is gone
+            while time.monotonic() < until:
+                for worker in batches._workers:
+                    if worker.exitcode:
+                        name = signal.strsignal(-worker.exitcode) if worker.exitcode < 0 else None
+                        how = f"is killed by signal: {name}" if name else "exited unexpectedly"
+                        raise RuntimeError(f"DataLoader worker (pid {worker.pid}) {how}") from error
+                time.sleep(0.05)
+            raise
 
 
 class WorkerStart:
@@ -89,3 +112,49 @@ def check_worker_sockets() -> None:
             f"TMPDIR must be a folder in which workers can make sockets, got {gettempdir()!r} ({error}); set "
             "TMPDIR=/tmp, or data.num_workers=0"
         ) from None
+
+
+@contextmanager
+def worker_failures() -> Iterator[None]:
+    """Turns the death of a worker into a :class:`UserError`; everything else passes.
+
+    A worker that a signal has asked to end is no failure: the run is preempted, and says so.
+
+    To stand around whatever runs while workers do: torch raises their death from a signal handler, wherever
+    the main thread is.
+    """
+    try:
+        yield
+    except Exception as error:
+        failure = None if isinstance(error, UserError) else worker_failure(error)
+        if failure is None:
+            raise
+        raise failure from None
+
+
+def worker_failure(error: BaseException | None) -> UserError | Preempted | None:
+    """Describes the death of a worker; None if ``error`` is of another kind.
+
+    Args:
+        error: what was raised; its context counts, too.
+    """
+    while error is not None:
+        found = DIED.search(str(error)) if isinstance(error, RuntimeError) else None
+        if found is not None:
+            return _died(*found.groups())
+        error = error.__context__
+    return None
+
+
+def _died(pids: str, signal_name: str | None) -> UserError | Preempted:
+    """Of a worker that ended by itself, or by a signal of this name, as the C library spells it."""
+    name = (signal_name or "").strip()
+    asked = next((number for number in SIGNALS if signal.strsignal(number) == name), None)
+    if asked is not None:
+        return Preempted(asked)
+    how = f"was killed ({name})" if name else "ended unexpectedly"
+    return UserError(
+        f"a worker that reads images (pid {pids}) {how}: most likely memory has run out, or shared memory "
+        "(see df -h /dev/shm; in a container --shm-size); lower data.num_workers (0 reads without workers), "
+        "and go on with the same command and auto_resume.enabled=True"
+    )

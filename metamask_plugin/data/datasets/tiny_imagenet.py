@@ -8,11 +8,15 @@ from pathlib import Path
 
 import torch
 
-from metamask_plugin.data.boxes import Box, clip_box
-from metamask_plugin.data.image_tree import path_inside
-from metamask_plugin.data.splits import FileImages, FolderImages, holds_image, refuse_missing_files
-from metamask_plugin.data.torchvision_sets import SET_PATH, Splits
-from metamask_plugin.data.unreadable import raise_if_machines
+from metamask_plugin.data.datasets.folders import (
+    SET_PATH,
+    FolderImages,
+    holds_image,
+    path_inside,
+    refuse_missing_files,
+)
+from metamask_plugin.data.images import Box, clip_box
+from metamask_plugin.data.splits import FileImages, Splits
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.retry import retried
 
@@ -101,7 +105,6 @@ def _read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[list[str], 
     try:
         lines = retried(file.read_text).splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise_if_machines(f"Tiny ImageNet's {file}", error)
         reason = " ".join(str(error).split())
         raise UserError(
             f"Tiny ImageNet's {file} must be readable, got {type(error).__name__}: {reason}; unpack it anew"

@@ -7,21 +7,17 @@ import numpy as np
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
-from metamask_plugin.data.image_tree import is_folder, is_hidden, listing
-from metamask_plugin.data.splits import (
-    FolderImages,
-    ImageSplit,
-    MemoryImages,
+from metamask_plugin.data.datasets.folders import (
+    SET_PATH,
+    folder_splits,
     holds_image,
+    is_hidden,
+    listing,
     refuse_folder_of_splits,
 )
-from metamask_plugin.data.unreadable import raise_if_machines
+from metamask_plugin.data.splits import MemoryImages, Splits
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.retry import retried
-
-SET_PATH = "set data.train_path=<folder>, or --train_data_path of a command with flags"
-
-Splits = tuple[ImageSplit, ImageSplit | None]
 
 
 def torchvision_splits(name: str, train_path: str | None, val_path: str | None, download: bool) -> Splits:
@@ -46,7 +42,7 @@ def torchvision_splits(name: str, train_path: str | None, val_path: str | None, 
         test_root = Path(val_path) if val_path and (Path(val_path) / layout).is_dir() else root
         return _guarded(load, name, root, test_root, False)
     if root.is_dir():
-        folders = [entry for entry in listing(root) if is_folder(entry) and not is_hidden(entry.name)]
+        folders = [entry for entry in listing(root) if entry.is_dir() and not is_hidden(entry.name)]
         refuse_folder_of_splits(root, [folder.name for folder in folders])
         if any(holds_image(folder) for folder in folders):
             return folder_splits(train_path, val_path)
@@ -58,16 +54,6 @@ def torchvision_splits(name: str, train_path: str | None, val_path: str | None, 
     )
 
 
-def folder_splits(train_path: str | None, val_path: str | None) -> Splits:
-    """Two image folders; without ``val_path`` there is no test split.
-
-    Raises:
-        UserError: a folder is missing, unreadable, or not one of class folders.
-    """
-    check(bool(train_path), "data.train_path", "a folder of class folders", train_path, SET_PATH)
-    return FolderImages(train_path), FolderImages(val_path) if val_path else None
-
-
 def _guarded(
     load: Callable[..., Splits], name: str, train_root: Path, test_root: Path, download: bool
 ) -> Splits:
@@ -75,7 +61,6 @@ def _guarded(
     try:
         return retried(lambda: load(train_root, test_root, download))
     except (RuntimeError, OSError, EOFError) as error:
-        raise_if_machines(f"{name} in {train_root}", error)
         reason = " ".join(str(error).split())
         raise UserError(
             f"{name} in {train_root} must be complete and readable, got {type(error).__name__}: {reason}; "

@@ -8,47 +8,18 @@ from typing import Any
 
 import torch
 
-from metamask_plugin.data.boxes import Box, clip_box
-from metamask_plugin.data.image_tree import listing, path_inside
-from metamask_plugin.data.splits import FileImages, refuse_missing_files
-from metamask_plugin.data.torchvision_sets import Splits
-from metamask_plugin.data.unreadable import raise_if_machines
+from metamask_plugin.data.datasets.folders import listing, path_inside, refuse_missing_files
+from metamask_plugin.data.images import Box, clip_box
+from metamask_plugin.data.splits import FileImages, Splits
 from metamask_plugin.errors import UserError, check
 from metamask_plugin.retry import retried
 
 # The 30 classes of Qiang et al., ICML 2022, Section 6.2, in the order of the labels.
 CLASSES = (
-    "airplane",
-    "banana",
-    "bear",
-    "bed",
-    "bench",
-    "bird",
-    "boat",
-    "broccoli",
-    "bus",
-    "cat",
-    "clock",
-    "cow",
-    "dog",
-    "elephant",
-    "fire hydrant",
-    "giraffe",
-    "horse",
-    "motorcycle",
-    "person",
-    "pizza",
-    "scissors",
-    "sink",
-    "stop sign",
-    "teddy bear",
-    "toilet",
-    "traffic light",
-    "train",
-    "truck",
-    "vase",
-    "zebra",
-)
+    "airplane, banana, bear, bed, bench, bird, boat, broccoli, bus, cat, clock, cow, dog, elephant, fire "
+    "hydrant, giraffe, horse, motorcycle, person, pizza, scissors, sink, stop sign, teddy bear, toilet, "
+    "traffic light, train, truck, vase, zebra"
+).split(", ")
 REMEDY = "take instances_train2017.json or instances_val2017.json of COCO"
 
 
@@ -116,7 +87,6 @@ def _read_json(file: Path) -> Any:
     try:
         return json.loads(retried(file.read_bytes))
     except (OSError, ValueError, RecursionError) as error:
-        raise_if_machines(f"annotation file {file}", error)
         raise _unusable(file, f"{type(error).__name__}: {error}") from None
 
 

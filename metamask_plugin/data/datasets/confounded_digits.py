@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_images
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from metamask_plugin.data.digits import CLASSES, raw_digits
+from metamask_plugin.data.datasets.digits import CLASSES, raw_digits
 from metamask_plugin.data.splits import MemoryImages
 from metamask_plugin.errors import check
 
