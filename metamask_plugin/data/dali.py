@@ -49,8 +49,8 @@ class DaliBatches:
         sampler: the epoch's order. Lightning calls its ``set_epoch``, as with a ``DataLoader``.
 
     Raises:
-        UserError: ``split`` is none of whole image files, an unknown or missing device, or
-            a share of less than one batch; while iterating, a file that cannot be decoded.
+        UserError: ``split`` is none of whole image files, or an unknown or missing device; while iterating, a
+            file that cannot be decoded.
     """
 
     def __init__(
@@ -68,13 +68,6 @@ class DaliBatches:
         position: EpochPosition | None = None,
     ) -> None:
         require_dali(split, device)
-        check(
-            batch_size <= len(split) // processes,
-            "optimizer.batch_size",
-            f"at most {len(split) // processes}, a process's share of the training images",
-            batch_size,
-            "lower optimizer.batch_size",
-        )
         self.split, self.entries, self.mean, self.std = split, entries, mean, std
         self.batch_size, self.device, self.threads = batch_size, device, threads
         self.rank, self.processes = rank, processes

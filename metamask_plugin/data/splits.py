@@ -149,36 +149,28 @@ class FileImages(ImageSplit):
         picked.paths = [self.paths[i] for i in torch.as_tensor(indices).tolist()]
         return picked
 
-    def to_memory(self, size: int) -> MemoryImages:
+    def to_memory(self, size: int, faults: dict[int, str] | None = None) -> MemoryImages:
         """Decodes everything: shorter side resized to ``size`` (bicubic), then the centre square.
 
         Boxes are moved along; of one that lies outside the square, the nearest pixel stays.
 
         Args:
             size: height and width in pixels.
+            faults: is filled with the reasons why files cannot be decoded, by index; their images are black.
 
         Raises:
-            UnreadableImage: a file cannot be decoded.
-        """
-        decoded, unreadable = self.decode(size)
-        for error in unreadable.values():
-            raise error
-        return decoded
-
-    def decode(self, size: int) -> tuple[MemoryImages, dict[int, UnreadableImage]]:
-        """As :meth:`to_memory`, but goes on where a file cannot be decoded.
-
-        Returns:
-            all images, black in place of an unreadable one; and by index why it is that.
+            UnreadableImage: a file cannot be decoded, and ``faults`` is not given.
         """
         images = torch.zeros(len(self), 3, size, size, dtype=torch.uint8)
         boxes = None if self.boxes is None else torch.zeros(len(self), 4, dtype=torch.int32)
 
-        def decode(index: int) -> UnreadableImage | None:
+        def decode(index: int) -> str | None:
             try:
                 image = self.image(index)
             except UnreadableImage as error:
-                return error
+                if faults is None:
+                    raise
+                return error.reason
             square = centre_square(image, size)
             images[index] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
             if boxes is not None:
@@ -186,7 +178,15 @@ class FileImages(ImageSplit):
             return None
 
         unreadable = parallel_map(decode, len(self), "decoding")
-        return MemoryImages(images, self.labels, self.classes, boxes), unreadable
+        if faults is not None:
+            faults.update(unreadable)
+        return MemoryImages(images, self.labels, self.classes, boxes)
+
+
+def _require_rows(count: int, **rows: Tensor | None) -> None:
+    for name, given in rows.items():
+        if given is not None and len(given) != count:
+            raise ValueError(f"{name} must have one row for each of {count} images, got {len(given)}")
 
 
 def stratified_subset(split: ImageSplit, fraction: float, seed: int) -> ImageSplit:
@@ -208,12 +208,6 @@ def stratified_subset(split: ImageSplit, fraction: float, seed: int) -> ImageSpl
     rank_in_class = torch.cat([torch.arange(count) for count in counts.tolist()])
     keep = torch.round(counts * fraction).clamp(min=1).repeat_interleave(counts)
     return split.subset(by_class[rank_in_class < keep].sort().values)
-
-
-def _require_rows(count: int, **rows: Tensor | None) -> None:
-    for name, given in rows.items():
-        if given is not None and len(given) != count:
-            raise ValueError(f"{name} must have one row for each of {count} images, got {len(given)}")
 
 
 Splits = tuple[ImageSplit, ImageSplit | None]

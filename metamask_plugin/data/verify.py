@@ -7,7 +7,7 @@ trained; ``skip`` goes on without them. ``metamask-ssl verify`` lists them all.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,38 +37,23 @@ class InvalidImages(UserError):
         self.images = tuple(images)
 
 
-@dataclass(frozen=True)
-class Verification:
-    """How image files are verified, and whether the run goes on without those that cannot be read.
+def policy(data: Mapping[str, Any]) -> tuple[str, bool]:
+    """How files are verified, one of :data:`LEVELS`, and whether to go on without those that cannot be read.
 
-    Attributes:
-        level: one of :data:`LEVELS`.
-        skip: whether to go on.
+    Args:
+        data: the ``data`` node; ``verify`` is ``header`` by default, with ``invalid_images=skip`` ``decode``.
+
+    Raises:
+        UserError: an unknown value, or nothing to be verified and yet skipped.
     """
-
-    level: str = "header"
-    skip: bool = False
-
-    @classmethod
-    def of(cls, data: Mapping[str, Any]) -> "Verification":
-        """From the ``data`` node: ``invalid_images``, and ``verify`` (``header``; with ``skip``, ``decode``).
-
-        Raises:
-            UserError: an unknown value, or nothing to be verified and yet skipped.
-        """
-        on_invalid = choose("data.invalid_images", data.get("invalid_images") or "stop", ON_INVALID)
-        given = data.get("verify")
-        if given in (None, False):  # YAML's "no", and nothing at all
-            given = "none" if given is False else ("decode" if on_invalid == "skip" else "header")
-        level = choose("data.verify", given, LEVELS)
-        skip = on_invalid == "skip"
-        check(
-            not skip or level != "none",
-            "data.verify",
-            "header or decode with data.invalid_images=skip",
-            level,
-        )
-        return cls(level, skip)
+    skip = choose("data.invalid_images", data.get("invalid_images") or "stop", ON_INVALID) == "skip"
+    level = data.get("verify")
+    if level is None:
+        level = "decode" if skip else "header"
+    level = choose("data.verify", "none" if level is False else level, LEVELS)  # False is YAML's "no"
+    wanted = "header or decode with data.invalid_images=skip"
+    check(not skip or level != "none", "data.verify", wanted, level)
+    return level, skip
 
 
 def prepared(
@@ -89,28 +74,34 @@ def prepared(
         InvalidImages: files that cannot be read, all in one line.
         UserError: too many to be skipped, or an unknown setting.
     """
-    how = Verification.of(data)
+    level, skip = policy(data)
     seen = in_region(dataset, data.get("region") or "full", data.get("region_form") or "fill")
     files = {name: split for name, split in seen.splits.items() if isinstance(split, FileImages)}
     memory: dict[str, MemoryImages] = {}
     faults: dict[str, dict[int, str]] = {}
     for name, split in files.items():
+        faults[name] = {}
         if in_memory:
-            memory[name], errors = split.decode(size)
-            faults[name] = {index: error.reason for index, error in errors.items()}
+            memory[name] = split.to_memory(size, faults[name])
         else:
-            faults[name] = unreadable(split, how.level, f"verifying {name} images")
-    kept = _kept(dataset, faults, how)
-    full = _subsets(dataset, kept)
-    seen = _subsets(replace(seen, **memory), kept)
-    for name in files:
-        tell_unused_bits(name, full.splits[name])
-    skipped = tuple(
-        SkippedImage(split.paths[index], reason)
-        for name, split in files.items()
-        for index, reason in faults[name].items()
+            faults[name] = unreadable(split, level, f"verifying {name} images")
+    found = tuple(
+        SkippedImage(files[name].paths[index], reason)
+        for name, at_fault in faults.items()
+        for index, reason in at_fault.items()
     )
-    return replace(full, skipped=skipped), replace(seen, skipped=skipped)
+    if found and not skip:
+        raise _invalid(found, sum(len(split) for split in files.values()), dataset.name)
+    kept = {name: _readable(name, files[name], at_fault) for name, at_fault in faults.items() if at_fault}
+    if found:
+        tell(f"warning: left out {len(found)} images that cannot be read, the first {found[0]}")
+    dataset, seen = (
+        replace(of, skipped=found, **{name: of.splits[name].subset(rows) for name, rows in kept.items()})
+        for of in (dataset, replace(seen, **memory))
+    )
+    for name in files:
+        tell_unused_bits(name, dataset.splits[name])
+    return dataset, seen
 
 
 def unreadable(split: FileImages, level: str, title: str = "verifying") -> dict[int, str]:
@@ -131,62 +122,34 @@ def unreadable(split: FileImages, level: str, title: str = "verifying") -> dict[
     )
 
 
-def _kept(
-    dataset: Dataset, faults: Mapping[str, Mapping[int, str]], how: Verification
-) -> dict[str, torch.Tensor]:
-    """Indexes of the images that can be read, for each split where some cannot.
-
-    Raises:
-        InvalidImages: there are any, and they are not to be skipped.
-        UserError: more than half of a split are at fault, or all images of a class.
-    """
-    splits = dataset.splits
-    found = [
-        SkippedImage(splits[name].paths[index], reason)
-        for name, at_fault in faults.items()
-        for index, reason in at_fault.items()
-    ]
-    if not found:
-        return {}
-    if not how.skip:
-        _refuse(found, sum(len(splits[name]) for name in faults), dataset.name)
-    kept = {}
-    for name, at_fault in faults.items():
-        if at_fault:
-            keep = torch.ones(len(splits[name]), dtype=torch.bool)
-            keep[list(at_fault)] = False
-            kept[name] = keep.nonzero().flatten()
-            _refuse_too_many(name, splits[name], kept[name])
-    tell(f"warning: left out {len(found)} images that cannot be read, the first {found[0]}")
-    return kept
-
-
-def _subsets(dataset: Dataset, kept: Mapping[str, torch.Tensor]) -> Dataset:
-    return replace(dataset, **{name: dataset.splits[name].subset(rows) for name, rows in kept.items()})
-
-
-def _refuse(images: Sequence[SkippedImage], of: int, name: str) -> None:
+def _invalid(images: Sequence[SkippedImage], of: int, name: str) -> InvalidImages:
     skip = "or set data.invalid_images=skip to go on without"
     if len(images) == 1:
-        raise InvalidImages(
+        message = (
             f"image file {printable(images[0].path)} must be readable, got {images[0].reason}; replace or "
-            f"delete it, {skip} (it is the only one of {of} in {name})",
-            images,
+            f"delete it, {skip} (it is the only one of {of} in {name})"
         )
-    raise InvalidImages(
-        f"the images of {name} must be readable, got {len(images)} of {of} that are not, the first "
-        f"{images[0]}; replace or delete them (metamask-ssl verify <folder> --decode lists all), {skip} them",
-        images,
-    )
+    else:
+        message = (
+            f"the images of {name} must be readable, got {len(images)} of {of} that are not, the first "
+            f"{images[0]}; replace or delete them (metamask-ssl verify <folder> --decode lists all), {skip}"
+        )
+    return InvalidImages(message, images)
 
 
-def _refuse_too_many(name: str, split: ImageSplit, keep: torch.Tensor) -> None:
-    skipped = len(split) - len(keep)
-    if skipped > MOST_SKIPPED * len(split):
+def _readable(name: str, split: ImageSplit, at_fault: Mapping[int, str]) -> torch.Tensor:
+    """Indexes of the images that can be read.
+
+    Raises:
+        UserError: they are less than half, or none of a class.
+    """
+    keep = torch.ones(len(split), dtype=torch.bool)
+    keep[list(at_fault)] = False
+    if len(at_fault) > MOST_SKIPPED * len(split):
         raise UserError(
             "data.invalid_images must be stop where more than half of the images cannot be read, got 'skip' "
-            f"and {skipped} of {len(split)} {name} images that cannot; correct the path or fetch the images "
-            "anew"
+            f"and {len(at_fault)} of {len(split)} {name} images that cannot; correct the path or fetch the "
+            "images anew"
         )
     lost = sorted(set(split.labels.tolist()) - set(split.labels[keep].tolist()))
     if lost:
@@ -195,3 +158,4 @@ def _refuse_too_many(name: str, split: ImageSplit, keep: torch.Tensor) -> None:
             f"data.invalid_images must leave every class an image, got 'skip' and {len(lost)} classes of the "
             f"{name} images without a readable one, the first {label!r}; replace its images or remove it"
         )
+    return keep.nonzero().flatten()

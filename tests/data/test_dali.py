@@ -348,11 +348,6 @@ def test_without_dali_one_line_says_how_to_get_it_and_evaluators_go_on(photograp
     assert len(next(iter(data.evaluation_loader(data.dataset.train, 5)))[1]) == 5
 
 
-def test_a_batch_larger_than_a_processs_share_is_refused(split):
-    with pytest.raises(UserError, match=r"^optimizer\.batch_size must be at most 13, a process's share"):
-        DaliBatches(split, parse_augmentations(AUGMENTATIONS), *RAW, batch_size=14, seed=1, processes=2)
-
-
 @pytest.mark.parametrize("content", [b"", b"no image", "truncated"])
 def test_a_damaged_file_is_named_in_one_line(tmp_path, split, content):
     (tmp_path / "all").mkdir()

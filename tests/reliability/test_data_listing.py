@@ -73,6 +73,13 @@ def test_a_class_that_is_a_link_to_nothing_is_never_skipped(tree):
 
 
 @pytest.mark.fault("data")
+def test_a_link_back_lists_nothing_twice(tree):
+    sound = load(tree).fingerprint()
+    (tree / "dog" / "again").symlink_to("..")
+    assert load(tree).fingerprint() == sound
+
+
+@pytest.mark.fault("data")
 @pytest.mark.parametrize("on_invalid", ["stop", "skip"])
 def test_a_class_without_images(tree, on_invalid):
     (tree / "fox").mkdir()

@@ -99,9 +99,18 @@ def image_files(folder: str | Path) -> list[str]:
     listing(folder)
     places = []
     for place, folders, names in os.walk(folder, followlinks=True, onerror=_refuse_unlisted):
-        folders[:] = [name for name in folders if not is_hidden(name)]
+        folders[:] = [name for name in folders if not (is_hidden(name) or _leads_back(place, name))]
         places.append((place, sorted(filter(is_image_name, names))))
     return [os.path.join(place, name) for place, names in sorted(places) for name in names]
+
+
+def _leads_back(place: str, name: str) -> bool:
+    """Whether a folder is a link to one that it lies in, whose images would be listed again and again."""
+    path = os.path.join(place, name)
+    if not os.path.islink(path):
+        return False
+    here, target = os.path.realpath(place), os.path.realpath(path)
+    return os.path.commonpath([here, target]) == target
 
 
 def listing(folder: str | Path) -> list[Path]:
