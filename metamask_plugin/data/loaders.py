@@ -58,7 +58,7 @@ def evaluation_loader(
     # Without a generator of its own a loader draws its workers' seed from the global one.
     options = {"generator": torch.Generator(), "pin_memory": torch.cuda.is_available()}
     if not isinstance(dataset, MemoryImages):
-        images = EvaluationImages(dataset, transform)
+        images = SingleImages(dataset, transform)
         return ShieldedLoader(images, batch_size, num_workers=num_workers, **options)
 
     def fetch(indexes: Tensor) -> list[Tensor]:
@@ -105,26 +105,27 @@ def training_loader(
     """
     if isinstance(transform, KorniaViews):
         transform = BatchedViews(dataset, transform, device, on_device)
-    finish = None
+    draw = None
     if isinstance(transform, BatchedViews):
         # Indexing uint8 rows takes a fraction of a millisecond: a worker would only add the transport.
         images = WholeBatches(dataset, transform.fetch)
-        options = {"collate_fn": whole}
-        if device is not None:
-            finish = lambda batch: transform.draw(moved(batch, device))  # noqa: E731
+        options, draw = {"collate_fn": whole}, transform.draw
     else:
         # Not persistent: workers that start anew with each epoch are seeded by it, and a resumed run's alike.
         # Torch's default of two batches ahead a worker stays: four or eight made no difference with a step
         # of eight times the length every eighth time.
-        images, options = IndexedViews(dataset, transform), {"num_workers": num_workers}
-        if device is not None:
-            finish = lambda batch: moved(batch, device)  # noqa: E731
+        images, options = SingleImages(dataset, transform, indexed=True), {"num_workers": num_workers}
+
+    def finish(batch: Any) -> list:
+        batch = moved(batch, device)
+        return batch if draw is None else draw(batch)
+
     order = EpochShuffle(images, seed)
     return TrainingLoader(
         images,
         batch_size,
         position=position or EpochPosition(),
-        finish=finish,
+        finish=None if device is None else finish,
         sampler=order,
         generator=order.worker_seeds,
         drop_last=True,
@@ -345,29 +346,21 @@ def whole(batch: Any) -> Any:
     return batch
 
 
-class IndexedViews(Dataset):
-    """Single images for workers: (index, views, label)."""
+class SingleImages(Dataset):
+    """Single images for workers: ``(view, label)``, or ``(index, view, label)``.
 
-    def __init__(self, split: ImageSplit, views: Callable[[Any], list[Tensor]]) -> None:
-        self.split = split
-        self.views = views
+    Args:
+        split: the images.
+        view: makes one view, or a list of them.
+        indexed: whether the index comes with it.
+    """
 
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, index: int) -> tuple[int, list[Tensor], Tensor]:
-        return index, self.views(self.split.image(index)), self.split.labels[index]
-
-
-class EvaluationImages(Dataset):
-    """Single images for workers: (evaluation view, label)."""
-
-    def __init__(self, split: ImageSplit, view: EvaluationView) -> None:
-        self.split = split
-        self.view = view
+    def __init__(self, split: ImageSplit, view: Callable[[Any], Any], indexed: bool = False) -> None:
+        self.split, self.view, self.indexed = split, view, indexed
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.view(self.split.image(index)), self.split.labels[index]
+    def __getitem__(self, index: int) -> tuple:
+        item = self.view(self.split.image(index)), self.split.labels[index]
+        return (index, *item) if self.indexed else item

@@ -95,20 +95,10 @@ def confounded_digits(
 def _check_options(correlation: float, size: int, seed: int, copies: int, test_copies: int) -> None:
     number = isinstance(correlation, int | float)
     check(number and 0 <= correlation <= 1, "data.kwargs.correlation", "between 0 and 1", correlation)
-    check(
-        isinstance(size, int) and size >= 16,
-        "data.kwargs.size",
-        "a whole number of at least 16 (pixels)",
-        size,
-    )
-    check(isinstance(seed, int) and seed >= 0, "data.kwargs.seed", "a whole number of at least 0", seed)
-    for name, given in (("copies", copies), ("test_copies", test_copies)):
-        check(
-            isinstance(given, int) and given >= 1,
-            f"data.kwargs.{name}",
-            "a whole number of at least 1",
-            given,
-        )
+    least = {"size": (size, 16), "seed": (seed, 0), "copies": (copies, 1), "test_copies": (test_copies, 1)}
+    for name, (given, lowest) in least.items():
+        expected = f"a whole number of at least {lowest}" + (" (pixels)" if name == "size" else "")
+        check(isinstance(given, int) and given >= lowest, f"data.kwargs.{name}", expected, given)
 
 
 def _as_split(labels: Tensor, parts: Sequence[Rendered], copies: int) -> ConfoundedImages:
