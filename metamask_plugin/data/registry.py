@@ -26,7 +26,6 @@ from metamask_plugin.data.splits import (
     Splits,
     stratified_subset,
 )
-from metamask_plugin.data.verify import policy
 from metamask_plugin.errors import check, choose
 
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -165,15 +164,14 @@ def _folders(node: Mapping[str, Any]) -> Splits:
 
 
 def _tiny_imagenet(node: Mapping[str, Any]) -> Splits:
-    return tiny_imagenet_splits(node.get("train_path"), node.get("val_path"), policy(node)[1])
+    return tiny_imagenet_splits(node.get("train_path"), node.get("val_path"))
 
 
 def _coco(node: Mapping[str, Any]) -> Splits:
     options = dict(node.get("kwargs") or {})
     for option in options:
         choose("data.kwargs key of coco", option, ("train_annotations", "val_annotations"))
-    skip = policy(node)[1]
-    return coco_splits(node.get("train_path"), node.get("val_path"), **options, skip_missing=skip)
+    return coco_splits(node.get("train_path"), node.get("val_path"), **options)
 
 
 def _custom(node: Mapping[str, Any]) -> Splits:

@@ -119,9 +119,6 @@ def test_unusable_annotation_files_are_one_line(tmp_path, content, found):
 
 def test_missing_files(tmp_path):
     paths = write(tmp_path / "train", annotations(), ["cat.jpg"])
-    with pytest.raises(UserError, match=r"got '2 missing, the first .*zebra\.jpg'") as error:
-        coco_splits(**paths)
-    assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="got FileNotFoundError"):
         coco_splits(paths["train_path"], train_annotations=str(tmp_path / "none.json"))
     with pytest.raises(UserError, match="must be a readable folder, got no such folder"):

@@ -216,11 +216,12 @@ def tiny_imagenet(tmp_path):
 def test_an_annotated_image_that_is_missing(tmp_path, layout, monkeypatch):
     monkeypatch.setitem(registry.CLASSES, "tiny_imagenet", 2)
     missing, data = layout(tmp_path)
-    with pytest.raises(UserError, match="1 missing, the first") as error:
-        load_dataset(data)
-    message(error, missing)
-    data = {**data, "invalid_images": "skip", "num_workers": 0}
+    data["num_workers"] = 0
     cfg = {"data": data, "augmentations": [{"crop_size": 8}], "optimizer": {"batch_size": 2}}
+    with pytest.raises(UserError, match="No such file") as error:
+        PretrainDataModule(load_dataset(data), OmegaConf.create(cfg))
+    message(error, missing)
+    data["invalid_images"] = "skip"
     for pipeline in ("torchvision", "kornia"):
         cfg["data"]["pipeline"] = pipeline
         dataset = PretrainDataModule(load_dataset(data), OmegaConf.create(cfg)).dataset

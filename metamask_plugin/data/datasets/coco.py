@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from metamask_plugin.data.datasets.folders import listing, path_inside, refuse_missing_files
+from metamask_plugin.data.datasets.folders import listing, path_inside
 from metamask_plugin.data.images import Box, clip_box
 from metamask_plugin.data.splits import FileImages, Splits
 from metamask_plugin.errors import UserError, check
-from metamask_plugin.retry import retried
 
 # The 30 classes of Qiang et al., ICML 2022, Section 6.2, in the order of the labels.
 CLASSES = (
@@ -28,7 +27,6 @@ def coco_splits(
     val_path: str | None = None,
     train_annotations: str | None = None,
     val_annotations: str | None = None,
-    skip_missing: bool = False,
 ) -> Splits:
     """Training and test split: the images with exactly one annotation, of one of :data:`CLASSES`.
 
@@ -40,10 +38,9 @@ def coco_splits(
         val_path: folder of the test images (val2017); None, no test split.
         train_annotations: their ``instances_*.json``.
         val_annotations: likewise for test.
-        skip_missing: leave it to the verification to find image files that are not there.
 
     Raises:
-        UserError: a folder, image or annotation file is missing or not as it should be.
+        UserError: a folder or annotation file is missing or not as it should be.
     """
     check(bool(train_path), "data.train_path", "a folder of images (train2017)", train_path)
     check(
@@ -59,11 +56,11 @@ def coco_splits(
         "given both or neither",
         (val_path, val_annotations),
     )
-    train = _read_split(Path(train_path), Path(train_annotations), skip_missing)
-    return train, _read_split(Path(val_path), Path(val_annotations), skip_missing) if val_path else None
+    train = _read_split(Path(train_path), Path(train_annotations))
+    return train, _read_split(Path(val_path), Path(val_annotations)) if val_path else None
 
 
-def _read_split(folder: Path, file: Path, skip_missing: bool) -> FileImages:
+def _read_split(folder: Path, file: Path) -> FileImages:
     listing(folder)
     content = _read_json(file)
     try:
@@ -78,14 +75,12 @@ def _read_split(folder: Path, file: Path, skip_missing: bool) -> FileImages:
         raise _unusable(file, "no image with one object of the right category")
     names, labels, boxes = zip(*rows)
     paths = [path_inside(folder, name, file) for name in names]
-    if not skip_missing:
-        refuse_missing_files(file, paths)
     return FileImages(paths, labels, CLASSES, torch.tensor(boxes, dtype=torch.int32))
 
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(retried(file.read_bytes))
+        return json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise _unusable(file, f"{type(error).__name__}: {error}") from None
 

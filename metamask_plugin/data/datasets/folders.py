@@ -157,17 +157,6 @@ def path_inside(folder: Path, name: Any, source: Path) -> str:
     return str(folder / name)
 
 
-def refuse_missing_files(source: Path, paths: Sequence[str]) -> None:
-    """One line for all the ``paths`` that are named in the file ``source`` and not there."""
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        raise UserError(
-            f"the {len(paths)} images of {printable(str(source))} must be files in the image folder, got "
-            f"'{len(missing)} missing, the first {printable(missing[0])}'; correct the image folder or "
-            "complete it"
-        )
-
-
 def refuse_folder_of_splits(root: Path, classes: list[str]) -> None:
     """torchvision would take ``train`` and ``test`` for two classes, and the training would run on that."""
     test = next((name for name in ("test", "val") if name in classes), None)

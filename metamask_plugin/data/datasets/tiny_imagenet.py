@@ -13,19 +13,17 @@ from metamask_plugin.data.datasets.folders import (
     FolderImages,
     holds_image,
     path_inside,
-    refuse_missing_files,
 )
 from metamask_plugin.data.images import Box, clip_box
 from metamask_plugin.data.splits import FileImages, Splits
 from metamask_plugin.errors import UserError, check
-from metamask_plugin.retry import retried
 
 # Height and width of every image, pixels.
 SIZE = 64
 ANNOTATIONS = "val_annotations.txt"
 
 
-def tiny_imagenet_splits(train_path: str | None, val_path: str | None, skip_missing: bool = False) -> Splits:
+def tiny_imagenet_splits(train_path: str | None, val_path: str | None) -> Splits:
     """Training and test split of ``tiny-imagenet-200/train`` and ``tiny-imagenet-200/val``.
 
     Training boxes come from ``<class>/<class>_boxes.txt``; without these files there are none. The test
@@ -35,13 +33,12 @@ def tiny_imagenet_splits(train_path: str | None, val_path: str | None, skip_miss
     Args:
         train_path: folder of class folders.
         val_path: folder of the test images; None, no test split.
-        skip_missing: leave it to the verification to find image files that are not there.
 
     Raises:
         UserError: a folder or file is missing, a line is malformed, or an image has no box.
     """
     check(bool(train_path), "data.train_path", "a folder with tiny_imagenet", train_path, SET_PATH)
-    return _train_split(Path(train_path)), _val_split(Path(val_path), skip_missing) if val_path else None
+    return _train_split(Path(train_path)), _val_split(Path(val_path)) if val_path else None
 
 
 def _train_split(root: Path) -> FolderImages:
@@ -55,10 +52,10 @@ def _train_split(root: Path) -> FolderImages:
     return _with_boxes(split, [(name, Path(path).name) for name, path in zip(names, split.paths)], boxes)
 
 
-def _val_split(root: Path, skip_missing: bool) -> FileImages:
+def _val_split(root: Path) -> FileImages:
     file = root / ANNOTATIONS
     if (root / "images").is_dir() and holds_image(root / "images"):
-        return _annotated_images(root / "images", file, skip_missing)
+        return _annotated_images(root / "images", file)
     split = FolderImages(root)
     boxes = {}
     if file.is_file():
@@ -66,7 +63,7 @@ def _val_split(root: Path, skip_missing: bool) -> FileImages:
     return _with_boxes(split, [Path(path).name for path in split.paths], boxes)
 
 
-def _annotated_images(folder: Path, file: Path, skip_missing: bool) -> FileImages:
+def _annotated_images(folder: Path, file: Path) -> FileImages:
     check(
         file.is_file(),
         f"Tiny ImageNet's {file}",
@@ -77,8 +74,6 @@ def _annotated_images(folder: Path, file: Path, skip_missing: bool) -> FileImage
     rows = list(_read_rows(file, ("image", "class")))
     check(bool(rows), f"Tiny ImageNet's {file}", "a line for each image", "none", "unpack it anew")
     paths = [path_inside(folder, image, file) for (image, _), _ in rows]
-    if not skip_missing:
-        refuse_missing_files(file, paths)
     classes = sorted({name for (_, name), _ in rows})
     label = {name: i for i, name in enumerate(classes)}
     boxes = torch.tensor([box for _, box in rows], dtype=torch.int32)
@@ -103,7 +98,7 @@ def _with_boxes(split: FolderImages, keys: Sequence[Hashable], boxes: Mapping[Ha
 def _read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[list[str], Box]]:
     """The text columns and the half-open box of each line; the file's boxes include their last pixels."""
     try:
-        lines = retried(file.read_text).splitlines()
+        lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

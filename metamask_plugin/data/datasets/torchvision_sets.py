@@ -17,7 +17,6 @@ from metamask_plugin.data.datasets.folders import (
 )
 from metamask_plugin.data.splits import MemoryImages, Splits
 from metamask_plugin.errors import UserError, check
-from metamask_plugin.retry import retried
 
 
 def torchvision_splits(name: str, train_path: str | None, val_path: str | None, download: bool) -> Splits:
@@ -59,7 +58,7 @@ def _guarded(
 ) -> Splits:
     """torchvision reports damaged files and failed downloads by several errors of several lines."""
     try:
-        return retried(lambda: load(train_root, test_root, download))
+        return load(train_root, test_root, download)
     except (RuntimeError, OSError, EOFError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
