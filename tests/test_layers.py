@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,21 @@ def test_losses_and_bilevel_import_torch_alone(layer):
     for path in sorted((PACKAGE / layer).rglob("*.py")):
         roots = {module.split(".")[0] for module in imported_modules(path)}
         assert roots <= {"torch", "metamask_plugin"} | sys.stdlib_module_names, path.name
+
+
+def test_no_module_imports_in_a_circle():
+    """Not even for type checkers; ``prepare`` raises where one does."""
+    files = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    files = {name.removesuffix(".__init__"): path for name, path in files.items() if ".scripts." not in name}
+    graph = {}
+    for module, path in files.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        named = {f"{node.module}.{alias.name}": node.module for node in nodes for alias in node.names}
+        graph[module] = {name if name in files else parent for name, parent in named.items()} & set(files)
+    TopologicalSorter(graph).prepare()
 
 
 def test_every_layer_is_listed():

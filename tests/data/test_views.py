@@ -4,20 +4,27 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision import transforms
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as vision
 
 from metamask_plugin.data import views as views_module
 from metamask_plugin.data.datasets.confounded_digits import confounded_digits
 from metamask_plugin.data.views import (
+    Augmentation,
+    BatchedResizedCrop,
     EvaluationView,
     KorniaViews,
     TorchvisionViews,
     blur_kernel,
+    parse_augmentations,
+    resampling_matrix,
     sample_crops,
 )
+from metamask_plugin.errors import UserError
 
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 of_kornia_0_9 = pytest.mark.skipif(
@@ -343,3 +350,124 @@ def test_evaluation_view_of_image_and_batch_agree(shape):
         assert torch.equal(
             (batch[0] * 255).round().to(torch.uint8).permute(1, 2, 0), torch.from_numpy(np.array(image))
         )
+
+
+def noise(height: int, width: int) -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    "window", [(0, 0, 40, 50), (3, 5, 20, 17), (10, 0, 30, 48), (7, 9, 32, 32), (0, 1, 1, 2)]
+)
+def test_equals_pillow(window):
+    top, left, rows, columns = window
+    image = noise(40, 50)
+    expected = image.crop((left, top, left + columns, top + rows)).resize((32, 32), Image.Resampling.BICUBIC)
+    along_x = resampling_matrix(torch.tensor([left]), torch.tensor([columns]), 50, 32)[0]
+    along_y = resampling_matrix(torch.tensor([top]), torch.tensor([rows]), 40, 32)[0]
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    result = (along_y @ (pixels @ along_x.T).clamp(0, 1)).clamp(0, 1)
+    difference = (result * 255 - torch.from_numpy(np.array(expected)).permute(2, 0, 1)).abs()
+    # Pillow rounds to whole values after each of the two passes
+    assert difference.max() < 2
+    assert difference.mean() < 0.5
+
+
+def test_full_scale_of_the_same_size_is_the_identity():
+    torch.manual_seed(0)
+    images = torch.rand(16, 3, 32, 32)
+    crop = BatchedResizedCrop(32, (1.0, 1.0))
+    same = (crop(images) - images).abs().flatten(1).amax(1) < 1e-5
+    # A candidate a pixel short on one side fits too, in torchvision as here, so not every crop is the whole.
+    assert same.any()
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (40, 64), (10, 60)])
+def test_windows_are_distributed_as_torchvisions(shape):
+    torch.manual_seed(0)
+    height, width = shape
+    count = 4000
+    ours = sample_crops(count, height, width, (0.08, 1.0)).float()
+    blank = Image.new("RGB", (width, height))
+    theirs = torch.tensor(
+        [RandomResizedCrop.get_params(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
+    ).float()
+    error = 5 * (theirs.var(0) * 2 / count).sqrt()
+    assert ((ours.mean(0) - theirs.mean(0)).abs() <= error + 1e-3).all()
+    assert torch.allclose(ours.std(0), theirs.std(0), rtol=0.08, atol=0.02)
+    assert (ours[:, 0] + ours[:, 2]).max() <= height and (ours[:, 1] + ours[:, 3]).max() <= width
+    assert ours.min() >= 0 and ours[:, 2:].min() >= 1
+
+
+def test_images_get_different_crops_of_their_own():
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, 32, 32).repeat(8, 1, 1, 1)
+    result = BatchedResizedCrop(24, (0.08, 1.0))(images)
+    assert result.shape == (8, 3, 24, 24)
+    assert len({tuple(image.flatten().tolist()) for image in result}) == 8
+    constant = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 32, 32) / 8
+    assert torch.allclose(BatchedResizedCrop(24, (0.08, 1.0))(constant), constant[..., :24, :24], atol=1e-5)
+
+
+def test_missing_keys_do_nothing_to_the_image():
+    assert parse_augmentations([{"crop_size": 32}]) == [Augmentation(crop_size=32)]
+
+
+def test_reads_solo_learns_grammar():
+    nodes = OmegaConf.create(
+        """
+        - rrc: {enabled: True, crop_min_scale: 0.2, crop_max_scale: 0.9}
+          color_jitter: {prob: 0.8, brightness: 0.4, contrast: 0.3, saturation: 0.2, hue: 0.1}
+          grayscale: {prob: 0.2}
+          gaussian_blur: {prob: 0.5}
+          solarization: {prob: 0.1}
+          equalization: {prob: 0.05}
+          horizontal_flip: {prob: 0.5}
+          crop_size: 96
+          num_crops: 2
+        - rrc: {enabled: False}
+          color_jitter: {prob: 0.0}
+          crop_size: 32
+          mean: [0.5, 0.5, 0.5]
+        """
+    )
+    full, plain = parse_augmentations(nodes)
+    assert full == Augmentation(96, 2, (0.2, 0.9), 0.8, 0.4, 0.3, 0.2, 0.1, 0.2, 0.5, 0.1, 0.05, 0.5)
+    assert plain == Augmentation(32)
+    assert parse_augmentations([full, plain]) == [full, plain]
+
+
+def test_a_crop_of_everything_is_no_crop():
+    whole = {"enabled": True, "crop_min_scale": 1.0, "crop_max_scale": 1.0}
+    assert parse_augmentations([{"crop_size": 32, "rrc": whole}]) == [Augmentation(crop_size=32)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crop_size": None}, r"augmentations\.0\.crop_size must be set"),
+        ({"num_crops": 0}, r"augmentations\.0\.num_crops must be an integer >= 1, got 0"),
+        ({"rrc": {"enabled": True, "crop_min_scale": 0.0}}, r"crop_min_scale must be a number > 0 and <= 1"),
+        ({"rrc": {"enabled": True, "crop_max_scale": 1.1}}, r"crop_max_scale must be a number > 0 and <= 1"),
+        ({"rrc": {"crop_min_scale": 0.5, "crop_max_scale": 0.4}}, r"crop_min_scale must be at most"),
+        ({"rrc": {"enabled": "yes"}}, r"rrc\.enabled must be True or False"),
+        ({"grayscale": {"prob": 1.5}}, r"augmentations\.0\.grayscale\.prob must be a number >= 0 and <= 1"),
+        ({"horizontal_flip": {"prob": "half"}}, r"horizontal_flip\.prob must be a number >= 0 and <= 1"),
+        ({"color_jitter": {"hue": 0.6}}, r"color_jitter\.hue must be a number >= 0 and <= 0\.5"),
+        ({"color_jitter": {"contrast": -1}}, r"color_jitter\.contrast must be a number >= 0"),
+        ({"color_jitter": {"brightnes": 1}}, r"did you mean 'brightness'"),
+        ({"color_jiter": {"prob": 1}}, r"did you mean 'color_jitter'"),
+        ({"grayscale": 0.2}, r"grayscale must be a block of keys"),
+    ],
+)
+def test_bad_values_are_named(change, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse_augmentations([{"crop_size": 32, **change}])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("nodes", [[], None, {"rrc": {}}, "symmetric"])
+def test_must_be_a_list(nodes):
+    with pytest.raises(UserError, match="augmentations must be a list"):
+        parse_augmentations(nodes)
