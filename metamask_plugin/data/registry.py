@@ -72,7 +72,7 @@ def load_dataset(data_cfg: DictConfig | Mapping[str, Any]) -> Dataset:
     ``region_form`` (``fill`` or ``zoom``) are applied later, too.
 
     Mean and std are ``mean`` and ``std`` where they are given, else the data set's own; for ``custom`` they
-    are ImageNet's here, and ``PretrainDataModule`` takes ``augmentations[0].mean`` and ``.std`` where those
+    are ImageNet's here, and ``PretrainDataModule`` takes ``augmentations.0.mean`` and ``.std`` where those
     are given.
 
     Raises:

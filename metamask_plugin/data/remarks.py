@@ -53,7 +53,7 @@ def tell_unused_statistics(
     As in solo-learn, those of ``augmentations`` count for ``custom`` alone. There the first entry's go before
     ``data.mean`` and ``data.std``.
     """
-    places = {"data": data, **{f"augmentations[{index}]": entry for index, entry in enumerate(entries)}}
+    places = {"data": data, **{f"augmentations.{index}": entry for index, entry in enumerate(entries)}}
     unused = [
         f"{place}.{key}"
         for place, node in places.items()
@@ -62,7 +62,7 @@ def tell_unused_statistics(
     ]
     if unused:
         own = f"the mean and std of {name}" if data.get("mean") is None else "data.mean and data.std"
-        used = "augmentations[0].mean and .std" if name == "custom" else own
+        used = "augmentations.0.mean and .std" if name == "custom" else own
         remedy = "leave them out" if name == "custom" else "set data.mean and data.std"
         tell(f"note: {', '.join(unused)} without effect: the images are normalised with {used}; {remedy}")
 

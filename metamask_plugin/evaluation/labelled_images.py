@@ -15,6 +15,7 @@ from metamask_plugin.data import (
     PretrainDataModule,
     TorchvisionViews,
     load_dataset,
+    parse_augmentations,
 )
 from metamask_plugin.data.loaders import (
     TrainingLoader,
@@ -153,6 +154,8 @@ class LabelledImages:
         Raises:
             UserError: when the data cannot be read, has no labels, or has no test split.
         """
+        given = {key: list(value) for key, value in (("mean", mean), ("std", std)) if value is not None}
+        parse_augmentations([{"crop_size": crop_size, **given}])  # which checks them
         data = {key: value for key, value in data.items() if key not in REGION_KEYS}
         dataset = load_dataset(data)
         remedy = "set data.val_path (main_knn.py: --val_data_path)"
@@ -162,7 +165,7 @@ class LabelledImages:
             check(len(split) > 0, f"{name} images of {dataset.name}", "labelled", "none with a label")
         dataset = replace(dataset, **splits)
         if dataset.name == "custom":
-            dataset = replace(dataset, mean=tuple(mean or dataset.mean), std=tuple(std or dataset.std))
+            dataset = replace(dataset, **{key: tuple(value) for key, value in given.items()})
         pipeline = chosen_pipeline(data, dataset.train)
         workers = checked_workers(data, pipeline)
         resize = evaluation_resize(dataset.name, crop_size, data.get("evaluation_resize"))

@@ -63,12 +63,12 @@ def test_mean_and_std_without_effect_are_said(tree, capfd):
     digits = {"dataset": "digits", "kwargs": {"size": 16}}
     module([entry], **digits)
     (note,) = said(capfd)
-    assert note.startswith("note: augmentations[0].mean, augmentations[0].std without effect")
+    assert note.startswith("note: augmentations.0.mean, augmentations.0.std without effect")
     assert note.endswith("normalised with the mean and std of digits; set data.mean and data.std")
     found = module([entry], **digits, mean=[0.1, 0.2, 0.3], std=[1.0, 1.0, 1.0])
     assert found.dataset.mean == (0.1, 0.2, 0.3) and said(capfd) == []
     module([entry, {**entry, "mean": [0.5] * 3}], dataset="custom", train_path=str(tree))
-    assert said(capfd)[0].startswith("note: augmentations[1].mean without effect")
+    assert said(capfd)[0].startswith("note: augmentations.1.mean without effect")
     module([entry], dataset="custom", train_path=str(tree), mean=[0.5] * 3, std=[1.0] * 3)
     assert said(capfd)[0].startswith("note: data.mean without effect: the images are normalised with augm")
     module([{"crop_size": 16}], **digits)
