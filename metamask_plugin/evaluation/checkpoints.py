@@ -96,6 +96,13 @@ def read_args(checkpoint: Path) -> dict[str, Any]:
 
     Raises:
         UserError: when the file is not a JSON object, or a key that is read holds what it cannot hold.
+
+    Example:
+        >>> import tempfile
+        >>> run = Path(tempfile.mkdtemp())
+        >>> _ = (run / "args.json").write_text('{"method": "byol"}')
+        >>> read_args(run / "last.ckpt")
+        {'method': 'byol'}
     """
     path = checkpoint.parent / "args.json"
     if not path.exists():
@@ -156,6 +163,13 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
     Raises:
         UserError: when the file cannot be read, or holds no encoder.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "weights.pth"
+        >>> torch.save({"state_dict": {"encoder.conv1.weight": torch.zeros(1)}}, path)  # of old solo-learn
+        >>> read_weights(path)
+        {'backbone.conv1.weight': tensor([0.])}
     """
     content = read_checkpoint(path)
     check(
@@ -189,6 +203,9 @@ def check_tensors(weights: Mapping[str, torch.Tensor], path: Path) -> None:
     Args:
         weights: of an encoder or a mask, by name.
         path: their file.
+
+    Example:
+        >>> check_tensors({"conv1.weight": torch.zeros(1)}, Path("weights.pth"))
     """
     for name, tensor in weights.items():
         kinds = {
@@ -283,6 +300,12 @@ def check_records(path: Path) -> None:
 
     Raises:
         UserError: it is truncated, or a record is not what was written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "last.ckpt"
+        >>> torch.save({"epoch": 3}, path)
+        >>> check_records(path)
     """
     try:
         if not zipfile.is_zipfile(path):
@@ -305,6 +328,13 @@ def content_digest(path: Path) -> str:
 
     Args:
         path: the file.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "notes.txt"
+        >>> _ = path.write_text("x")
+        >>> content_digest(path)
+        '2d711642b726b044'
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -319,7 +349,13 @@ def content_digest(path: Path) -> str:
 
 
 def encoder_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The encoder's part of a method's state dict; a momentum encoder (``momentum_backbone``) is another."""
+    """The encoder's part of a method's state dict; a momentum encoder (``momentum_backbone``) is another.
+
+    Example:
+        >>> state = {"backbone.conv1.weight": torch.zeros(1), "momentum_backbone.conv1.weight": torch.ones(1)}
+        >>> encoder_weights(state)
+        {'conv1.weight': tensor([0.])}
+    """
     prefix = "backbone."
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
@@ -332,6 +368,14 @@ def load_mask(path: str | Path) -> torch.Tensor | None:
 
     Raises:
         UserError: when the file cannot be read, or its mask is not finite.
+
+    Example:
+        >>> import tempfile
+        >>> run = Path(tempfile.mkdtemp())
+        >>> state = {"backbone.fc.weight": torch.zeros(2, 2), "mask.weight": torch.ones(2)}
+        >>> torch.save({"state_dict": state}, run / "last.ckpt")
+        >>> load_mask(run)
+        tensor([1., 1.])
     """
     path = find_checkpoint(path)
     return effective_mask(read_weights(path), None, path)

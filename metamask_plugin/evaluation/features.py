@@ -62,23 +62,6 @@ def accuracy(hits: torch.Tensor) -> Accuracy:
     return Accuracy(*(100.0 * int(count) / len(hits) for count in (hits[:, 0].sum(), hits.sum())))
 
 
-def moments(feats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean and variance of each dimension of features (N, D), and whether it varies at all.
-
-    Returns:
-        float64 (D,) twice, and bool (D,): whether the variance is more than the rounding of float32.
-
-    Example:
-        >>> mean, variance, varies = moments(torch.tensor([[0.0, 0.1], [2.0, 0.1]]))
-        >>> mean[0].item(), variance[0].item(), varies.tolist()
-        (1.0, 1.0, [True, False])
-    """
-    if feats.device.type == "mps":  # which has no float64
-        feats = feats.cpu()
-    variance, mean = torch.var_mean(feats.double(), dim=0, correction=0)
-    return mean, variance, variance > 1e-12 * mean**2
-
-
 def extract_features(
     backbone: nn.Module,
     loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
@@ -151,7 +134,12 @@ def raw_pixels(loader: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Features:
 
 
 def feature_std(feats: torch.Tensor) -> float:
-    """How far features (N, D) are from collapse, see :mod:`~metamask_plugin.modules.encoders`."""
+    """How far features (N, D) are from collapse, see :mod:`~metamask_plugin.modules.encoders`.
+
+    Example:
+        >>> feature_std(torch.ones(4, 3))
+        0.0
+    """
     return encoders.feature_std(feats).item()
 
 

@@ -27,6 +27,13 @@ def write_whole(path: Path, text: str) -> None:
 
     Raises:
         OSError: with the file's name; errors that often pass are tried again first.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "new" / "table.txt"
+        >>> write_whole(path, "knn5  87.2")
+        >>> path.read_text()
+        'knn5  87.2'
     """
 
     def write() -> None:
@@ -50,6 +57,14 @@ def replacing(path: Path, kept: Path | None = None) -> Iterator[BinaryIO]:
 
     Raises:
         OSError: with the target's name.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "weights.pth"
+        >>> with replacing(path) as file:
+        ...     _ = file.write(b"numbers")
+        >>> path.read_bytes()
+        b'numbers'
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
@@ -119,6 +134,13 @@ def read_json(path: Path, fault_of: Callable[[Any], str | None], instead: str) -
 
     Raises:
         OSError: the file is there and cannot be read, which is not the file's fault.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "record.json"
+        >>> write_whole(path, '{"seed": 5}')
+        >>> read_json(path, lambda record: None if "seed" in record else "it has no seed", "it is made again")
+        {'seed': 5}
     """
     try:
         content = json.loads(retried(path.read_bytes))

@@ -53,6 +53,11 @@ class FineTuneProtocol(LinearProtocol):
         nesterov: of SGD with momentum.
         crop_min_scale: the smallest share of an image's area that a random resized crop keeps.
         horizontal_flip: probability.
+
+    Example:
+        >>> protocol = FineTuneProtocol("sgd", lr=0.1, epochs=30, batch_size=32, horizontal_flip=0.0)
+        >>> protocol.view["horizontal_flip"], protocol.nesterov
+        ({'prob': 0.0}, True)
     """
 
     nesterov: bool = True
@@ -90,6 +95,11 @@ def simclr_protocol(
         batch_size: 4096 in [0].
         crop_min_scale: that of [0] by default.
         horizontal_flip: likewise; 0 where a mirrored image is another thing (digits).
+
+    Example:
+        >>> protocol = simclr_protocol(0.01)
+        >>> protocol.epochs, protocol.lr
+        (60, 0.05)
     """
     epochs = 60 if 0 < fraction < 0.03 else 30
     return FineTuneProtocol(
@@ -122,6 +132,12 @@ def labelled_subset(
 
     Raises:
         UserError: when a class has no image, for a fraction out of range, or a list that does not fit.
+
+    Example:
+        >>> from metamask_plugin.data import digits
+        >>> train, test = digits(size=16)
+        >>> len(train), len(labelled_subset(train, 0.1))
+        (1297, 130)
     """
     _require_every_class(split, "check data.train_path")
     if subset_file is not None:
@@ -165,6 +181,14 @@ def finetune(
 
     Raises:
         UserError: for labels that do not do, or when the loss is no longer finite.
+
+    Example:
+        >>> from metamask_plugin.modules.encoders import build_encoder
+        >>> images = LabelledImages.read({"dataset": "digits", "kwargs": {"size": 16}}, crop_size=16)
+        >>> protocol = FineTuneProtocol("adam", lr=1e-3, epochs=1, batch_size=32, horizontal_flip=0.0)
+        >>> result = finetune(build_encoder("conv4", 16, width=4), images, 0.1, protocol)
+        >>> result.images, result.steps, result.epochs
+        (130, 4, 1)
     """
     chosen = labelled_subset(data.images("train"), fraction, subset_seed, subset_file)
     if protocol is None:

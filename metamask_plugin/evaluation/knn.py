@@ -278,7 +278,11 @@ class WeightedKNNClassifier(Metric):
 
 
 def check_settings(k: Sequence[int], temperature: float | None, distance: str) -> None:
-    """Raises a :class:`UserError` for a setting that does not exist or is out of range."""
+    """Raises a :class:`UserError` for a setting that does not exist or is out of range.
+
+    Example:
+        >>> check_settings([5, 20], None, "cosine")
+    """
     check(len(k) > 0 and all(size >= 1 for size in k), "k", ">= 1", k if len(k) != 1 else k[0])
     choose("distance", distance, DISTANCES)
     fits = temperature is None or temperature > 0
@@ -288,7 +292,11 @@ def check_settings(k: Sequence[int], temperature: float | None, distance: str) -
 def check_bank(
     train_feats: torch.Tensor, train_labels: torch.Tensor, test_feats: torch.Tensor, test_labels: torch.Tensor
 ) -> None:
-    """Raises a :class:`UserError` for features or labels that do not fit each other."""
+    """Raises a :class:`UserError` for features or labels that do not fit each other.
+
+    Example:
+        >>> check_bank(torch.eye(3), torch.arange(3), torch.ones(1, 3), torch.zeros(1).long())
+    """
     check(len(train_feats) > 0, "training features", "at least one", 0)
     dims = (train_feats.shape[1], test_feats.shape[1])
     check(dims[0] == dims[1], "training and test features", "of one dimension", dims)

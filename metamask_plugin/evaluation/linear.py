@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from metamask_plugin.errors import UserError, check, choose
-from metamask_plugin.evaluation.features import Accuracy, Features, accuracy, moments, top_hits
+from metamask_plugin.evaluation.features import Accuracy, Features, accuracy, top_hits
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULERS = ("none", "step", "cosine", "exponential")
@@ -185,7 +185,12 @@ class ProbeResult:
 
 
 class UnitLength(nn.Module):
-    """Scales features (N, D) to length 1."""
+    """Scales features (N, D) to length 1.
+
+    Example:
+        >>> UnitLength()(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.6000, 0.8000]])
+    """
 
     def forward(self, feats: torch.Tensor) -> torch.Tensor:
         return F.normalize(feats, dim=1)
@@ -261,10 +266,12 @@ def linear_probe(
     generator = torch.Generator().manual_seed(seed)
     network = build_head(head, train.feats.shape[1], num_classes, protocol.scaling)
     if protocol.scaling == "standardise":
-        mean, variance, varies = moments(train.feats)
+        feats = train.feats.cpu() if train.feats.device.type == "mps" else train.feats  # it has no float64
+        variance, mean = torch.var_mean(feats.double(), dim=0, correction=0)
+        # a dimension that never varies beyond rounding (a dead ReLU) has no scale: do not blow it up
+        variance[variance <= 1e-12 * mean**2] = 1.0
         network.standardise.running_mean.copy_(mean)
-        # a dimension that never varies (a dead ReLU) has no scale: do not blow it up
-        network.standardise.running_var.copy_(torch.where(varies, variance, 1.0))
+        network.standardise.running_var.copy_(variance)
     _initialise(network.classifier, generator)
     network.to(device).eval()
     mask = torch.ones(train.feats.shape[1]) if mask is None else mask.detach().float()
@@ -343,7 +350,14 @@ def _train(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of all parameters."""
+    """Sets the learning rate of all parameters.
+
+    Example:
+        >>> optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+        >>> set_rate(optimizer, 0.1)
+        >>> optimizer.param_groups[0]["lr"]
+        0.1
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -371,6 +385,14 @@ def train_epoch(
 
     Raises:
         UserError: a loss is no longer finite.
+
+    Example:
+        >>> network = nn.Linear(2, 2)
+        >>> optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        >>> batches = [(torch.eye(2), torch.tensor([0, 1]))]
+        >>> first = train_epoch(network, batches, optimizer, "the loss", PAPER, epoch=0)
+        >>> train_epoch(network, batches, optimizer, "the loss", PAPER, epoch=1) < first
+        True
     """
     losses = []
     # this may be called from a validation hook, where gradients are off
@@ -398,6 +420,9 @@ def warn_of_divergence(what: str, loss: float, num_classes: int, lr: float) -> N
         loss: cross-entropy of the training images at the end.
         num_classes: C.
         lr: the learning rate.
+
+    Example:
+        >>> warn_of_divergence("the probe", loss=0.3, num_classes=10, lr=0.1)  # nothing to say
     """
     if not loss <= DIVERGED * math.log(num_classes):
         print(

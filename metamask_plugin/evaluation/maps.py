@@ -67,6 +67,10 @@ def embed(
     Raises:
         UserError: for a setting out of range, features that are all the same, or without umap-learn.
 
+    Example:
+        >>> embed(torch.randn(100, 64)).shape  # doctest: +SKIP
+        torch.Size([100, 2])
+
     [0] McInnes, Healy and Melville, *UMAP: Uniform Manifold Approximation and Projection for Dimension
     Reduction*, 2018.
     """
@@ -112,6 +116,12 @@ def class_maps(
 
     Raises:
         UserError: without positions, or for shapes that do not fit.
+
+    Example:
+        >>> positions, labels = torch.randn(30, 2), torch.arange(30) % 2
+        >>> figure = class_maps({"features": positions}, labels, ["cat", "dog"])
+        >>> [axes.get_title() for axes in figure.axes]
+        ['features']
     """
     check(len(positions) > 0, "positions", "those of at least one map", 0)
     labels = labels.cpu()

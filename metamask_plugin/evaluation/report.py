@@ -61,6 +61,11 @@ def evaluate_rows(
 
     Raises:
         UserError: when features are not finite, or do not fit a mask.
+
+    >>> images = LabelledImages.read({"dataset": "digits", "kwargs": {"size": 16}}, crop_size=16)
+    >>> (row,) = evaluate_rows(images, {}, ks=(5,), protocol=None)
+    >>> row["features"], row["dim"], row["knn5"] > 90
+    ('raw pixels', 768, True)
     """
     say = say or (lambda name: None)
     masks = masks or {}
@@ -94,12 +99,20 @@ def evaluate_rows(
 
 
 def without_errors(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of :func:`evaluate_rows` for a table, which has no room for standard errors."""
+    """The rows of :func:`evaluate_rows` for a table, which has no room for standard errors.
+
+    >>> without_errors([{"knn5": 80.0, "knn5_standard_error": 1.8}])
+    [{'knn5': 80.0}]
+    """
     return [{key: value for key, value in row.items() if not key.endswith(ERROR)} for row in rows]
 
 
 def errors_in_words(rows: Sequence[Mapping[str, Any]], originals: torch.Tensor | None) -> str:
-    """The largest standard error of rows, in one line."""
+    """The largest standard error of rows, in one line.
+
+    >>> errors_in_words([{"knn5": 80.0, "knn5_standard_error": 1.8}], None)
+    'One standard error of a single accuracy, over test images: at most 1.8 points.'
+    """
     errors = [value for row in rows for key, value in row.items() if key.endswith(ERROR)]
     units = "test images" if originals is None else f"{len(originals.unique())} originals"
     return f"One standard error of a single accuracy, over {units}: at most {max(errors):.1f} points."
@@ -114,6 +127,12 @@ def format_table(rows: Sequence[Mapping[str, Any]], width: int = 80) -> str:
     Args:
         rows: dictionaries of strings and numbers.
         width: characters a line may have.
+
+    >>> print(format_table([{"features": "raw pixels", "knn5": 41.2}, {"features": "trained", "dim": 256}]))
+    features     knn5  dim
+    ----------------------
+    raw pixels  41.20    -
+    trained         -  256
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if not columns:
@@ -160,6 +179,12 @@ def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
     Args:
         path: the file; its directory is made.
         summary: nested mappings, sequences, numbers, strings, tensors and paths.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "summary.json"
+    >>> write_summary(path, {"knn5": torch.tensor(41.5), "loss": math.nan})
+    >>> json.loads(path.read_text())
+    {'knn5': 41.5, 'loss': None}
     """
     write_whole(Path(path), json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
 

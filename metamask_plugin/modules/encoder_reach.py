@@ -24,6 +24,11 @@ def unseen_border(encoder: nn.Module, side: int) -> int:
     Args:
         encoder: images (N, 3, side, side) to features (N, D).
         side: of the square images, pixels.
+
+    Example:
+        >>> patches = nn.Sequential(nn.Conv2d(3, 4, 16, stride=16), nn.Flatten())  # 28 pixels hold one
+        >>> unseen_border(patches, 28)
+        12
     """
     reference = next(encoder.parameters(), torch.empty(()))
     generator = torch.Generator().manual_seed(0)
@@ -50,7 +55,13 @@ def unseen_border(encoder: nn.Module, side: int) -> int:
 
 @torch.no_grad()
 def without_zeros(encoder: nn.Module) -> nn.Module:
-    """Fills parameters that are initialised with zeros, in place: they hide the branches behind them."""
+    """Fills parameters that are initialised with zeros, in place: they hide the branches behind them.
+
+    Example:
+        >>> layer = nn.init.zeros_(nn.Linear(2, 1).weight)
+        >>> bool(without_zeros(nn.ParameterList([layer]))[0].any())
+        True
+    """
     for index, parameter in enumerate(encoder.parameters()):
         if not parameter.any():
             generator = torch.Generator().manual_seed(index)
@@ -59,7 +70,12 @@ def without_zeros(encoder: nn.Module) -> nn.Module:
 
 
 def patch_size(encoder: nn.Module) -> int | None:
-    """Side of the patches of timm's transformers and mixers, pixels; None for other encoders."""
+    """Side of the patches of timm's transformers and mixers, pixels; None for other encoders.
+
+    Example:
+        >>> patch_size(nn.Conv2d(3, 4, 16, stride=16)) is None
+        True
+    """
     for name in ("patch_embed", "stem"):
         size = getattr(getattr(encoder, name, None), "patch_size", None)
         size = size[0] if isinstance(size, tuple | list) and size else size
@@ -72,6 +88,11 @@ def unseen_beyond_tolerance(encoder: nn.Module, side: int, unseen: int) -> bool:
     """Whether a border of ``unseen`` pixels is to be refused.
 
     With patches it is any: they need not leave a rest. Without, it is one above :data:`MOST_UNSEEN`.
+
+    Example:
+        >>> convolution = nn.Conv2d(3, 4, 3)
+        >>> unseen_beyond_tolerance(convolution, 32, 3), unseen_beyond_tolerance(convolution, 32, 4)
+        (False, True)
     """
     patch = patch_size(encoder)
     with_rest = patch is not None and side % patch > 0
@@ -87,6 +108,10 @@ def refusal(encoder: nn.Module, side: int, unseen: int, setting: str, also: str 
         unseen: see :func:`unseen_border`.
         setting: the config key, or flag, of the side.
         also: another remedy.
+
+    Example:
+        >>> str(refusal(nn.Conv2d(3, 4, 3), 32, 8, "crop_size")).partition(": ")[2]
+        'the features do not depend on the outer 8 pixels; set crop_size=24'
     """
     patch, near = patch_size(encoder), [side - unseen]
     expected = "a size whose border the encoder sees"
@@ -111,6 +136,9 @@ def check_reach(encoder: nn.Module, side: int, setting: str) -> None:
 
     Raises:
         UserError: see :func:`unseen_beyond_tolerance`; or the encoder cannot take such images.
+
+    Example:
+        >>> check_reach(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten()), 32, "crop_size")
     """
     try:
         unseen = unseen_border(encoder, side)

@@ -55,6 +55,13 @@ class EncoderSplit:
 
     Raises:
         UserError: for an encoder that cannot be cut, or whose map is not (N, C, h, w).
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> split = EncoderSplit(resnet18(), image_size=64)
+        >>> feature_map = split.front(torch.zeros(2, 3, 64, 64))
+        >>> feature_map.shape, split.tail(feature_map).shape
+        (torch.Size([2, 512, 2, 2]), torch.Size([2, 1000]))
     """
 
     def __init__(self, network: nn.Module, image_size: int):

@@ -173,7 +173,12 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def release_kwargs(name: str, image_size: int) -> dict[str, str]:
-    """``backbone.kwargs`` that make an encoder MetaMask's release's: of our ResNets, at its 32 pixels."""
+    """``backbone.kwargs`` that make an encoder MetaMask's release's: of our ResNets, at its 32 pixels.
+
+    Example:
+        >>> release_kwargs("resnet18", 32), release_kwargs("resnet18", 224)
+        ({'stem': 'release'}, {})
+    """
     return {"stem": "release"} if name in ("resnet18", "resnet50") and image_size <= 32 else {}
 
 
@@ -191,6 +196,11 @@ def build_encoder(name: str, image_size: int, setting: str = "backbone", **kwarg
 
     Raises:
         UserError: for an unknown name, and for arguments that the constructor refuses or that name files.
+
+    Example:
+        >>> encoder = build_encoder("resnet18", image_size=32)
+        >>> encoder(torch.zeros(2, 3, 32, 32)).shape, encoder.num_features
+        (torch.Size([2, 512]), 512)
     """
     check(image_size >= 16, f"{setting}'s crop_size", ">= 16 pixels", image_size)
     try:

@@ -36,6 +36,11 @@ def timm_network(name: str, image_size: int | None, setting: str = "backbone", *
     Raises:
         UserError: the arguments name weights from elsewhere, or ``pretrained`` weights cannot be fetched.
         TypeError: for arguments that the model does not have.
+
+    Example:
+        >>> network = timm_network("mobilenetv3_small_050", image_size=32)
+        >>> network.num_features  # with the hidden layer of its head
+        1024
     """
     refused = [key for key in FROM_ELSEWHERE if key in kwargs]
     remedy = "such files are not loaded, as they can run code; leave these keys out"

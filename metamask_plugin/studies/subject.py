@@ -31,6 +31,10 @@ class Measured:
         pictures: by file name.
         details: what is no row, for the trial's record; plain values.
         about: what the report says of all trials that have it.
+
+    Example:
+        >>> Measured([{"metric": "knn5", "value": 87.2}]).pictures
+        {}
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -50,6 +54,13 @@ class Subject:
         data: labelled images.
         folder: of its run, or None for an encoder that was there already.
         model: the whole method as it was initialised, to count its parameters; or None.
+
+    Example:
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(768, 4))
+        >>> images = LabelledImages.read({"dataset": "digits", "kwargs": {"size": 16}}, crop_size=16)
+        >>> subject = Subject("untrained", 0, {"last": Encoder(network)}, images)
+        >>> subject.features("test").feats.shape
+        torch.Size([500, 4])
     """
 
     title: str
@@ -118,6 +129,10 @@ def subject_of_checkpoint(checkpoint: str, data: Mapping[str, Any], seed: int, t
             it go before the encoder's own.
         seed: of what the measures draw.
         title: what stands on pictures.
+
+    Example:
+        >>> data = {"dataset": "cifar10", "train_path": "data", "crop_size": 32}
+        >>> subject_of_checkpoint("timm:resnet18", data, 0, "ImageNet")  # doctest: +SKIP
     """
     encoder = load_encoder(checkpoint, image_size=data.get("crop_size"))
     return Subject(title, seed, {"last": encoder}, _labelled(encoder, data))
