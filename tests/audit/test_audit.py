@@ -2,6 +2,7 @@
 
 import doctest
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,3 +230,13 @@ def test_the_figure_marks_what_hurts_and_draws_the_numbers(confounded, tmp_path)
 def test_example():
     found = doctest.testmod(confounders)
     assert found.attempted > 5 and found.failed == 0
+
+
+def test_the_lines_of_the_documentation():
+    page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
+    section = page[page.index("## The confounder audit") :]
+    lines = section[section.index("```python\n") + 10 :].partition("```")[0]
+    feats, labels = features(120, 0)
+    names = {"features": feats.numpy(), "labels": labels.numpy()}
+    exec(lines, names)
+    assert names["result"].dimensions == DIM
