@@ -256,7 +256,9 @@ def _knn(train: Labelled, test: Labelled, masks: torch.Tensor, k: int, temperatu
             # relative to the nearest, which changes no vote: exp(1 / T) overflows for a small T
             weights = ((values - values[..., :1]) / temperature).exp()
             scores = weights.new_zeros(*weights.shape[:2], num_classes)
-            yield members, rows, scores.scatter_add_(2, train[1][indices], weights).argmax(dim=2)
+            scores.scatter_add_(2, train[1][indices], weights)
+            # in shares, as other nearest-neighbour classifiers have them: rounding decides between equals
+            yield members, rows, (scores / scores.sum(dim=2, keepdim=True)).argmax(dim=2)
 
 
 def _largest(values: torch.Tensor, k: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
