@@ -1,8 +1,15 @@
 """Composes the package's configs, without Hydra's application; a training of seconds."""
 
+import os
+from pathlib import Path
+
 from hydra import compose, initialize_config_dir
 
 from metamask_plugin import SCRIPTS
+
+TESTS = Path(__file__).resolve().parent
+PATHS = os.pathsep.join(map(str, (TESTS / "reliability", TESTS, TESTS.parent)))
+"""``PYTHONPATH`` of a process that imports the package and modules of the tests."""
 
 TINY = (
     *("backbone.name=conv4", "++backbone.kwargs.width=4", "++data.fraction=0.1", "++data.kwargs.copies=1"),

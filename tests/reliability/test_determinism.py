@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from composing import PATHS
 from method_config import baseline_config, icl_msr_config, method_config, task_settings
 from method_training import train
 from PIL import Image
@@ -82,13 +83,12 @@ if __name__ == "__main__":
 def test_another_process_with_another_hash_seed_is_bit_identical(tmp_path, first_pass):
     script = tmp_path / "another.py"
     script.write_text(ANOTHER_PROCESS)
-    paths = os.pathsep.join(str(path) for path in (Path(__file__).parent, ROOT, ROOT / "tests"))
     done = subprocess.run(
         [sys.executable, str(script)],
         capture_output=True,
         text=True,
         timeout=400,
-        env={**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "4321", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": PATHS, "PYTHONHASHSEED": "4321", "OMP_NUM_THREADS": "1"},
     )
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("digest ")]
     found = {f"{method} {task}": value for _, method, task, value in lines}
@@ -120,13 +120,12 @@ if __name__ == "__main__":
 def test_processes_exchange_in_one_order_whatever_their_hash_seeds(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_RANKS_OF_TWO_HASH_SEEDS)
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
         [sys.executable, str(script)],
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
     )
     assert done.stdout.count("trained 1") == 2, done.stderr[-2000:]
 

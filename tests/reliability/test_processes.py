@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from composing import tiny
+from composing import PATHS, tiny
 from PIL import Image
 
 from metamask_plugin.cli import pretrain
@@ -64,13 +64,12 @@ def end_two_ranks(folder, ranks, fault, *overrides):
     """Runs two ranks until a fault ends them: rank 0's exit code, what both said, seconds since the fault."""
     script = folder / "two_ranks.py"
     script.write_text(TWO_RANKS)
-    paths = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
     process = subprocess.Popen(
         [sys.executable, str(script), str(folder), ranks, fault, *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
     )
     said, _ = process.communicate(timeout=240)  # until the last of both closes the pipe
     assert (folder / "began").exists(), said[-2000:]

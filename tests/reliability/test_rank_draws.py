@@ -5,11 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from killed_runs import ROOT, assert_same, read, run_folder
+from composing import PATHS
+from killed_runs import assert_same, read, run_folder
 from PIL import Image
 
 SOURCE = "huggingface/transformers#37932, facebookresearch/deit#150, Lightning-AI/pytorch-lightning#16166"
@@ -65,9 +65,8 @@ def train(runs, images, overrides, processes, step=-1):
     runs.mkdir(exist_ok=True)
     script = runs / "train.py"
     script.write_text(SCRIPT)
-    paths = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
     command = [sys.executable, script, runs, images, str(step), f"devices={processes}", *overrides]
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     return ended.returncode, ended.stdout + ended.stderr
 

@@ -1,12 +1,13 @@
 """A run on a GPU that was killed goes on as if nothing had happened."""
 
+import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from composing import PATHS
 from killed_runs import assert_same, read, rows, run_folder
 
 pytestmark = [
@@ -37,7 +38,9 @@ SETTINGS = {
 def train(runs, step, overrides):
     """In a process of its own, which a killed one must be, and each that begins with a fresh device."""
     command = [sys.executable, "-W", "ignore", "-c", TRAINING, str(runs), str(step), *overrides]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": PATHS}, capture_output=True, text=True, timeout=300
+    )
     return done.returncode, done.stdout + done.stderr
 
 

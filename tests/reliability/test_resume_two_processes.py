@@ -4,10 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from killed_runs import ROOT, assert_same, read, rows, run_folder
+from composing import PATHS
+from killed_runs import assert_same, read, rows, run_folder
 
 SCRIPT = """
 import sys, torch
@@ -33,9 +33,8 @@ if __name__ == "__main__":
 def train(runs, rank="none", number=0, *overrides):
     script = runs / "train.py"
     script.write_text(SCRIPT)
-    paths = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
     command = [sys.executable, str(script), str(runs), rank, str(int(number)), *overrides]
-    environment = {**os.environ, "PYTHONPATH": paths}
+    environment = {**os.environ, "PYTHONPATH": PATHS}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
