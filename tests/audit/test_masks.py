@@ -60,43 +60,35 @@ def test_random_masks_drop_exactly_the_rate_and_only_from_among():
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("rate", "among", "message"),
     [
-        (lambda: random_masks(DIM, 5, 1), "mask rate must be from 0 to 1, got 5; 5 % is 0.05"),
-        (
-            lambda: random_masks(DIM, 0.5, 1, among=torch.ones(3, dtype=torch.bool)),
-            "among must be one truth value for each of 40",
-        ),
-        (
-            lambda: random_masks(DIM, 0.5, 1, among=torch.tensor([1, 40])),
-            "among must be different dimensions below 40",
-        ),
-        (
-            lambda: masked_correct(TRAIN, TEST, torch.ones(2, DIM)),
-            r"masks must be bool of shape \(R, 40\)",
-        ),
-        (lambda: masked_correct(TRAIN, TEST, some_masks(), "svm"), "metric must be knn<k> or linear"),
-        (lambda: masked_correct(TRAIN, TEST, some_masks(), "knn0"), "metric must be knn<k> or linear"),
-        (lambda: masked_correct(TRAIN, TEST, some_masks(), ridge=0), "ridge must be > 0"),
-        (lambda: masked_correct(TRAIN, TEST, some_masks(), temperature=0), "temperature must be > 0"),
-        (
-            lambda: masked_correct((TRAIN.feats, TEST.labels), TEST, some_masks()),
-            r"training labels must be one for each of 230 images, got \(90,\)",
-        ),
-        (
-            lambda: masked_correct(TRAIN, (TEST.feats[:, 1:], TEST.labels), some_masks()),
-            "training and test features must be of the same dimension",
-        ),
-        (lambda: masked_correct(TRAIN, (TEST.feats / 0, TEST.labels), some_masks()), "must be finite"),
-        (
-            lambda: masked_correct(TRAIN, (TEST.feats, TEST.labels - 1), some_masks()),
-            "test labels must be",
-        ),
+        (5, None, "mask rate must be from 0 to 1, got 5; 5 % is 0.05"),
+        (0.5, torch.ones(3, dtype=torch.bool), "among must be one truth value for each of 40"),
+        (0.5, torch.tensor([1, 40]), "among must be different dimensions below 40"),
     ],
 )
-def test_settings_and_features_that_do_not_fit_are_refused(call, message):
+def test_masks_that_cannot_be_drawn_are_refused(rate, among, message):
     with pytest.raises(UserError, match=message):
-        call()
+        random_masks(DIM, rate, 1, among=among)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"masks": torch.ones(2, DIM)}, r"masks must be bool of shape \(R, 40\)"),
+        ({"metric": "svm"}, "metric must be knn<k> or linear"),
+        ({"metric": "knn0"}, "metric must be knn<k> or linear"),
+        ({"ridge": 0}, "ridge must be > 0"),
+        ({"temperature": 0}, "temperature must be > 0"),
+        ({"train": (TRAIN.feats, TEST.labels)}, r"training labels must be one for each of 230.*got \(90,\)"),
+        ({"test": (TEST.feats[:, 1:], TEST.labels)}, "features must be of the same dimension"),
+        ({"test": (TEST.feats / 0, TEST.labels)}, "test features must be finite"),
+        ({"test": (TEST.feats, TEST.labels - 1)}, "test labels must be >= 0"),
+    ],
+)
+def test_settings_and_features_that_do_not_fit_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        masked_correct(**{"train": TRAIN, "test": TEST, "masks": some_masks(), **given})
 
 
 @pytest.mark.parametrize("metric", ["knn20", "linear"])
