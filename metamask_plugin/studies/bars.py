@@ -19,7 +19,6 @@ from metamask_plugin.studies.panels import (
     finish,
     label,
     legend,
-    series_label,
     share_values,
 )
 from metamask_plugin.studies.statistics import Entry
@@ -75,17 +74,11 @@ def draw_bars(figure: Figure, drawn: Panels) -> None:
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     (figure.supylabel if upright else figure.supxlabel)(name, fontsize=9)
-    handles = [
-        Patch(
-            facecolor=colour_of(i),
-            hatch=HATCHES[i // 8 % 4],
-            edgecolor="white",
-            label=series_label(drawn, series),
-        )
-        for i, series in enumerate(drawn.series)
-        if series is not None
-    ]
-    legend(figure, handles, drawn)
+
+    def bar(i: int) -> Patch:
+        return Patch(facecolor=colour_of(i), hatch=HATCHES[i // 8 % 4], edgecolor="white")
+
+    legend(figure, drawn, bar)
 
 
 def _draw_panel(axes: Axes, panel: Panel, drawn: Panels, upright: bool, start: float) -> None:

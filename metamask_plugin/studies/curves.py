@@ -20,7 +20,6 @@ from metamask_plugin.studies.panels import (
     label,
     legend,
     marker_of,
-    series_label,
     share_values,
 )
 from metamask_plugin.studies.statistics import Entry
@@ -52,20 +51,12 @@ def draw_curve(figure: Figure, drawn: Panels) -> None:
         axes.tick_params(axis="x", rotation=45 if crowded else 0)
         axes.set_xlabel(str(drawn.layout["x"]), fontsize=9)
     _name_left(figure, drawn)
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=colour_of(i),
-            linestyle=LINES[i // 8 % 3],
-            marker=marker_of(i),
-            markersize=5,
-            label=series_label(drawn, s),
-        )
-        for i, s in enumerate(drawn.series)
-        if s is not None
-    ]
-    legend(figure, handles, drawn)
+
+    def line(i: int) -> Line2D:
+        style = {"linestyle": LINES[i // 8 % 3], "marker": marker_of(i), "markersize": 5}
+        return Line2D([], [], color=colour_of(i), **style)
+
+    legend(figure, drawn, line)
 
 
 def draw_cost(figure: Figure, drawn: Panels) -> None:
@@ -94,19 +85,11 @@ def draw_cost(figure: Figure, drawn: Panels) -> None:
         axes.set_xlabel(axis_name(drawn.layout["x"]), fontsize=9)
         _number(figure, axes, points)
     _name_left(figure, drawn)
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=colour_of(i),
-            marker=marker_of(i),
-            linestyle="none",
-            label=f"{i + 1}  {series_label(drawn, series)}",
-        )
-        for i, series in enumerate(drawn.series)
-        if series is not None
-    ]
-    legend(figure, handles, drawn, seeds=False)
+
+    def point(i: int) -> Line2D:
+        return Line2D([], [], color=colour_of(i), linestyle="none", marker=marker_of(i))
+
+    legend(figure, drawn, point, numbered=True)
 
 
 def _grid(figure: Figure, drawn: Panels, width: float) -> list[Axes]:

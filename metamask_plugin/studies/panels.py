@@ -1,9 +1,10 @@
 """What the panels of a study's figure show, and what all kinds of figures share: colours, axes, legend."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -141,11 +142,6 @@ def label(value: Any) -> str:
     return "" if value is None else plain(value)
 
 
-def series_label(drawn: Panels, series: Any) -> str:
-    """A series in the legend: a number comes with what it is of."""
-    return column_name(str(drawn.layout["series"]), series)
-
-
 def colour_of(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
@@ -167,20 +163,26 @@ def share_values(drawn: Panels) -> bool:
     return min(highest) > 0.7 * max(highest)
 
 
-def legend(figure: Figure, handles: Sequence[Any], drawn: Panels, seeds: bool = True) -> None:
+def legend(figure: Figure, drawn: Panels, handle: Callable[[int], Artist], numbered: bool = False) -> None:
     """Above the panels, or beside them where it is long; with what points and hollow markers are.
 
     Args:
         figure: with its panels drawn; grows for a legend beside them.
-        handles: of the series.
         drawn: what the panels show.
-        seeds: whether the seeds are drawn as points.
+        handle: of a series, by its number.
+        numbered: whether the series are numbered points; then their seeds are not drawn.
     """
-    handles = list(handles)
+    handles = []
+    for i, series in enumerate(drawn.series):
+        if series is not None:
+            # a number comes with what it is of
+            name = column_name(str(drawn.layout["series"]), series)
+            handles.append(handle(i))
+            handles[-1].set_label(f"{i + 1}  {name}" if numbered else name)
     if drawn.has_intervals:
         bar = {"linestyle": "none", "marker": "|", "markersize": 9, "color": "black"}
         handles.append(Line2D([], [], label="95 % interval", **bar))
-        if seeds:
+        if not numbered:
             handles.append(Line2D([], [], label="a seed", **SEED))
     if drawn.has_paper:
         handles.append(Line2D([], [], label="the paper's number", **PAPER))
