@@ -67,6 +67,15 @@ def test_another_seed_is_another_training(first_pass):
     assert trained("metamask", "simclr", seed=1) != first_pass["metamask simclr"]
 
 
+def run_apart(folder, text, **environment):
+    """Runs a script in a process of its own."""
+    script = folder / "script.py"
+    script.write_text(text)
+    env = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, str(script)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=env)
+
+
 ANOTHER_PROCESS = """
 import torch
 from test_determinism import all_digests
@@ -81,15 +90,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.fault("determinism")
 def test_another_process_with_another_hash_seed_is_bit_identical(tmp_path, first_pass):
-    script = tmp_path / "another.py"
-    script.write_text(ANOTHER_PROCESS)
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={**os.environ, "PYTHONPATH": PATHS, "PYTHONHASHSEED": "4321", "OMP_NUM_THREADS": "1"},
-    )
+    done = run_apart(tmp_path, ANOTHER_PROCESS, PYTHONHASHSEED="4321")
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("digest ")]
     found = {f"{method} {task}": value for _, method, task, value in lines}
     assert found == first_pass, done.stderr[-2000:]
@@ -118,15 +119,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.fault("determinism")
 def test_processes_exchange_in_one_order_whatever_their_hash_seeds(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(TWO_RANKS_OF_TWO_HASH_SEEDS)
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
-    )
+    done = run_apart(tmp_path, TWO_RANKS_OF_TWO_HASH_SEEDS)
     assert done.stdout.count("trained 1") == 2, done.stderr[-2000:]
 
 
