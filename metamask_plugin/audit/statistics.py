@@ -72,14 +72,11 @@ def per_original(correct: torch.Tensor, originals: torch.Tensor | None) -> torch
 
 
 def standard_error(correct: torch.Tensor, originals: torch.Tensor | None = None) -> float:
-    """Of an accuracy, over test images (or originals) drawn anew, in percentage points.
+    """Standard error of an accuracy over test images drawn anew, percentage points; NaN for fewer than two.
 
     Args:
         correct: (N,).
-        originals: see :func:`per_original`.
-
-    Returns:
-        It; NaN for fewer than two.
+        originals: see :func:`per_original`; then over originals.
     """
     units = per_original(correct, originals).double()
     if len(units) < 2:

@@ -219,13 +219,10 @@ def _table(summary: Mapping[str, Any]) -> str:
 
 
 def _with_deviation(row: Mapping[str, Any]) -> dict[str, Any]:
-    shown = {}
-    for key, value in row.items():
-        if f"{key}_std" in row:
-            std = row[f"{key}_std"]
-            shown[key] = f"{value:.2f}" if std is None else f"{value:.2f} ± {std:.2f}"
-        elif not key.endswith("_std"):
-            shown[key] = value
+    shown = {key: value for key, value in row.items() if not key.endswith("_std")}
+    for key in [key for key in shown if f"{key}_std" in row]:
+        std = row[f"{key}_std"]
+        shown[key] = f"{row[key]:.2f}" if std is None else f"{row[key]:.2f} ± {std:.2f}"
     return shown
 
 
