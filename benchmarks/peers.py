@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 import torch
-from metamask_plugin.bilevel.estimator import relative_length
+from metamask_plugin.bilevel.estimators import relative_length
 from torch import nn
 
 from metamask_plugin.bilevel import BilevelProblem, Estimator, Functional, InnerStep, MetaGradient
