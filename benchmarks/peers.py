@@ -10,10 +10,10 @@ import copy
 from typing import Any
 
 import torch
-from metamask_plugin.bilevel.estimators import relative_length
 from torch import nn
 
 from metamask_plugin.bilevel import BilevelProblem, Estimator, Functional, InnerStep, MetaGradient
+from metamask_plugin.bilevel.estimators import relative_length
 
 UNIT = "SimCLR + Barlow"
 

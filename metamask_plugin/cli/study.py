@@ -22,7 +22,7 @@ from metamask_plugin.cli.checked import plain
 from metamask_plugin.cli.config import complete, for_method
 from metamask_plugin.cli.dry_run_study import dry_run_trials
 from metamask_plugin.cli.errors import one_line_errors
-from metamask_plugin.cli.hydra_main import told
+from metamask_plugin.cli.hydra_errors import told
 from metamask_plugin.cli.known import shipped
 from metamask_plugin.cli.paths import expand_paths, expanded
 from metamask_plugin.cli.pretrain import pretrain

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from metamask_plugin.cli import knn, linear, pretrain, study
 from metamask_plugin.cli.command_line import check_flags
 from metamask_plugin.cli.errors import one_line_errors
-from metamask_plugin.cli.hydra_main import told
+from metamask_plugin.cli.hydra_errors import told
 from metamask_plugin.config.methods import TaskKwargs
 from metamask_plugin.errors import UserError
 from metamask_plugin.tasks import TASKS

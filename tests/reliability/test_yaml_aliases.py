@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from metamask_plugin.cli.hydra_main import MOST_VALUES, bounded_aliases, unfolded
+from metamask_plugin.cli.hydra_errors import MOST_VALUES, bounded_aliases, unfolded
 from metamask_plugin.errors import UserError
 
 
