@@ -19,8 +19,8 @@ UNIT = "SimCLR + Barlow"
 
 PEERS: dict[str, dict[str, Any]] = {
     UNIT: {"method_kwargs__meta__enabled": False},
-    "SimCLR": {"method": "bare", "method_kwargs__task": "simclr"},
-    "Barlow Twins": {"method": "bare", "method_kwargs__task": "barlow_twins"},
+    "SimCLR": {"method": "baseline", "method_kwargs__task": "simclr"},
+    "Barlow Twins": {"method": "baseline", "method_kwargs__task": "barlow_twins"},
 }
 """Overrides of :func:`common.build_model` for methods without a mask; heads as MetaMask's."""
 
@@ -68,7 +68,7 @@ class Release(Estimator):
         grads = copy.deepcopy([[param.grad for param in group.values()] for group in first])
         stepped = []
         with torch.no_grad():
-            for step, ours, theirs, found in zip(trial.steps, live, second, grads):
+            for step, ours, theirs, found in zip(trial[:2], live, second, grads):
                 present = {
                     name: torch.zeros_like(param) if grad is None else grad
                     for (name, param), grad in zip(ours.items(), found)

@@ -41,6 +41,9 @@ RENAMED = (
 )
 OLD_NAMES = tuple(entry.old for entry in RENAMED)
 
+VALUES = {"method": {"bare": "baseline"}}
+"""New names of values whose key is called as before, by the old ones."""
+
 
 def with_new_names(
     node: MutableMapping[str, Any], typed: Collection[str] = (), quiet: bool = False
@@ -78,7 +81,22 @@ def with_new_names(
                 f"warning: {old} is called {new} now; the old name goes with the next version",
                 file=sys.stderr,
             )
+    for key, values in VALUES.items():
+        value = node.get(key)
+        if isinstance(value, str) and value in values:
+            node[key] = values[value]
+            if not quiet:
+                print(
+                    f"warning: {key}={value} is called {key}={values[value]} now; "
+                    "the old name goes with the next version",
+                    file=sys.stderr,
+                )
     return node
+
+
+def earlier_value(key: str, value: str) -> str:
+    """What a value was called before, in records of earlier versions; the value itself without a new name."""
+    return {new: old for old, new in VALUES.get(key, {}).items()}.get(value, value)
 
 
 def with_earlier_names(node: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -95,6 +113,9 @@ def with_earlier_names(node: MutableMapping[str, Any]) -> MutableMapping[str, An
             value = take(node, new)
             if not _has(node, old):
                 put(node, old, {later: earlier for earlier, later in values.items()}.get(value, value))
+    for key in VALUES:
+        if isinstance(node.get(key), str):
+            node[key] = earlier_value(key, node[key])
     return node
 
 
@@ -108,7 +129,7 @@ def in_new_names(key: str, value: Any) -> tuple[str, Any]:
     for old, new, _, values in RENAMED:
         if key == old:
             return new, values.get(value, value)
-    return key, value
+    return key, VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value
 
 
 def _block(node: Any, key: str) -> Any:

@@ -96,7 +96,7 @@ def _sections() -> Iterator[tuple[str, str]]:
     for title, model, module in (("MetaMask", MetaMask, metamask), ("ICL-MSR", ICLMSR, icl_msr)):
         defaults = {**_flat(module.PRESETS["paper"]), "preset": "paper"}
         yield f"`method_kwargs` of {title}", table(model, defaults)
-    yield "`method_kwargs` of a task alone (`method=bare`)", table(Baseline, {}, own)
+    yield "`method_kwargs` of a task alone (`method=baseline`)", table(Baseline, {}, own)
     yield "`method_kwargs.task_kwargs`", f"{table(TaskKwargs, {})}\n\n{TASK_NOTE}"
     yield "`data.kwargs`", table(DataKwargs, {})
     yield "Linear evaluation and fine-tuning", table(Linear)

@@ -29,9 +29,9 @@ LAYOUT = {
     "metamask_plugin/modules/encoders.py": "solo/backbones/conv/encoders.py",
     "metamask_plugin/tasks": "solo/bilevel/tasks",
     "metamask_plugin/methods": "solo/methods",
-    "metamask_plugin/methods/meta_update.py": "solo/bilevel/meta_update.py",
+    "metamask_plugin/methods/base.py": "solo/methods/task_method.py",
+    "metamask_plugin/methods/interventional.py": "solo/bilevel/interventional.py",
     "metamask_plugin/methods/presets.py": "solo/bilevel/presets.py",
-    "metamask_plugin/methods/trial_steps.py": "solo/bilevel/trial_steps.py",
     "metamask_plugin/host/solo_settings.py": "solo/methods/solo_settings.py",
     "metamask_plugin/host/solo_task.py": "solo/methods/solo_task.py",
     "tests/bilevel": "tests/bilevel",
@@ -93,7 +93,7 @@ SUBSTITUTIONS = {
         (r"^    \*needs_solo_learn,\n", ""),
     ],
     # which host a run was made under
-    "metamask_plugin/methods/task_method.py": [
+    "metamask_plugin/methods/base.py": [
         (r"^from metamask_plugin import host\n", ""),
         (r"^ *cfg\.host = host\.name.*\n", ""),
         # names of keys that were never solo-learn's
@@ -150,13 +150,13 @@ DATA_SETS = ("cifar", "stl10", "imagenet-100", "imagenet")
 # (line to find, what goes before it, what goes behind it)
 INSERTIONS = {
     "solo/methods/__init__.py": [
-        ("from solo.methods.base import BaseMethod", "from solo.methods.bare import Bare", ""),
+        ("from solo.methods.base import BaseMethod", "from solo.methods.baseline import Baseline", ""),
         ("from solo.methods.dino import DINO", "", "from solo.methods.icl_msr import ICLMSR"),
         ("from solo.methods.mae import MAE", "", "from solo.methods.metamask import MetaMask"),
-        ('    "barlow_twins": BarlowTwins,', '    "bare": Bare,', ""),
+        ('    "barlow_twins": BarlowTwins,', '    "baseline": Baseline,', ""),
         ('    "dino": DINO,', "", '    "icl_msr": ICLMSR,'),
         ('    "mae": MAE,', "", '    "metamask": MetaMask,'),
-        ('    "BarlowTwins",', '    "Bare",', ""),
+        ('    "BarlowTwins",', '    "Baseline",', ""),
         ('    "DINO",', "", '    "ICLMSR",'),
         ('    "MAE",', "", '    "MetaMask",'),
     ],
@@ -186,7 +186,7 @@ INSERTIONS = {
     ],
     "docs/source/index.rst": [
         ("   solo/utils", "", "   solo/bilevel"),
-        ("   solo/methods/byol", "   solo/methods/bare", ""),
+        ("   solo/methods/byol", "   solo/methods/baseline", ""),
         ("   solo/methods/dino", "", "   solo/methods/icl_msr"),
         ("   solo/methods/mae", "", "   solo/methods/metamask"),
         ("   solo/losses/dino", "", "   solo/losses/icl_msr"),

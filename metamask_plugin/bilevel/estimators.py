@@ -103,14 +103,9 @@ class Exact(Estimator):
         terms = [(first.head_gradient[name] * u).sum() for name, u in first.head_direction.items()]
         s = cast(torch.Tensor, sum(terms))
         if problem.encoder_params:
-            tape = first.tape if self.reuse else None
+            replaying = nullcontext() if first.tape is None or not self.reuse else first.tape.replaying()
             # fused attention has no forward mode
-            with (
-                torch.no_grad(),
-                forward_ad.dual_level(),
-                sdpa_kernel(SDPBackend.MATH),
-                nullcontext() if tape is None else tape.replaying(),
-            ):
+            with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), replaying:
                 duals = {
                     name: forward_ad.make_dual(param, first.encoder_direction[name])
                     for name, param in problem.encoder_params.items()

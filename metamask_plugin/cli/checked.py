@@ -15,7 +15,7 @@ from metamask_plugin.config.methods import METHOD_KWARGS, Baseline, TaskKwargs
 from metamask_plugin.config.read import Node, keys_of, read
 from metamask_plugin.config.solo_learn import SOLO_LEARN, WITHOUT_EFFECT
 from metamask_plugin.errors import UserError, check
-from metamask_plugin.renamed import with_new_names
+from metamask_plugin.renamed import VALUES, with_new_names
 
 METHOD_KEYS = [
     *keys_of(Baseline, "method_kwargs."),
@@ -150,20 +150,21 @@ def methods_of(ablation: str) -> list[str]:
     fitting = [
         name
         for name, known in METHOD_KWARGS.items()
-        if name not in ("bare", "supervised") and all(_is_known(key, keys_of(known)) for key in keys)
+        if name not in ("baseline", "supervised") and all(_is_known(key, keys_of(known)) for key in keys)
     ]
-    return fitting or ["bare"]
+    return fitting or ["baseline"]
 
 
 def check_ablation(cfg: DictConfig) -> None:
     """Raises a UserError where the ablation on the command line is of another method than the config."""
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     ablation = choices.get("ablation")
-    if ablation in (None, "none", "null") or cfg.get("method") not in METHOD_KWARGS:
+    method = VALUES["method"].get(cfg.get("method"), cfg.get("method"))
+    if ablation in (None, "none", "null") or method not in METHOD_KWARGS:
         return
     methods = methods_of(ablation)
-    fits = cfg.method in methods or cfg.method in ("bare", "supervised")
-    check(fits, "ablation", f"one of {cfg.method}", ablation, f"it is of {' and '.join(methods)}")
+    fits = method in methods or method in ("baseline", "supervised")
+    check(fits, "ablation", f"one of {method}", ablation, f"it is of {' and '.join(methods)}")
 
 
 def _keys(node: Mapping[str, Any], within: str = "") -> Iterator[str]:

@@ -185,7 +185,7 @@ def _check_override(kind: str, word: str) -> None:
     """What habit writes; a word without ``=`` is a config's name, or a command's, in the wrong place."""
     key, sign, value = word.lstrip("+").partition("=")
     if kind == "pretrain" and key == "method" and value in names_of("task"):
-        check(False, key, "metamask, icl_msr or bare", value, f"write task={value} method=bare")
+        check(False, key, "metamask, icl_msr or baseline", value, f"write task={value} method=baseline")
     check(bool(key), "an override", "key=value", word)
     if kind != "study" and key in BLOCKS and value not in ("", "null") and value[0] not in "{$":
         check(False, key, "a block of keys", value, f"did you mean {BLOCKS[key]}={value}?")

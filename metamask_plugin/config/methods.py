@@ -172,7 +172,7 @@ class ICLMSR(MSR):
 
 
 class Baseline(MSR, MetaMask):
-    """``method=bare`` and ``supervised``: what belongs to the other methods is left aside."""
+    """``method=baseline`` and ``supervised``: what belongs to the other methods is left aside."""
 
     preset: Literal["paper", "official"] | None = key(None, "left aside")
     alpha: Positive | None = key(None, "factor on the loss")
@@ -183,7 +183,6 @@ METHOD_KWARGS: Mapping[str, type[Block]] = {
     "metamask": MetaMask,
     "icl_msr": ICLMSR,
     "baseline": Baseline,
-    "bare": Baseline,  # its earlier name
     "supervised": Baseline,
 }
 

@@ -274,7 +274,7 @@ class Pretraining(Block):
     """A pretraining config."""
 
     name: FolderName = key("run", "name of the run's folder, without its digest")
-    method: Text = key(..., "what is trained: metamask, icl_msr, bare, supervised")
+    method: Text = key(..., "what is trained: metamask, icl_msr, baseline, supervised")
     seed: Seed = key(5, "of weights, order of the images, views")
     max_epochs: Count = key(100, "passes over the training images")
     max_steps: Count | Literal[-1] = key(-1, "optimiser steps after which training ends; -1: no limit")

@@ -129,12 +129,7 @@ class SoloTask(HostTask):
     def before_regular_loss(self) -> None:
         self._moved = None
 
-    def loss(
-        self,
-        projections: Projections,
-        targets: Projections | None = None,
-        positives: Positives | None = None,
-    ) -> torch.Tensor:
+    def loss(self, projections: Projections, targets=None, positives=None) -> torch.Tensor:
         """The method's loss of one batch.
 
         Args:

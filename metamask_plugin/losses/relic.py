@@ -1,12 +1,12 @@
 """Instance discrimination whose likelihoods may not depend on the augmentations: RELIC."""
 
 from collections.abc import Sequence
-from itertools import product
 
 import torch
 import torch.nn.functional as F
 
 from metamask_plugin.losses.contrastive import contrastive_loss, same_image
+from metamask_plugin.losses.pairs import ordered_pairs
 
 
 def relic_loss(
@@ -51,16 +51,21 @@ def relic_loss(
 
     [0] Mitrovic et al., *Representation Learning via Invariant Causal Mechanisms*, ICLR 2021.
     """
-    _check(projections, targets, bank, weighted, alpha)
+    pairs = ordered_pairs(projections, targets, "relic_loss: projections, targets")
+    weighted = targets if weighted is None else weighted
+    positives = ordered_pairs(projections, weighted, "relic_loss: projections, weighted")
     bank = targets[0][:0] if bank is None else bank
+    if len(weighted) != len(targets):
+        raise ValueError(f"relic_loss: weighted must be one a target, got {len(weighted)} of {len(targets)}")
+    if bank.dim() != 2 or bank.shape[1] != targets[0].shape[1]:
+        raise ValueError(f"relic_loss: bank must be (K, {targets[0].shape[1]}), got {tuple(bank.shape)}")
+    if not alpha >= 0:
+        raise ValueError(f"relic_loss: alpha must be >= 0, got {alpha}")
     own = same_image(len(targets[0]), 1, len(bank), device=targets[0].device)
     contrasts, log_likelihoods = [], []
-    for (j, anchors), (k, of_view) in product(enumerate(projections), enumerate(targets)):
-        if j == k:
-            continue
+    for (anchors, of_view), (_, positive) in zip(pairs, positives):
         candidates = torch.cat([of_view, bank])
-        positives = of_view if weighted is None else weighted[k]
-        contrasts.append(contrastive_loss(anchors, positives, candidates, temperature, own))
+        contrasts.append(contrastive_loss(anchors, positive, candidates, temperature, own))
         logits = F.normalize(anchors, dim=1) @ F.normalize(candidates, dim=1).T / temperature
         log_likelihoods.append(logits.log_softmax(dim=1))
     return torch.stack(contrasts).mean() + alpha * mean_divergence(torch.stack(log_likelihoods))
@@ -79,38 +84,3 @@ def mean_divergence(log_p: torch.Tensor) -> torch.Tensor:
     # sum over a, b of <p_a, log p_a - log p_b>; a = b adds nothing to the sum
     divergence = (log_p.exp() * (log_p - log_p.mean(dim=0))).sum(dim=2).mean()
     return divergence * count / max(count - 1, 1)
-
-
-def _check(
-    projections: Sequence[torch.Tensor],
-    targets: Sequence[torch.Tensor],
-    bank: torch.Tensor | None,
-    weighted: Sequence[torch.Tensor] | None,
-    alpha: float,
-) -> None:
-    views = [*projections, *targets]
-    if (
-        not 1 <= len(targets) <= len(projections)
-        or len(projections) < 2
-        or views[0].dim() != 2
-        or len({view.shape for view in views}) != 1
-    ):
-        raise ValueError(
-            "relic_loss: projections must be two or more tensors of one shape (N, P), targets one or more, "
-            f"at most as many, got {_shapes(projections)} and {_shapes(targets)}"
-        )
-    if bank is not None and (bank.dim() != 2 or bank.shape[1] != views[0].shape[1]):
-        raise ValueError(f"relic_loss: bank must be (K, {views[0].shape[1]}), got {tuple(bank.shape)}")
-    if weighted is not None and (
-        len(weighted) != len(targets) or any(of_view.dim() not in (2, 3) for of_view in weighted)
-    ):
-        raise ValueError(
-            "relic_loss: weighted must be one tensor (N, P) or (N, n, P) a target, "
-            f"got {_shapes(weighted)} for {len(targets)} targets"
-        )
-    if not alpha >= 0:
-        raise ValueError(f"relic_loss: alpha must be >= 0, got {alpha}")
-
-
-def _shapes(tensors: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape) for tensor in tensors]

@@ -43,7 +43,6 @@ class Step:
     """What one iteration knows; tensors without a graph but where it says so.
 
     Attributes:
-        number: of the batch in its epoch, from 0.
         global_step: optimiser steps made before it.
         indexes: of the images in the data set, (N,).
         views: augmented images of each view, (N, 3, H, W) each, large crops first.
@@ -55,7 +54,6 @@ class Step:
         rates: learning rates of the main optimiser's step, one a parameter group.
     """
 
-    number: int
     global_step: int
     indexes: torch.Tensor
     views: list[torch.Tensor]
@@ -238,10 +236,10 @@ class TaskMethod(BaseMethod):
     # One iteration.
 
     def training_step(self, batch: list, batch_idx: int) -> torch.Tensor:
-        """The regular loss, plus the online classifier's."""
+        """The regular loss, MetaMask's and ICL-MSR's Eq. (5), plus the online classifier's."""
         indexes, views, labels = batch
         views, original = self.separate(views)
-        step = self.step = Step(batch_idx, self.global_step, indexes, views, original)
+        step = self.step = Step(self.global_step, indexes, views, original)
         if self.guard.skips:
             self.guard.keep_statistics(self)
         hooks = self.hooks
@@ -307,6 +305,7 @@ class TaskMethod(BaseMethod):
         stepped = self.trainer.global_step > step.global_step
         passed_over = stepped and self.guard.passed_over
         self.meta_stage(step, stepped and not passed_over)
+        step.views, step.original = [], None  # no images are held through a validation
         if self.trainer.is_last_batch:
             self.guard.read()
         if passed_over:
@@ -327,9 +326,8 @@ class TaskMethod(BaseMethod):
         """
         if self.meta is not None:
             self.meta.after_step(self, step, stepped)
-        if self.trainer.is_last_batch and (
-            state := self.meta_state()
-        ):  # as the epoch leaves it, not its mean
+        state = self.meta_state() if self.trainer.is_last_batch else {}
+        if state:  # as the epoch leaves it, not its mean over the epoch
             self.log_dict(state, on_step=False, on_epoch=True)
 
     # What an iteration needs.
@@ -451,7 +449,7 @@ class TaskMethod(BaseMethod):
         super().on_save_checkpoint(checkpoint)
         self.guard.read()
         if self.meta is not None:
-            checkpoint |= self.meta.state_dict()
+            checkpoint.update(self.meta.state_dict())
         checkpoint["numbers"] = self.guard.state_dict()
         self.position.save(self.trainer, checkpoint)
         checkpoint["method_kwargs"] = OmegaConf.to_container(self.cfg.method_kwargs, resolve=True)

@@ -8,7 +8,7 @@ from torch import nn
 from metamask_plugin.bilevel import current_ranks
 from metamask_plugin.host.solo_task import HostTask
 from metamask_plugin.methods.baseline import Baseline
-from metamask_plugin.tasks import Positives, Projections, Task
+from metamask_plugin.tasks import Projections, Task
 
 NO_LABEL = -1
 
@@ -35,12 +35,7 @@ class LabelTask(HostTask):
     def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.classifier(feats)
 
-    def loss(
-        self,
-        projections: Projections,
-        targets: Projections | None = None,
-        positives: Positives | None = None,
-    ) -> torch.Tensor:
+    def loss(self, projections: Projections, targets=None, positives=None) -> torch.Tensor:
         labels = self._labels.repeat(len(projections))
         total = F.cross_entropy(torch.cat(list(projections)), labels, ignore_index=NO_LABEL, reduction="sum")
         return total / (labels != NO_LABEL).sum().clamp(min=1)

@@ -20,7 +20,7 @@ from metamask_plugin.config.pretraining import Pretraining
 from metamask_plugin.config.read import with_defaults
 from metamask_plugin.errors import UserError, shown
 from metamask_plugin.evaluation.checkpoints import content_digest
-from metamask_plugin.renamed import OLD_NAMES, with_new_names
+from metamask_plugin.renamed import OLD_NAMES, earlier_value, with_new_names
 from metamask_plugin.studies.spec import Study, Trial
 from metamask_plugin.training.experiment import NOT_THE_EXPERIMENT, leaves
 
@@ -63,7 +63,9 @@ def digest(study: Study, trial: Trial, cfg: DictConfig | None) -> str:
 def _settings(cfg: DictConfig) -> dict[str, Any]:
     """What of a config decides what is trained: it says the same with and without a key's default."""
     defaults = dict(leaves(with_defaults(Pretraining, {})))
-    found = leaves(with_new_names(OmegaConf.to_container(cfg, resolve=True), quiet=True))
+    node = with_new_names(OmegaConf.to_container(cfg, resolve=True), quiet=True)
+    node["method"] = earlier_value("method", node["method"])  # as trials of earlier versions recorded it
+    found = leaves(node)
     aside = tuple(f"{key}." for key in NOT_THE_EXPERIMENT)
     return {
         key: value

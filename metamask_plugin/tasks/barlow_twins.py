@@ -9,7 +9,7 @@ from metamask_plugin.errors import check, choose
 from metamask_plugin.losses.pairs import mean_over_pairs
 from metamask_plugin.losses.redundancy_reduction import FORMS, redundancy_reduction_loss
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Positives, Projections, Task
+from metamask_plugin.tasks.base import Projections, Task
 
 
 class BarlowTwins(Task):
@@ -56,15 +56,7 @@ class BarlowTwins(Task):
         self.projection_dim = proj_output_dim
         self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim, layers=3)
 
-    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
-        return self.projector(feats)
-
-    def loss(
-        self,
-        projections: Projections,
-        targets: Projections | None = None,
-        positives: Positives | None = None,
-    ) -> torch.Tensor:
+    def loss(self, projections: Projections, targets=None, positives=None) -> torch.Tensor:
         if len(projections) < 2:
             raise ValueError(f"BarlowTwins: projections must be of two or more views, got {len(projections)}")
         if positives is not None:

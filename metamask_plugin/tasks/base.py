@@ -60,19 +60,20 @@ class Task(nn.Module, ABC):
     target: "TargetNetwork | None"
     large_views: int | None = None
     capturable: bool = True
+    projector: nn.Module
 
     def __init__(self, features_dim: int):
         super().__init__()
         self.target = None  # not on the class: there it would hide the module that init_target registers
 
-    @abstractmethod
     def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
-        """Projection z of one view's features, (N, D) to (N, P).
+        """Projection z of one view's features, (N, D) to (N, P): by ``self.projector``, unless overridden.
 
         Args:
             feats: the features.
             view: which view they are of; it matters where views have heads of their own (CMC).
         """
+        return self.projector(feats)
 
     def project_key(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         """Projection of a positive, (N, D) to (N, P), differentiable in its input.
@@ -147,7 +148,6 @@ class MomentumTask(Task):
         final_momentum: m at its end.
     """
 
-    projector: nn.Module
     target: "TargetNetwork"  # from init_target on
 
     def __init__(self, features_dim: int, base_momentum: float, final_momentum: float):

@@ -5,7 +5,7 @@ import torch
 from metamask_plugin.errors import check
 from metamask_plugin.losses.pairs import byol_loss, mean_over_pairs
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import MomentumTask, Positives, Projections
+from metamask_plugin.tasks.base import MomentumTask, Projections
 
 
 class BYOL(MomentumTask):
@@ -52,15 +52,6 @@ class BYOL(MomentumTask):
         self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim)
         self.predictor = projection_head(proj_output_dim, pred_hidden_dim, proj_output_dim)
 
-    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
-        return self.projector(feats)
-
-    def loss(
-        self,
-        projections: Projections,
-        targets: Projections | None = None,
-        positives: Positives | None = None,
-    ) -> torch.Tensor:
+    def loss(self, projections: Projections, targets=None, positives=None) -> torch.Tensor:
         positives = targets if positives is None else positives
-        assert positives is not None
         return mean_over_pairs(byol_loss, [self.predictor(z) for z in projections], positives)

@@ -10,7 +10,7 @@ from metamask_plugin.errors import check
 from metamask_plugin.losses.cmc import cmc_loss
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Positives, Projections, Task
+from metamask_plugin.tasks.base import Projections, Task
 
 
 class CMC(Task):
@@ -43,6 +43,7 @@ class CMC(Task):
     [0] Tian et al., *Contrastive Multiview Coding*, ECCV 2020.
     """
 
+    projector: nn.ModuleList
     source = "Tian et al., ECCV 2020"
     negatives = "the other view: batch and memory bank"
 
@@ -70,12 +71,7 @@ class CMC(Task):
         """Projection by the head of ``view``; the first one's for features that are of no view."""
         return self.projector[view % len(self.projector)](feats)
 
-    def loss(
-        self,
-        projections: Projections,
-        targets: Projections | None = None,
-        positives: Positives | None = None,
-    ) -> torch.Tensor:
+    def loss(self, projections: Projections, targets=None, positives=None) -> torch.Tensor:
         name = "the number of views (num_crops in augmentations)"
         check(len(projections) == 2, name, "2 for the task cmc", len(projections))
         return cmc_loss(projections, self.temperature, [bank.entries for bank in self.banks], positives)

@@ -5,7 +5,7 @@ import torch
 from metamask_plugin.errors import check
 from metamask_plugin.losses.contrastive import multi_view_loss
 from metamask_plugin.losses.debiased import debiased_negative_mass
-from metamask_plugin.tasks.base import Positives, Projections
+from metamask_plugin.tasks.base import Projections
 from metamask_plugin.tasks.simclr import SimCLR
 
 
@@ -60,12 +60,7 @@ class DCL(SimCLR):
         check(0 <= tau_plus < 1, "method_kwargs.task_kwargs.tau_plus", "in [0, 1)", tau_plus)
         self.tau_plus = tau_plus
 
-    def loss(
-        self,
-        projections: Projections,
-        targets: Projections | None = None,
-        positives: Positives | None = None,
-    ) -> torch.Tensor:
+    def loss(self, projections: Projections, targets=None, positives=None) -> torch.Tensor:
         positives = projections if positives is None else positives
         mass = debiased_negative_mass(self.tau_plus, self.temperature, self.beta)
         return multi_view_loss(projections, positives, self.temperature, self.bank.entries, mass)

@@ -4,7 +4,7 @@ import torch
 
 from metamask_plugin.errors import check
 from metamask_plugin.losses.distance_polarization import distance_polarization
-from metamask_plugin.tasks.base import Positives, Projections
+from metamask_plugin.tasks.base import Projections
 from metamask_plugin.tasks.simclr import SimCLR
 
 
@@ -68,12 +68,7 @@ class LMCL(SimCLR):
         check(lamb >= 0, f"{name}.lamb", ">= 0", lamb)
         self.delta_plus, self.delta_minus, self.lamb = delta_plus, delta_minus, lamb
 
-    def loss(
-        self,
-        projections: Projections,
-        targets: Projections | None = None,
-        positives: Positives | None = None,
-    ) -> torch.Tensor:
+    def loss(self, projections: Projections, targets=None, positives=None) -> torch.Tensor:
         if positives is not None:  # R does not look at positives
             return super().loss(projections, targets, positives)
         polarization = distance_polarization(projections, self.delta_plus, self.delta_minus)

@@ -7,7 +7,7 @@ from metamask_plugin.losses.nnclr import nearest_neighbours, nnclr_loss
 from metamask_plugin.modules.batch_norm import frozen_bn_stats
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Positives, Projections, Task
+from metamask_plugin.tasks.base import Projections, Task
 
 
 class NNCLR(Task):
@@ -60,15 +60,7 @@ class NNCLR(Task):
         self.support = FeatureQueue(queue_size, proj_output_dim, f"{name}.queue_size")
         self.bank = FeatureQueue(bank_size, proj_output_dim, negatives=True)
 
-    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
-        return self.projector(feats)
-
-    def loss(
-        self,
-        projections: Projections,
-        targets: Projections | None = None,
-        positives: Positives | None = None,
-    ) -> torch.Tensor:
+    def loss(self, projections: Projections, targets=None, positives=None) -> torch.Tensor:
         if positives is not None:
             positives = [self._predict_strata(view) for view in positives]
         neighbours = [nearest_neighbours(z, self.support.entries) for z in projections]

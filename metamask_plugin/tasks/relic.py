@@ -7,7 +7,7 @@ from metamask_plugin.errors import check
 from metamask_plugin.losses.relic import relic_loss
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import MomentumTask, Positives, Projections
+from metamask_plugin.tasks.base import MomentumTask, Projections
 
 
 class RELIC(MomentumTask):
@@ -71,13 +71,7 @@ class RELIC(MomentumTask):
     def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.predictor(self.projector(feats))
 
-    def loss(
-        self,
-        projections: Projections,
-        targets: Projections | None = None,
-        positives: Positives | None = None,
-    ) -> torch.Tensor:
-        assert targets is not None
+    def loss(self, projections: Projections, targets=None, positives=None) -> torch.Tensor:
         bank = self.bank.entries
         return relic_loss(projections, targets, self.temperature, self.alpha, bank, positives)
 

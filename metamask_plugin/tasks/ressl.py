@@ -9,7 +9,7 @@ from metamask_plugin.losses.pairs import mean_over_pairs
 from metamask_plugin.losses.ressl import relation_loss
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import MomentumTask, Positives, Projections
+from metamask_plugin.tasks.base import MomentumTask, Projections
 
 
 class ReSSL(MomentumTask):
@@ -73,17 +73,8 @@ class ReSSL(MomentumTask):
         self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim)
         self.queue = FeatureQueue(queue_size, proj_output_dim, f"{name}.queue_size")
 
-    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
-        return self.projector(feats)
-
-    def loss(
-        self,
-        projections: Projections,
-        targets: Projections | None = None,
-        positives: Positives | None = None,
-    ) -> torch.Tensor:
+    def loss(self, projections: Projections, targets=None, positives=None) -> torch.Tensor:
         positives = targets if positives is None else positives
-        assert positives is not None
         pair_loss = partial(
             relation_loss,
             queue=self.queue.entries,

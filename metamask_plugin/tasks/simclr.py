@@ -6,7 +6,7 @@ from metamask_plugin.errors import check
 from metamask_plugin.losses import multi_view_loss, nt_xent_loss
 from metamask_plugin.modules.feature_queue import FeatureQueue
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Positives, Projections, Task
+from metamask_plugin.tasks.base import Projections, Task
 
 
 class SimCLR(Task):
@@ -49,15 +49,7 @@ class SimCLR(Task):
         )
         self.bank = FeatureQueue(bank_size, proj_output_dim, negatives=True)
 
-    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
-        return self.projector(feats)
-
-    def loss(
-        self,
-        projections: Projections,
-        targets: Projections | None = None,
-        positives: Positives | None = None,
-    ) -> torch.Tensor:
+    def loss(self, projections: Projections, targets=None, positives=None) -> torch.Tensor:
         if positives is None:
             return nt_xent_loss(projections, self.temperature, bank=self.bank.entries)
         return multi_view_loss(projections, positives, self.temperature, self.bank.entries)

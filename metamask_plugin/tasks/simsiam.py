@@ -6,7 +6,7 @@ from metamask_plugin.errors import check
 from metamask_plugin.losses.pairs import mean_over_pairs, negative_cosine_loss
 from metamask_plugin.modules.heads import projection_head
 from metamask_plugin.modules.stop_gradient import without_gradient
-from metamask_plugin.tasks.base import Positives, Projections, Task
+from metamask_plugin.tasks.base import Projections, Task
 
 
 class SimSiam(Task):
@@ -53,19 +53,11 @@ class SimSiam(Task):
         )
         self.predictor = projection_head(proj_output_dim, pred_hidden_dim, proj_output_dim)
 
-    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
-        return self.projector(feats)
-
     def project_key(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         """The same head, without gradient to its weights."""
         return without_gradient(self.projector, feats)
 
-    def loss(
-        self,
-        projections: Projections,
-        targets: Projections | None = None,
-        positives: Positives | None = None,
-    ) -> torch.Tensor:
+    def loss(self, projections: Projections, targets=None, positives=None) -> torch.Tensor:
         # other positives come without a gradient but to A: from detached features, through project_key
         positives = [z.detach() for z in projections] if positives is None else positives
         return mean_over_pairs(negative_cosine_loss, [self.predictor(z) for z in projections], positives)

@@ -5,7 +5,7 @@ import torch
 from metamask_plugin.errors import check, choose
 from metamask_plugin.losses.hsic import KERNELS, SMALLEST_SCALE, hsic_loss
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import MomentumTask, Positives, Projections
+from metamask_plugin.tasks.base import MomentumTask, Projections
 
 
 class SSLHSIC(MomentumTask):
@@ -65,14 +65,8 @@ class SSLHSIC(MomentumTask):
     def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
         return self.predictor(self.projector(feats))
 
-    def loss(
-        self,
-        projections: Projections,
-        targets: Projections | None = None,
-        positives: Positives | None = None,
-    ) -> torch.Tensor:
+    def loss(self, projections: Projections, targets=None, positives=None) -> torch.Tensor:
         if positives is None:
-            assert targets is not None
             return hsic_loss([*projections, *targets], self.gamma, self.kernel, self.scale)
         strata = torch.stack([z if z.dim() == 3 else z[:, None] for z in positives]).unbind(2)
         return torch.stack([self.loss(projections, stratum.unbind()) for stratum in strata]).mean()

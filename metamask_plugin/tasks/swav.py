@@ -111,15 +111,7 @@ class SwAV(Task):
         self._counts: dict[str, int] | None = None
         self.register_load_state_dict_post_hook(_forget_counts)
 
-    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
-        return self.projector(feats)
-
-    def loss(
-        self,
-        projections: Projections,
-        targets: Projections | None = None,
-        positives: Positives | None = None,
-    ) -> torch.Tensor:
+    def loss(self, projections: Projections, targets=None, positives=None) -> torch.Tensor:
         scores = self._scores(projections)
         predicting = scores if positives is None else self._scores(positives)
         return multi_crop_loss(self._codes(scores), predicting, self.temperature)

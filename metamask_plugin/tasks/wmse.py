@@ -7,7 +7,7 @@ from metamask_plugin.errors import check
 from metamask_plugin.losses.pairs import mean_over_pairs
 from metamask_plugin.losses.whitening import random_slices, whitened_mse_loss
 from metamask_plugin.modules.heads import projection_head
-from metamask_plugin.tasks.base import Positives, Projections, Task
+from metamask_plugin.tasks.base import Projections, Task
 
 
 class WMSE(Task):
@@ -58,15 +58,7 @@ class WMSE(Task):
         self.projection_dim = proj_output_dim
         self.projector = projection_head(features_dim, proj_hidden_dim, proj_output_dim)
 
-    def project(self, feats: torch.Tensor, view: int = 0) -> torch.Tensor:
-        return self.projector(feats)
-
-    def loss(
-        self,
-        projections: Projections,
-        targets: Projections | None = None,
-        positives: Positives | None = None,
-    ) -> torch.Tensor:
+    def loss(self, projections: Projections, targets=None, positives=None) -> torch.Tensor:
         partitions = self._partitions(projections[0])
         if positives is None:
             return whitened_mse_loss(projections, partitions, self.eps)

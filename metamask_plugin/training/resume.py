@@ -23,6 +23,7 @@ from metamask_plugin.evaluation.checkpoints import (
 )
 from metamask_plugin.evaluation.encoder import network_of
 from metamask_plugin.evaluation.files import replacing
+from metamask_plugin.renamed import earlier_value
 from metamask_plugin.training.experiment import (
     NOT_IN_THE_DIGEST,
     RAISABLE,
@@ -128,8 +129,9 @@ def start_of(cfg: DictConfig, experiment: dict[str, Any], model: nn.Module) -> S
 def _own(
     cfg: DictConfig, named: Path, header: CheckpointHeader | None, experiment: dict[str, Any]
 ) -> Start | None:
-    """The run of the named checkpoint if that is this very experiment."""
-    runs, home = Path(cfg.checkpoint.dir) / cfg.method, named.absolute().parent
+    """The run whose checkpoint the user names, if that is this very experiment."""
+    home = named.absolute().parent
+    runs = _runs(cfg, home.name)
     if header is None or home.parent != runs.absolute() or _settings_of(header.experiment, experiment):
         return None
     began = {key: value for key, value in header.experiment.items() if key == BEGAN}
@@ -145,9 +147,17 @@ def _begun(
     return Start(RunFolder(_free(cfg, experiment)), experiment, origin)
 
 
+def _runs(cfg: DictConfig, run: str = "") -> Path:
+    """The folder of a method's runs; of its earlier name, where that has the run and the new one has not."""
+    names = cfg.method, earlier_value("method", cfg.method)
+    folders = [Path(cfg.checkpoint.dir) / name for name in names]
+    return next((folder for folder in folders if (folder / run).exists()), folders[0])
+
+
 def _free(cfg: DictConfig, experiment: Mapping[str, Any]) -> Path:
-    """The experiment's folder; without auto-resume the first that does not exist yet."""
-    stem = Path(cfg.checkpoint.dir) / cfg.method / f"{cfg.name}-{experiment_digest(experiment)}"
+    """The experiment's folder; without auto-resume the first that is not there yet."""
+    name = f"{cfg.name}-{experiment_digest(experiment)}"
+    stem = _runs(cfg, name) / name
     path, attempt = stem, 1
     while not cfg.auto_resume.enabled and path.exists():
         attempt += 1

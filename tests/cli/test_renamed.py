@@ -16,9 +16,10 @@ from metamask_plugin.cli.config import complete, for_method, recorded
 from metamask_plugin.cli.hydra_main import run
 from metamask_plugin.errors import UserError
 from metamask_plugin.methods import METHODS
-from metamask_plugin.renamed import OLD_NAMES, RENAMED, with_earlier_names, with_new_names
+from metamask_plugin.renamed import OLD_NAMES, RENAMED, in_new_names, with_earlier_names, with_new_names
 from metamask_plugin.studies.pretraining import _composed, _settings
 from metamask_plugin.training.experiment import experiment_digest, experiment_of, in_words
+from metamask_plugin.training.resume import _runs
 
 PRETRAIN = SCRIPTS / "pretrain"
 OLD = (
@@ -173,3 +174,24 @@ def test_an_old_runs_config_is_taken_again(capsys):
     again = complete(OmegaConf.create(args))
     assert again.numerics == cfg.numerics and again.method_kwargs.meta.when == "before_step"
     assert len(warnings(capsys.readouterr().err)) == len(RENAMED)
+
+
+@pytest.mark.fault("config")
+def test_a_method_by_its_earlier_name(tmp_path, capsys):
+    found = checked_pretraining(config("method=bare"))
+    assert warnings(capsys.readouterr().err) == [
+        "warning: method=bare is called method=baseline now; the old name goes with the next version"
+    ]
+    assert found == checked_pretraining(config("method=baseline")) and found["method"] == "baseline"
+    assert not warnings(capsys.readouterr().err)
+    assert METHODS["bare"] is METHODS["baseline"]
+    assert digest(config("method=bare")) == digest(config("method=baseline"))
+    assert with_earlier_names({"method": "baseline"}) == {"method": "bare"}
+    assert in_new_names("method", "bare") == ("method", "baseline")
+
+
+def test_runs_of_the_earlier_name_are_found(tmp_path):
+    cfg = OmegaConf.create({"method": "baseline", "checkpoint": {"dir": str(tmp_path)}})
+    assert _runs(cfg, "run") == tmp_path / "baseline"
+    (tmp_path / "bare" / "run").mkdir(parents=True)
+    assert _runs(cfg, "run") == tmp_path / "bare" and _runs(cfg, "another") == tmp_path / "baseline"

@@ -162,8 +162,8 @@ def test_targets_are_masked_under_a_stop_gradient(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_batch_in_another_order_has_the_same_loss(double, task):
     model = warmed_up(build("baseline", task)).task
-    feats = [torch.randn(8, model.features_dim) for _ in range(2)]
-    target_feats = [torch.randn(8, model.features_dim) for _ in range(2)] if model.target else None
+    feats = [torch.randn(8, 256) for _ in range(2)]
+    target_feats = [torch.randn(8, 256) for _ in range(2)] if model.target else None
     order = torch.randperm(8)
     shuffled = [[h[order] for h in views] for views in (feats, target_feats or [])]
     torch.testing.assert_close(model(shuffled[0], shuffled[1] or None).loss, model(feats, target_feats).loss)
@@ -171,13 +171,13 @@ def test_a_batch_in_another_order_has_the_same_loss(double, task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_loss_changes_nothing_in_the_task(task):
-    model = warmed_up(
-        build("baseline", task)
-    ).task.eval()  # BatchNorm's statistics move in training, as they should
-    feats = [torch.randn(8, model.features_dim) for _ in range(2)]
+    model = warmed_up(build("baseline", task)).task.eval()  # in training BatchNorm's statistics move
+    feats = [torch.randn(8, 256) for _ in range(2)]
     target_feats = feats if model.target else None
     before = copy.deepcopy(model.state_dict())
-    assert torch.equal(model(feats, target_feats).loss, model(feats, target_feats).loss)
+    loss, projections, targets = model(feats, target_feats)
+    assert torch.equal(loss, model(feats, target_feats).loss)
+    model.loss(projections, targets, [torch.randn(8, 3, z.shape[1]) for z in targets or projections])
     assert same(model.state_dict(), before)
 
 

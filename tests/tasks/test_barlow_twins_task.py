@@ -98,14 +98,6 @@ def test_second_derivatives(task):
     assert (mixed.abs().sum(dim=(0, 2)) > 0).all()
 
 
-def test_losses_change_no_state(task):
-    z = random_projections()
-    before = {name: value.clone() for name, value in task.state_dict().items()}
-    task.loss(z)
-    task.loss(z, None, [view[:, None] for view in z])
-    torch.testing.assert_close(dict(task.state_dict()), before)
-
-
 @pytest.mark.parametrize(("setting", "value"), [("lamb", -0.1), ("scale_loss", 0)])
 def test_wrong_settings(setting, value):
     with pytest.raises(UserError, match=f"method_kwargs.task_kwargs.{setting} must be .* got {value}"):

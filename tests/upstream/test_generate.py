@@ -137,10 +137,10 @@ IMPORT_ALL = """
 import importlib, sys
 for name in sys.argv[1:]:
     importlib.import_module(name)
-from solo.methods import METHODS, Bare, ICLMSR, MetaMask
+from solo.methods import METHODS, Baseline, ICLMSR, MetaMask
 from solo.methods.base import BaseMethod
 assert not any(name.startswith("metamask_plugin") for name in sys.modules)
-assert METHODS["bare"] is Bare and METHODS["icl_msr"] is ICLMSR and METHODS["metamask"] is MetaMask
+assert METHODS["baseline"] is Baseline and METHODS["icl_msr"] is ICLMSR and METHODS["metamask"] is MetaMask
 assert issubclass(MetaMask, BaseMethod) and len(METHODS) == len(set(METHODS.values()))
 print("imported", len(sys.argv) - 1)
 """
@@ -166,7 +166,7 @@ for first in sys.argv[1:]:
 @pytest.mark.slow
 def test_imports_have_no_cycle_whichever_comes_first(inside):
     names = [f"solo.{name}" for name in ("methods.task_method", "methods.solo_task", "bilevel.tasks")]
-    done = inside("-c", FIRST, *names, "solo.backbones.conv", "solo.bilevel.meta_update")
+    done = inside("-c", FIRST, *names, "solo.backbones.conv", "solo.methods.meta_step")
     assert done.stdout.count("first solo.") == 5, done.stderr[-2000:]
 
 
@@ -246,7 +246,7 @@ OTHERS = {"evaluation", "wandb", "accelerator", "devices", "defaults", "hydra"}
         [],
         ["task=byol"],
         ["task=dcl", "setting=metamask_table1"],
-        ["task=ressl", "method=bare"],
+        ["task=ressl", "method=baseline"],
         ["ablation=no_meta"],
     ],
     ids=str,
