@@ -7,8 +7,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from metamask_plugin.errors import check, choose
 from metamask_plugin.methods import icl_msr, metamask
-from metamask_plugin.methods.base import RegularLoss, TaskMethod
+from metamask_plugin.methods.base import TaskMethod
 from metamask_plugin.methods.presets import apply_preset
+from metamask_plugin.methods.step import RegularLoss
 from metamask_plugin.modules.feature_dropout import FeatureDropout
 
 DEFAULTS: dict[str, Any] = {

@@ -11,11 +11,12 @@ from metamask_plugin.bilevel import BilevelProblem, EncoderPass, Functional, Met
 from metamask_plugin.errors import check, choose
 from metamask_plugin.losses import uniformity_loss
 from metamask_plugin.losses.uniformity import SCOPES
-from metamask_plugin.methods.base import RegularLoss, TaskMethod, original_pipeline
+from metamask_plugin.methods.base import TaskMethod, original_pipeline
 from metamask_plugin.methods.interventional import LEVELS, InterventionalTask
 from metamask_plugin.methods.meta_checks import DEFAULTS
 from metamask_plugin.methods.meta_step import MetaStep, MetaVariables, OuterBatch
 from metamask_plugin.methods.presets import apply_preset
+from metamask_plugin.methods.step import RegularLoss
 from metamask_plugin.modules.encoder_split import EncoderSplit
 from metamask_plugin.modules.encoders import build_encoder
 from metamask_plugin.modules.semantic_regularizer import SemanticRegularizer, weight_statistics

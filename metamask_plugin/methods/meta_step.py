@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +25,7 @@ from metamask_plugin.bilevel import (
 )
 from metamask_plugin.bilevel.inner_step import follows
 from metamask_plugin.errors import UserError, check, choose
+from metamask_plugin.host import BaseMethod
 from metamask_plugin.host.optimizers import build_optimizer
 from metamask_plugin.methods.meta_checks import (
     OVERSHOOT,
@@ -34,9 +35,7 @@ from metamask_plugin.methods.meta_checks import (
     missing_meta_steps,
     overshoot,
 )
-
-if TYPE_CHECKING:
-    from metamask_plugin.methods.base import Step, TaskMethod
+from metamask_plugin.methods.step import Step
 
 OuterBatch = tuple[list[torch.Tensor], list[torch.Tensor] | None]
 """Views, (N, 3, H, W) each, and the target network's features of them, (N, D) each, where they are known."""
@@ -125,7 +124,7 @@ class MetaStep:
 
     def run(
         self,
-        method: "TaskMethod",
+        method: BaseMethod,
         views: list[torch.Tensor],
         original: torch.Tensor | None,
         target_feats: list[torch.Tensor] | None = None,
@@ -227,7 +226,7 @@ class MetaStep:
 
     def _replayed(
         self,
-        method: "TaskMethod",
+        method: BaseMethod,
         step: InnerStep,
         views: list[torch.Tensor],
         w: torch.Tensor,
@@ -268,14 +267,14 @@ class MetaStep:
         """Whether the ``step``-th meta step, counted from 1, is to be made."""
         return step % self.cfg.every_n_steps == 0
 
-    def due_before(self, method: "TaskMethod", batch_idx: int) -> bool:
+    def due_before(self, method: BaseMethod, batch_idx: int) -> bool:
         """Whether a meta step is due on this batch that comes before its regular step."""
         accumulated, last = method.trainer.accumulate_grad_batches, method.trainer.num_training_batches
         steps = (batch_idx + 1) % accumulated == 0 or batch_idx + 1 == last
         return steps and self.due(method.trainer.global_step + 1)
 
     @contextmanager
-    def recording(self, method: "TaskMethod") -> Iterator[None]:
+    def recording(self, method: BaseMethod) -> Iterator[None]:
         """Within it the encoder's calls are recorded, and nothing else is: the meta step shares the pass.
 
         That pass is not compiled: torch.compile gets a second differentiation wrong.
@@ -311,7 +310,7 @@ class MetaStep:
             for hook in hooks:
                 hook.remove()
 
-    def before_regular_loss(self, method: "TaskMethod", feats: list[torch.Tensor]) -> None:
+    def before_regular_loss(self, method: BaseMethod, feats: list[torch.Tensor]) -> None:
         """The meta step of ``before_step``.
 
         Args:
@@ -325,7 +324,7 @@ class MetaStep:
         with torch.autocast(method.device.type, enabled=False):  # of the regular step, around this
             self.run(method, step.views, step.original, step.target_feats, encoded)
 
-    def after_step(self, method: "TaskMethod", step: "Step", stepped: bool) -> None:
+    def after_step(self, method: BaseMethod, step: Step, stepped: bool) -> None:
         """The meta step of ``after_step``, and after an epoch's last batch that of ``epoch_end``.
 
         Args:
@@ -349,7 +348,7 @@ class MetaStep:
                     method.hooks.before_batch(indexes, labels, number)
                 self._run_alone(method, step, (*method.separate(views), None), due)
 
-    def _run_alone(self, method: "TaskMethod", step: "Step", batch: Batch, due: bool) -> None:
+    def _run_alone(self, method: BaseMethod, step: Step, batch: Batch, due: bool) -> None:
         """A meta step that makes all its passes itself, if one is due.
 
         With ``outer_batch: next`` its inner step is of the batch before, of which an epoch's first batch has
@@ -383,7 +382,7 @@ class MetaStep:
     @torch.no_grad()
     def _update_statistics(
         self,
-        method: "TaskMethod",
+        method: BaseMethod,
         views: list[torch.Tensor],
         original: torch.Tensor | None,
         target_feats: list[torch.Tensor] | None,
@@ -412,7 +411,7 @@ class MetaStep:
         """Not where the next meta step needs the batch before, which no checkpoint holds."""
         return self.cfg.outer_batch == "same"
 
-    def on_train_start(self, method: "TaskMethod") -> None:
+    def on_train_start(self, method: BaseMethod) -> None:
         """Checks the meta step against the trainer, and builds its optimiser.
 
         Raises:
@@ -436,7 +435,7 @@ class MetaStep:
         if warning is not None and trainer.is_global_zero:
             print(warning, flush=True)
 
-    def can_capture(self, method: "TaskMethod") -> bool:
+    def can_capture(self, method: BaseMethod) -> bool:
         """Whether meta steps are to be replayed as a CUDA graph, and can be."""
         asked = OmegaConf.select(method.cfg, "performance.cuda_graph", default=False)
         alone = method.trainer.world_size == 1
@@ -477,7 +476,7 @@ class MetaStep:
         """Forgets the batch before."""
         self._held = None
 
-    def on_epoch_end(self, method: "TaskMethod") -> None:
+    def on_epoch_end(self, method: BaseMethod) -> None:
         """Warns, once, of an inner step that does the opposite of what it is for."""
         self._held = None
         metrics, trainer = method.trainer.callback_metrics, method.trainer

@@ -13,10 +13,11 @@ from metamask_plugin.errors import check, choose
 from metamask_plugin.host import release_kwargs
 from metamask_plugin.losses import redundancy_reduction_loss
 from metamask_plugin.losses.redundancy_reduction import FORMS
-from metamask_plugin.methods.base import RegularLoss, TaskMethod
+from metamask_plugin.methods.base import TaskMethod
 from metamask_plugin.methods.meta_checks import DEFAULTS
 from metamask_plugin.methods.meta_step import MetaStep, MetaVariables, OuterBatch
 from metamask_plugin.methods.presets import apply_preset
+from metamask_plugin.methods.step import RegularLoss
 from metamask_plugin.modules.dimensional_mask import DimensionalMask
 from metamask_plugin.modules.heads import projection_head
 

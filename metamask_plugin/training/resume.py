@@ -169,7 +169,7 @@ def _neighbours(
     cfg: DictConfig, experiment: Mapping[str, Any]
 ) -> Iterator[tuple[RunFolder, CheckpointHeader, Differences]]:
     """Other runs of the same name that no process trains now: header, and differences from this one."""
-    for path in (Path(cfg.checkpoint.dir) / cfg.method).glob(f"{glob.escape(cfg.name)}-*"):
+    for path in _runs(cfg).glob(f"{glob.escape(cfg.name)}-*"):
         neighbour = RunFolder(path)
         header = header_of(neighbour.last_checkpoint)
         if header is not None and not is_locked(path):
