@@ -229,25 +229,6 @@ def test_files_with_code_are_refused_unread(tmp_path):
     assert (tmp_path / "was-run").exists(), "the payload itself should work"
 
 
-def test_a_checkpoint_without_an_encoder_says_what_it_has(tmp_path):
-    (tmp_path / "args.json").write_text(json.dumps(ARGS))
-    torch.save(
-        {"state_dict": {"momentum.weight": torch.ones(1), "head.bias": torch.ones(1)}}, tmp_path / "a.ckpt"
-    )
-    with pytest.raises(UserError, match=r"keys 'backbone.\*', got head, momentum"):
-        load_encoder(tmp_path)
-    torch.save([1, 2], tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match="a dictionary with a state_dict, got 'list'"):
-        load_encoder(tmp_path)
-
-
-def test_a_broken_args_json_is_named(tmp_path):
-    path = write(tmp_path, Method())
-    (tmp_path / "args.json").write_text('{"method":')
-    with pytest.raises(UserError, match="args.json must be readable JSON"):
-        load_encoder(path)
-
-
 def test_a_timm_model_with_a_hidden_layer_comes_back(tmp_path):
     encoder = build_encoder("mobilenetv3_small_050", 32).eval()
     state = {f"backbone.{key}": value for key, value in encoder.state_dict().items()}

@@ -111,12 +111,6 @@ def test_without_a_fraction_all_labels_of_the_training_data_are_used(run_folder,
     assert meant(cfg, monkeypatch)["fraction"] == -1
 
 
-def test_a_run_says_the_same_twice(run_folder):
-    first, second = (run(configured(run_folder, max_epochs=1)) for _ in range(2))
-    assert first.accuracies == second.accuracies
-    assert all(torch.equal(first.state_dict[key], second.state_dict[key]) for key in first.state_dict)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
