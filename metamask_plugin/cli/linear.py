@@ -91,12 +91,9 @@ def _run(cfg: DictConfig) -> ProbeResult:
         "acc@5": result.acc5_last,
         "best acc@1": result.acc1_best,
     }
-    print(format_table([row]))
-    if cfg.checkpoint.enabled:
-        folder = _folder("linear", cfg, pretrained, [node, view, vars(protocol)])
-        settings = {"best_epoch": result.best_epoch, "protocol_settings": vars(protocol)}
-        _save(folder / "head.pt", {"state_dict": result.state_dict, "head": cfg.head})
-        _write(folder, cfg, pretrained, {**row, **settings})
+    settings = {"best_epoch": result.best_epoch, "protocol_settings": vars(protocol)}
+    head = {"state_dict": result.state_dict, "head": cfg.head}
+    _report("linear/head.pt", cfg, pretrained, [node, view, vars(protocol)], head, row, settings)
     return result
 
 
@@ -132,13 +129,11 @@ def _finetune(cfg: DictConfig) -> ProbeResult:
         "best acc@1": result.acc1_best,
         "best acc@5": result.acc5_best,
     }
-    print(format_table([row]))
-    if cfg.checkpoint.enabled:
-        folder = _folder("finetune", cfg, pretrained, [node, view, choice, vars(protocol)])
-        curve = [acc1 for acc1, _ in result.accuracies]
-        settings = {"best_epoch": result.best_epoch, "steps": result.steps, "curve": curve}
-        _save(folder / "finetuned.pt", {"state_dict": result.state_dict})
-        _write(folder, cfg, pretrained, {**row, **choice, **settings, "protocol_settings": vars(protocol)})
+    settings = {"best_epoch": result.best_epoch, "steps": result.steps}
+    settings["curve"] = [acc1 for acc1, _ in result.accuracies]
+    settings["protocol_settings"] = vars(protocol)
+    decisive, network = [node, view, choice, vars(protocol)], {"state_dict": result.state_dict}
+    _report("finetune/finetuned.pt", cfg, pretrained, decisive, network, row, {**choice, **settings})
     return result
 
 
@@ -240,28 +235,31 @@ def _data(pretrained: Encoder, node: dict[str, Any], view: dict[str, Any]) -> La
     return LabelledImages.read(node, crop_size, view.get("mean"), view.get("std"))
 
 
-def _folder(kind: str, cfg: DictConfig, pretrained: Encoder, settings: Sequence[Any]) -> Path:
-    """A folder for each encoder and protocol: what decides the numbers is in its digest."""
-    decisive = [content_digest(pretrained.path), cfg.head, cfg.masked, cfg.seed, *settings]
+def _report(
+    file: str,
+    cfg: DictConfig,
+    encoder: Encoder,
+    decisive: Sequence[Any],
+    weights: dict[str, Any],
+    row: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    """Prints the row, and writes weights, config and results.
+
+    There is a folder for each encoder and protocol: what decides the numbers is in its digest.
+    """
+    print(format_table([row]))
+    if not cfg.checkpoint.enabled:
+        return
+    decisive = [content_digest(encoder.path), cfg.head, cfg.masked, cfg.seed, *decisive]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    return Path(cfg.checkpoint.dir) / kind / f"{cfg.name}-{digest}"
-
-
-def _save(path: Path, content: dict[str, Any]) -> None:
-    """Writes what ``torch.save`` makes whole or not at all; in memory first, as torch hides a full disk."""
-    made = io.BytesIO()
-    torch.save(content, made)
-    with replacing(path) as file:
-        file.write(made.getbuffer())
-
-
-def _write(folder: Path, cfg: DictConfig, pretrained: Encoder, results: dict[str, Any]) -> None:
+    kind, _, name = file.partition("/")
+    folder = Path(cfg.checkpoint.dir) / kind / f"{cfg.name}-{digest}"
+    made = io.BytesIO()  # in memory first, as torch hides a full disk
+    torch.save(weights, made)
+    with replacing(folder / name) as target:
+        target.write(made.getbuffer())
     write_summary(folder / "args.json", OmegaConf.to_container(cfg, resolve=True))
-    summary = {
-        **results,
-        "checkpoint": pretrained.path,
-        "pretrain_method": pretrained.args.get("method"),
-        "seed": cfg.seed,
-    }
-    write_summary(folder / "summary.json", summary)
+    origin = {"checkpoint": encoder.path, "pretrain_method": encoder.args.get("method"), "seed": cfg.seed}
+    write_summary(folder / "summary.json", {**row, **settings, **origin})
     print(f"written to {folder}")
