@@ -8,6 +8,6 @@ checkpoints of both.
 """
 
 from metamask_plugin.host.solo_networks import load_encoder
-from metamask_plugin.host.switch import METHODS, BaseMethod, name, register, release_kwargs
+from metamask_plugin.host.switch import METHODS, BaseMethod, name, put_backbone, register, release_kwargs
 
-__all__ = ["METHODS", "BaseMethod", "load_encoder", "name", "register", "release_kwargs"]
+__all__ = ["METHODS", "BaseMethod", "load_encoder", "name", "put_backbone", "register", "release_kwargs"]

@@ -18,11 +18,16 @@ from metamask_plugin.evaluation.features import top_hits
 from metamask_plugin.evaluation.knn import WeightedKNNClassifier
 from metamask_plugin.host.contract import DEFAULTS, REQUIRED_KEYS
 from metamask_plugin.host.optimizers import build_optimizer, build_scheduler, without_decay_on_vectors
-from metamask_plugin.modules.encoders import build_encoder, release_kwargs
+from metamask_plugin.modules.encoders import ENCODERS, build_encoder, release_kwargs
 
-__all__ = ["METHODS", "BaseMethod", "release_kwargs"]
+__all__ = ["METHODS", "BaseMethod", "put_backbone", "release_kwargs"]
 
 METHODS: dict[str, type] = {}
+
+
+def put_backbone(name: str, backbone: nn.Module) -> None:
+    """Makes ``backbone.name: <name>`` mean this very module."""
+    ENCODERS[name] = lambda image_size: backbone
 
 
 def topk_accuracy(logits: torch.Tensor, targets: torch.Tensor, k: int) -> torch.Tensor:

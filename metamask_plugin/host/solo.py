@@ -4,6 +4,7 @@ from functools import partial
 
 from solo.methods import METHODS
 from solo.methods.base import BaseMethod
+from torch import nn
 
 from metamask_plugin.modules.encoders import ENCODERS, build_encoder
 
@@ -18,7 +19,12 @@ def release_kwargs(name: str, image_size: int) -> dict[str, str]:
     return {}
 
 
+def put_backbone(name: str, backbone: nn.Module) -> None:
+    """Makes ``backbone.name: <name>`` mean this very module."""
+    BaseMethod._BACKBONES[name] = lambda method: backbone
+
+
 for _name in ENCODERS:
     BaseMethod._BACKBONES.setdefault(_name, partial(_encoder_for_solo, _name))
 
-__all__ = ["METHODS", "BaseMethod", "release_kwargs"]
+__all__ = ["METHODS", "BaseMethod", "put_backbone", "release_kwargs"]

@@ -49,6 +49,7 @@ else:
 
 BaseMethod: type = _host.BaseMethod
 METHODS: dict[str, type] = _host.METHODS
+put_backbone = _host.put_backbone
 release_kwargs = _host.release_kwargs
 
 

@@ -27,6 +27,7 @@ from metamask_plugin.host.solo_task import HostTask, SoloTask
 from metamask_plugin.methods.meta_step import MetaStep, MetaVariables, OuterBatch
 from metamask_plugin.methods.numeric_guard import DEFAULTS as NUMERICS
 from metamask_plugin.methods.numeric_guard import NumericGuard
+from metamask_plugin.methods.python import config_of
 from metamask_plugin.methods.schedule_position import SchedulePosition
 from metamask_plugin.methods.step import RegularLoss, Step
 from metamask_plugin.modules.compiled import MODES, CompiledForward
@@ -49,7 +50,8 @@ class TaskMethod(BaseMethod):
     so that a task alone and with a plugin trains on the same views of the same config.
 
     Args:
-        cfg: the host's configuration; ``method_kwargs`` has ``task`` and ``task_kwargs``.
+        cfg: the host's configuration; ``method_kwargs`` has ``task`` and ``task_kwargs``. Or an encoder.
+        settings: of :func:`~metamask_plugin.methods.python.config_of`, where an encoder is given.
 
     Attributes:
         task: heads and loss.
@@ -63,7 +65,10 @@ class TaskMethod(BaseMethod):
     ranks: Ranks | None = None
     step: Step
 
-    def __init__(self, cfg: DictConfig):
+    def __init__(self, cfg: DictConfig | nn.Module, **settings: Any):
+        if isinstance(cfg, nn.Module):
+            name = next((name for name, cls in host.METHODS.items() if cls is type(self)), "custom")
+            cfg = config_of(name, cfg, **settings)
         super().__init__(cfg)
         self.original = original_pipeline(self.cfg)
         if self.original is not None:  # the host does not count it among the views

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from metamask_plugin.errors import check, choose
 from metamask_plugin.methods import icl_msr, metamask
@@ -44,8 +45,8 @@ class Baseline(TaskMethod):
     [0] Li et al., *MetaMask*, NeurIPS 2022.
     """
 
-    def __init__(self, cfg: DictConfig):
-        super().__init__(cfg)
+    def __init__(self, cfg: DictConfig | nn.Module, **settings: Any):
+        super().__init__(cfg, **settings)
         self.feature_dropout = FeatureDropout(**self.cfg.method_kwargs.feature_dropout)
 
     @staticmethod

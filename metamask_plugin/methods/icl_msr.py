@@ -85,8 +85,8 @@ class ICLMSR(TaskMethod):
     [0] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
     """
 
-    def __init__(self, cfg: DictConfig):
-        super().__init__(cfg)
+    def __init__(self, cfg: DictConfig | nn.Module, **settings: Any):
+        super().__init__(cfg, **settings)
         kwargs = self.cfg.method_kwargs
         self.split = None
         if kwargs.level == "feature_map":

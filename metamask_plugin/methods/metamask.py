@@ -111,8 +111,8 @@ class MetaMask(TaskMethod):
     [0] Li et al., *MetaMask: Revisiting Dimensional Confounder for Self-Supervised Learning*, NeurIPS 2022.
     """
 
-    def __init__(self, cfg: DictConfig):
-        super().__init__(cfg)
+    def __init__(self, cfg: DictConfig | nn.Module, **settings: Any):
+        super().__init__(cfg, **settings)
         kwargs = self.cfg.method_kwargs
         self.redundancy = kwargs.redundancy
         if self.redundancy.weight > 0:
