@@ -266,7 +266,7 @@ def model_config(backbone: str, size: int, method: str = "metamask", **overrides
     Args:
         backbone: the encoder's name.
         size: side of the images, pixels.
-        method: ``metamask`` or ``bare``.
+        method: ``metamask`` or ``baseline``.
         overrides: dotted keys with ``__`` for the dot: ``method_kwargs__meta__every_n_steps=4``.
     """
     cfg = OmegaConf.create(

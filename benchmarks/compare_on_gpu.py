@@ -60,8 +60,8 @@ ARMS: dict[str, tuple[str, list[str]]] = {
         [*MASKED, "ablation=random_mask", *META, "method_kwargs.meta.every_n_steps=4"],
     ),
     "SimCLR + Barlow Twins": (METAMASK, [*MASKED, "ablation=no_meta"]),
-    "SimCLR": (METAMASK, [*MASKED, "method=bare"]),
-    "SimCLR, MSR's views": (ICL_MSR, [*SHORT, "method=bare"]),
+    "SimCLR": (METAMASK, [*MASKED, "method=baseline"]),
+    "SimCLR, MSR's views": (ICL_MSR, [*SHORT, "method=baseline"]),
     "release without meta step": (METAMASK, ["ablation=official", "method_kwargs.meta.enabled=False"]),
 }
 """By name: config and overrides. The longest first."""
@@ -77,7 +77,7 @@ def config(arm: str, seed: int, args: argparse.Namespace):
     own = [
         word if word.startswith("~") else f"++{word}" for word in [*COMMON, *overrides, *own, *args.overrides]
     ]
-    groups = ("++ablation=", "++method=bare")
+    groups = ("++ablation=", "++method=baseline")
     own = [word.removeprefix("++") if word.startswith(groups) else word for word in own]
     with initialize_config_dir(str(SCRIPTS / "pretrain"), version_base="1.2"):
         cfg = compose(name, own)

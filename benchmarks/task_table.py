@@ -1,11 +1,11 @@
 """Every task alone, with MetaMask and with MSR, on confounded digits: accuracy over seeds, and collapse.
 
     python benchmarks/task_table.py [--epochs 10] [--seeds 5 6 7] [--tasks simclr byol ...] [--jobs 2]
-    python benchmarks/task_table.py --methods bare --seeds 5 --override data.dataset=digits ~data.kwargs
+    python benchmarks/task_table.py --methods baseline --seeds 5 --override data.dataset=digits ~data.kwargs
 
 Each cell is the run of
 
-    python main_pretrain.py --config-name metamask_barlow task=<task> method=bare
+    python main_pretrain.py --config-name metamask_barlow task=<task> method=baseline
     python main_pretrain.py --config-name metamask_barlow task=<task>
     python main_pretrain.py --config-name icl_msr_simclr task=<task>
 
@@ -28,11 +28,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {
-    "bare": ("metamask_barlow", ["method=bare"]),
+    "baseline": ("metamask_barlow", ["method=baseline"]),
     "metamask": ("metamask_barlow", []),
     "icl_msr": ("icl_msr_simclr", []),
 }
-TITLES = {"bare": "alone", "metamask": "+ MetaMask", "icl_msr": "+ MSR"}
+TITLES = {"baseline": "alone", "metamask": "+ MetaMask", "icl_msr": "+ MSR"}
 
 
 Cell = tuple[str, str, int, int, tuple[str, ...]]

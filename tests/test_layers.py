@@ -78,7 +78,7 @@ def test_losses_and_bilevel_import_torch_alone(layer):
 
 
 def test_no_module_imports_in_a_circle():
-    """Not even for type checkers; ``prepare`` raises where one does. What a function imports it needs late."""
+    """Not even for type checkers; ``prepare`` raises where one does. An import within a function is aside."""
     files = {
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path
         for path in PACKAGE.rglob("*.py")

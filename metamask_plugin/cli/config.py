@@ -15,6 +15,7 @@ from metamask_plugin.evaluation.checkpoints import load_mask
 from metamask_plugin.host.solo_settings import is_solo_task
 from metamask_plugin.methods import METHODS
 from metamask_plugin.methods.presets import without_nulls
+from metamask_plugin.renamed import VALUES
 from metamask_plugin.tasks import TASKS
 
 __all__ = ["complete", "device_count", "for_method", "on_cpu", "recorded", "with_own_task_settings"]
@@ -45,7 +46,7 @@ def complete(cfg: DictConfig) -> DictConfig:
         UserError: for an unknown or missing key, a value that cannot be, or values that cannot be together.
     """
     node = checked_pretraining(cfg)
-    choose("method", node["method"], METHODS)
+    choose("method", node["method"], set(METHODS) - set(VALUES["method"]))
     trained = node["host"] or host.name  # of a run's args.json
     check(
         trained == host.name, "host", f"{host.name}, which is in use", trained, f"set METAMASK_HOST={trained}"

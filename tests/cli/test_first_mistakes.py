@@ -34,7 +34,7 @@ ANSWERED = {
     "a name as a command": (["cifar/metamask_barlow"], "'pretrain --config-name cifar/metamask_barlow'?"),
     "a slip in a command": (["pretrian"], "did you mean 'pretrain'?"),
     "no -m": ([*PRETRAIN, "task=simclr,byol"], "add -m to run each of them in turn"),
-    "method for task": ([*PRETRAIN, "method=simclr"], "write task=simclr method=bare"),
+    "method for task": ([*PRETRAIN, "method=simclr"], "write task=simclr method=baseline"),
     "another's ablation": ([*PRETRAIN, "ablation=no_mask"], "take 'no_meta'"),
     "another's epochs": ([*PRETRAIN, "epochs=3"], "did you mean 'max_epochs'?"),
     "another's temperature": ([*PRETRAIN, "temperature=0.1"], "'method_kwargs.task_kwargs.temperature'?"),
@@ -98,7 +98,7 @@ ANSWERED = {
     ),
     "text for a pickle": (["pretrain", "--experimental-rerun", __file__], "that Hydra has pickled"),
     "an unknown short flag": ([*PRETRAIN, "-x"], "a flag must be one of"),
-    "an unknown method": ([*PRETRAIN, "method=nope"], "method must be one of bare, icl_msr, metamask"),
+    "an unknown method": ([*PRETRAIN, "method=nope"], "method must be one of baseline, icl_msr, metamask"),
 }
 
 

@@ -197,7 +197,7 @@ def test_a_run_limited_by_steps_is_complete_and_saved(tmp_path):
     [
         (
             ["method=metamsk"],
-            "error: method must be one of bare, icl_msr, metamask, supervised, got 'metamsk'; did you mean "
+            "error: method must be one of baseline, icl_msr, metamask, supervised, got 'metamsk'; did you mean "
             "'metamask'?",
         ),
         (["method_kwargs.task=simcrl"], "did you mean 'simclr'?"),
@@ -228,7 +228,16 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, tmp_path, cap
 def test_the_list_names_everything_that_is_registered():
     text = catalogue()
     lines = [line.split() for line in text.splitlines()]
-    for name in [*TASKS, *ENCODERS, *DATASETS, *ESTIMATORS, "bare", "metamask", "icl_msr", "metamask_table1"]:
+    for name in [
+        *TASKS,
+        *ENCODERS,
+        *DATASETS,
+        *ESTIMATORS,
+        "baseline",
+        "metamask",
+        "icl_msr",
+        "metamask_table1",
+    ]:
         assert any(line and line[0] == name for line in lines), name
     for task in TASKS.values():
         assert task.source in text

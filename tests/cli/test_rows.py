@@ -62,7 +62,7 @@ def composed(name, *overrides):
 @pytest.mark.parametrize(("table", "config", "overrides", "task"), ROWS)
 def test_a_row_and_its_plus_row_differ_in_the_method_alone(table, config, overrides, task):
     plus = composed(config, *overrides, f"task={task}")
-    bare = composed(config, *overrides, f"task={task}", "method=bare")
+    bare = composed(config, *overrides, f"task={task}", "method=baseline")
     assert plus.method_kwargs.task == task
     assert {key for key in plus if plus[key] != bare[key]} <= {"method", "name"}
     # all of it is understood: each method accepts the keys, and the task its settings
@@ -93,7 +93,7 @@ def test_barlow_twins_and_simsiam_inherit_no_other_tasks_width(config):
     simsiam = composed(config, "task=simsiam").method_kwargs.task_kwargs
     assert simsiam.proj_output_dim == simsiam.proj_hidden_dim == width
     width = 8192 if config.startswith("imagenet/") else width
-    barlow = composed(config, "task=barlow_twins", "method=bare").method_kwargs
+    barlow = composed(config, "task=barlow_twins", "method=baseline").method_kwargs
     assert barlow.task_kwargs.proj_output_dim == barlow.task_kwargs.proj_hidden_dim == width
     assert barlow.get("alpha", 1) * barlow.task_kwargs.scale_loss == 1
     assert barlow.task_kwargs.get("form") == ("uncentred" if "metamask" in config else None)
@@ -158,7 +158,7 @@ def test_every_key_of_a_task_stands_in_its_config():
 @pytest.mark.parametrize("ablation", ["feature_dropout", "shared_feature_dropout"])
 def test_feature_dropout_is_table_5_of_metamask(ablation):
     cfg = composed("cifar/metamask_barlow", "task=barlow_twins", f"ablation={ablation}")
-    assert cfg.method == "bare" and cfg.method_kwargs.task == "barlow_twins"
+    assert cfg.method == "baseline" and cfg.method_kwargs.task == "barlow_twins"
     assert cfg.method_kwargs.feature_dropout == {"rate": 0.05, "shared": ablation.startswith("shared")}
 
 

@@ -23,10 +23,10 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "pretrain"
 BASES = [
     ("metamask_barlow", ()),
     ("metamask_barlow", ("task=byol",)),
-    ("metamask_barlow", ("method=bare", "task=swav")),
+    ("metamask_barlow", ("method=baseline", "task=swav")),
     ("metamask_barlow", ("ablation=official", "optimizer.name=sgd")),
     ("icl_msr_simclr", ()),
-    ("icl_msr_simclr", ("task=ressl", "method=bare")),
+    ("icl_msr_simclr", ("task=ressl", "method=baseline")),
     ("cifar/metamask_barlow", ("task=moco", "backbone.name=conv4")),
 ]
 SMALL = (

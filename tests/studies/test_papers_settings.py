@@ -50,7 +50,7 @@ def test_lambda_gamma_and_n_of_every_row_with_msr(name):
         kwargs = cfg.method_kwargs
         assert (kwargs.lamb, kwargs.gamma, kwargs.regularizer.n) == MSR[name][arm], arm
         assert cfg.method == "icl_msr" and kwargs.meta.when == "epoch_end", "Algorithm 1"
-    assert {cfg.method for arm, cfg in arms if not arm.endswith(" + MSR")} == {"bare"}
+    assert {cfg.method for arm, cfg in arms if not arm.endswith(" + MSR")} == {"baseline"}
 
 
 def test_what_varies_in_figures_4_and_7_is_the_redundancy_heads_output():

@@ -76,7 +76,7 @@ def test_a_bare_label_of_the_study_is_its_level_of_that_name(size):
     assert trial.factors == {"dropout": "0.1 shared"}
     assert "ablation=shared_feature_dropout" in trial.overrides
     arms = study("icl_msr_table2", f"size={size}", "seeds=[5]", "factors.arm=[SimCLR]").trials
-    assert {"task=simclr", "method=bare"} <= set(arms[0].overrides)
+    assert {"task=simclr", "method=baseline"} <= set(arms[0].overrides)
 
 
 def test_a_label_of_other_data_is_none_of_a_size_that_has_its_own():
@@ -146,7 +146,7 @@ def test_every_data_set_has_its_own_root(tmp_path):
     for folder in ("stl/train", "stl/test", "it's/train2017", "it's/val2017"):
         (tmp_path / folder).mkdir(parents=True)
     roots = [f"roots.stl10={tmp_path}/stl", "roots.cifar100=/c100"]
-    arm = "factors.arm=[{label: SimCLR, overrides: ['method=bare']}]"
+    arm = "factors.arm=[{label: SimCLR, overrides: ['method=baseline']}]"
     found = paths_of(study("icl_msr_table1", "seeds=[5]", arm, *roots))
     assert found["cifar10"] == ("./datasets", "./datasets")
     assert found["cifar100"] == ("/c100", "/c100")
