@@ -197,8 +197,8 @@ def test_a_run_limited_by_steps_is_complete_and_saved(tmp_path):
     [
         (
             ["method=metamsk"],
-            "error: method must be one of baseline, icl_msr, metamask, supervised, got 'metamsk'; did you mean "
-            "'metamask'?",
+            "error: method must be one of baseline, icl_msr, metamask, supervised, got 'metamsk'; "
+            "did you mean 'metamask'?",
         ),
         (["method_kwargs.task=simcrl"], "did you mean 'simclr'?"),
         (["backbone.name=resnt18"], "did you mean 'resnet18'"),
