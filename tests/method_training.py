@@ -6,6 +6,8 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from metamask_plugin.bilevel import EncoderPass, Tape
+from metamask_plugin.bilevel.problem import leaves
 from metamask_plugin.methods.base import TaskMethod
 
 
@@ -37,6 +39,13 @@ def train(model, steps=3, callbacks=(), original=False, checkpoint=None, **kwarg
     trainer = quiet_trainer(limit_train_batches=steps, callbacks=list(callbacks), **kwargs)
     trainer.fit(model, DataLoader(Views(original=original), batch_size=8), ckpt_path=checkpoint)
     return trainer
+
+
+def shared_pass(problem):
+    """A recorded pass through a problem's encoder, as the regular step makes it for the meta step."""
+    theta, tape = leaves(problem.encoder_params), Tape()
+    with problem.eager(), tape.recording():
+        return EncoderPass(problem.first_order_encode(theta), theta, tape, shared=True)
 
 
 def spoil_the_classifier(monkeypatch, step=1):

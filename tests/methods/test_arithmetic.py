@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from method_config import icl_msr_config, method_config
+from method_training import shared_pass
 from torch.utils.flop_counter import FlopCounterMode
 
 from metamask_plugin.bilevel import Exact, FiniteDifference, FirstOrder, InnerStep, PlainStep, Unrolled
@@ -43,8 +44,7 @@ def problem():
 @pytest.fixture(scope="module")
 def shared(problem):
     """The problem where the regular step has been through the encoder already."""
-    encoded = problem.forward_pass(problem.encoder_params, tape=True)
-    return dataclasses.replace(problem, encoded=dataclasses.replace(encoded, shared=True))
+    return dataclasses.replace(problem, encoded=shared_pass(problem))
 
 
 @pytest.mark.parametrize(

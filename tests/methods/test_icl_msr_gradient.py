@@ -1,5 +1,7 @@
 """ICL-MSR's meta-gradient through real networks, in float64, against the unrolled oracle."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from method_config import icl_msr_config
@@ -76,7 +78,8 @@ def test_against_finite_differences_of_the_outer_loss(double, level):
     direction, eps = torch.randn_like(gradient), 1e-6
 
     def outer(step):
-        moved = type(problem)(**{**vars(problem), "weights": (problem.outer_params[0] + step * direction,)})
+        w = problem.outer_params[0] + step * direction
+        moved = replace(problem, outer_params=(w,))
         return Unrolled().gradient(moved, TRIAL).outer_loss
 
     slope = (outer(eps) - outer(-eps)) / (2 * eps)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from method_config import method_config
+from method_training import shared_pass
 from torch import nn
 
 from metamask_plugin.bilevel import (
@@ -115,7 +116,7 @@ def test_a_mask_of_ones_is_the_unmasked_loss(double):
     model, views, problem = setting()
     h = problem.encode(problem.encoder_params)
     ones = torch.ones_like(problem.outer_params[0])
-    expected = model.task(list(h))
+    expected = model.task(list(h)).loss
     torch.testing.assert_close(problem.inner_loss(h, problem.head_params, (ones,)), expected)
 
 
@@ -124,7 +125,8 @@ def test_nothing_is_touched(estimator):
     model, views, _ = setting()
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    model.task(list(model.meta_problem(views).encode(dict(model.backbone.named_parameters())))).backward()
+    h = model.meta_problem(views).encode(dict(model.backbone.named_parameters()))
+    model.task(list(h)).loss.backward()
     optimizer.step()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
@@ -189,7 +191,7 @@ def test_a_frozen_encoder_is_evaluated_once_and_not_at_all_where_its_features_ar
     model.backbone.register_forward_hook(lambda *args: calls.append(1))
     Exact().gradient(problem.frozen_encoder(), InnerStep(PlainStep(0.1), PlainStep(0.1)))
     assert len(calls) == len(views)
-    encoded = problem.forward_pass(problem.encoder_params)
+    encoded = shared_pass(problem)
     calls.clear()
     Exact().gradient(
         dataclasses.replace(problem, encoded=encoded).frozen_encoder(),
@@ -202,7 +204,7 @@ def test_a_frozen_encoder_is_evaluated_once_and_not_at_all_where_its_features_ar
 def test_the_regular_steps_pass_serves_as_the_inner_one(double, estimator):
     model, views, problem = setting()
     trial = InnerStep(PlainStep(0.1), PlainStep(0.1))
-    encoded = dataclasses.replace(problem.forward_pass(problem.encoder_params, tape=True), shared=True)
+    encoded = shared_pass(problem)
     shared = estimator.gradient(dataclasses.replace(problem, encoded=encoded), trial)
     assert relative_error(shared, estimator.gradient(problem, trial)) < 1e-12
     # and the regular step can still differentiate it
