@@ -5,6 +5,7 @@ Where Pillow would go on without a word:
 - 16-bit grey is scaled to 8 bits; Pillow clips it, which leaves white. 32-bit pixels, whose range is not
   known, are refused.
 - images of more than ``PIL.Image.MAX_IMAGE_PIXELS`` are refused; up to twice as many Pillow only warns of.
+- images with a side more than :data:`MOST_ELONGATED` times the other are refused.
 - formats other than :data:`FORMATS` are refused, whatever the file's name; Pillow would hand PostScript to an
   interpreter.
 
@@ -42,6 +43,8 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "PPM", "TIFF", "GIF", "AV
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 END_OF_JPEG = b"\xff\xd9"
+# A view resizes the shorter side: a thin line of few bytes would fill the memory.
+MOST_ELONGATED = 1000
 # A machine that does not answer, or is out of file handles or memory: no fault of the file.
 MACHINE = TRANSIENT | {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 # Reading waits for the disk, or for a file server, more than it computes.
@@ -188,6 +191,10 @@ def _opened(path: str) -> Iterator[Image.Image]:
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and image.width * image.height > limit:
             raise _Refused(f"{image.width} x {image.height} pixels, more than the {limit:,} allowed")
+        if max(image.size) > MOST_ELONGATED * min(image.size):
+            raise _Refused(
+                f"{image.width} x {image.height} pixels, a side more than {MOST_ELONGATED:,} times the other"
+            )
         if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN_BIT_FORMATS):
             raise _Refused("32-bit pixels, whose range is not known: save it with 8 or 16 bits")
         yield image

@@ -69,6 +69,7 @@ CONTENTS = {
     "32-bit TIFF": lambda: wide(np.int32),
     "PNG bomb, Pillow warns": lambda: png_claiming(10_000, 10_000),
     "JPEG bomb": lambda: jpeg_claiming(65_000, 65_000),
+    "PNG of one line": lambda: png_claiming(20_000_000, 1),
 }
 """What a file with an image's name may hold instead of one."""
 
