@@ -49,7 +49,7 @@ def measure_errors(
     problems = {"float64": exactly, **{name: problem for name in precisions if name != "bf16"}}
     if "bf16" in precisions:
         lower = copy.deepcopy(model)
-        lower.meta.cfg.precision = "bf16"
+        lower.meta.dtype = torch.bfloat16
         problems |= {"bf16": lower.meta_problem(views), "bf16 everywhere": problem}
     errors: dict[str, dict[str, Any]] = {}
     for name, estimator in ESTIMATORS.items():
