@@ -106,7 +106,7 @@ def test_no_step_asks_for_a_number(monkeypatch, config, task):
 def test_no_step_waits_for_the_gpu(gpu, config, task, precision):
     model = build(config, task)
     if config is not baseline_config and precision != "32-true":
-        model.meta.cfg.precision = "bf16"
+        model.meta.dtype = torch.bfloat16
     original = config is icl_msr_config
     trainer = train_within(model, refused, original, accelerator="gpu", precision=precision)
     assert trainer.strategy.root_device.type == "cuda"
