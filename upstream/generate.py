@@ -60,6 +60,7 @@ NAMES = {
 
 LEFT_BEHIND = {
     "metamask_plugin/methods/__init__.py": "solo/methods/__init__.py has the names instead",
+    "metamask_plugin/methods/python.py": "solo-learn's methods take configs",
     "metamask_plugin/methods/supervised.py": "a baseline of our studies",
     "tests/methods/test_supervised.py": "the same",
     "tests/methods/test_release.py": "reads our configs",
@@ -73,6 +74,12 @@ WITHOUT = {
     "tests/tasks/test_ressl_task.py": ["test_the_views_that_it_is_given"],  # reads them with our loader
 }
 """Definitions that stay behind, with the imports that nothing else needs."""
+
+FROM_A_CONFIG = [
+    (r"cfg: DictConfig \| nn\.Module, \*\*settings: Any", "cfg: DictConfig"),
+    (r"super\(\)\.__init__\(cfg, \*\*settings\)", "super().__init__(cfg)"),
+]
+"""Solo-learn's methods take a config, and no encoder."""
 
 SUBSTITUTIONS = {
     "metamask_plugin/host/solo_task.py": [
@@ -95,6 +102,10 @@ SUBSTITUTIONS = {
     # which host a run was made under
     "metamask_plugin/methods/base.py": [
         (r"^from metamask_plugin import host\n", ""),
+        (r"^from metamask_plugin\.methods\.python import .*\n", ""),
+        (r"^ *if isinstance\(cfg, nn\.Module\):\n.*\n.*\n", ""),
+        (r" Or an encoder\.\n *settings: .*$", ""),
+        (r"cfg: DictConfig \| nn\.Module, \*\*settings: Any", "cfg: DictConfig"),
         (r"^ *cfg\.host = host\.name.*\n", ""),
         # names of keys that were never solo-learn's
         (r"^import copy\n", ""),
@@ -102,8 +113,14 @@ SUBSTITUTIONS = {
         (r"with_new_names\((super\(.*\)\.add_and_assert_specific_cfg\(cfg\))\)$", r"\1"),
         (r"^ *if found is not None:  # of an earlier version\n.*\n", ""),
     ],
+    "metamask_plugin/methods/baseline.py": [
+        (r"^from torch import nn\n", ""),
+        *FROM_A_CONFIG,
+    ],
+    "metamask_plugin/methods/icl_msr.py": FROM_A_CONFIG,
     # the release's stem, which solo-learn's ResNets have not
     "metamask_plugin/methods/metamask.py": [
+        *FROM_A_CONFIG,
         (r"^from metamask_plugin\.host import release_kwargs\n", ""),
         (r"^from omegaconf import DictConfig, OmegaConf$", "from omegaconf import DictConfig"),
         (r'(?s)        if kwargs\.preset == "official":.*?(?=        check\(kwargs\.alpha)', ""),
