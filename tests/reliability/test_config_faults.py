@@ -201,7 +201,7 @@ OTHER_SLIPS = {
     "study": {
         "++sedes=[5]": "did you mean 'seeds'?",
         "size=digit": "did you mean 'digits'?",
-        "seeds=[a]": "seeds[0] must be an integer",
+        "seeds=[a]": "seeds.0 must be an integer",
         "name=../x": "name must be a folder's name without /",
         "++measures.acuracy={}": "did you mean 'accuracy'?",
         "++measures.accuracy.protcol=fast": "did you mean 'protocol'?",
