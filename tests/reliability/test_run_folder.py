@@ -270,7 +270,7 @@ def custom(root):
 @pytest.mark.fault("data", source="vamb#425, vturrisi/solo-learn#112")
 def test_no_optimiser_step_is_no_training(tmp_path, capsys, monkeypatch):
     """Whatever the cause: here a loader without batches."""
-    monkeypatch.setattr("metamask_plugin.data.datamodule.EpochShuffle.__len__", lambda self: 3)
+    monkeypatch.setattr("metamask_plugin.data.loaders.EpochShuffle.__len__", lambda self: 3)
     said = ends_with(2, capsys, config(tmp_path, *REPORTED))
     assert "must make an optimiser step" in said
     assert not [path for path in tmp_path.rglob("*") if path.name in ("finished.json", "table.txt")]

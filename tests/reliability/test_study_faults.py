@@ -234,7 +234,7 @@ def test_finished_trials_that_the_report_leaves_out_are_said(study, capsys):
         (
             ["+measures.accuracy.ks=[0]"],
             {},
-            "measures.accuracy.ks[0] must be an integer >= 1, got 0",
+            "measures.accuracy.ks.0 must be an integer >= 1, got 0",
         ),
         (
             ["measures.accuracy.protocol=papers"],
