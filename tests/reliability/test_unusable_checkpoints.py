@@ -92,7 +92,7 @@ DAMAGES = {
     "a text": (overwrite(b"404 not found"), "cannot be read"),
     "of another experiment": (of_another_experiment, "method_kwargs.alpha 7 there, 100 here"),
     "of another architecture": (of_another_architecture, "of another architecture: classifier.weight is"),
-    "of another method": (of_another_method, "method 'bare' there, 'metamask' here"),
+    "of another method": (of_another_method, "method 'baseline' there, 'metamask' here"),
     "of other images": (of_other_images, "data.images_fingerprint '0' there"),
     "weights alone": (without_optimiser, "must be a training checkpoint"),
 }
