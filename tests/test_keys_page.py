@@ -75,7 +75,7 @@ REGISTRIES = {
     (Pretraining, "data.region"): "data.regions:REGIONS",
     (Pretraining, "data.region_form"): "data.regions:FORMS",
     (Pretraining, "data.format"): "data.datamodule:FORMATS",
-    (Pretraining, "data.pipeline"): "data.datamodule:PIPELINES",
+    (Pretraining, "data.pipeline"): "data.loaders:PIPELINES",
     (Pretraining, "optimizer.name"): "host.contract:OPTIMIZERS",
     (Pretraining, "performance.compile"): "modules.compiled:NAMED_MODES",
     (Pretraining, "performance.matmul_precision"): "methods.base:MATMUL_PRECISIONS",
