@@ -35,6 +35,8 @@ def check_keywords(
         UserError: for an unknown argument, with the nearest one, or a value that does not fit.
 
     Example:
+        >>> from metamask_plugin.config.methods import TaskKwargs
+        >>> from metamask_plugin.tasks import SimCLR
         >>> check_keywords("task_kwargs", {"temperature": 0.1}, SimCLR, TaskKwargs, ("features_dim",))
     """
     read(model_of(function, known, tuple(aside)), given, name)
