@@ -78,8 +78,9 @@ WITHOUT = {
 FROM_A_CONFIG = [
     (r"cfg: DictConfig \| nn\.Module, \*\*settings: Any", "cfg: DictConfig"),
     (r"super\(\)\.__init__\(cfg, \*\*settings\)", "super().__init__(cfg)"),
+    (r'(?s)\n\n    Example:\n.*?(?=\n    """)', ""),
 ]
-"""Solo-learn's methods take a config, and no encoder."""
+"""Solo-learn's methods take a config, and no encoder; the examples hand one over."""
 
 SUBSTITUTIONS = {
     "metamask_plugin/host/solo_task.py": [

@@ -8,12 +8,15 @@ import tokenize
 START = re.compile(r"[-*] |\[\d\] ")
 """How a list item or a source starts."""
 
+EXAMPLE = (">>> ", "... ")
+"""How a line of an example starts."""
+
 SETTING = re.compile(r"[*`\w.]+(?:, [*`\w.]+)*: ")
 """How a setting starts, in a section of a docstring."""
 
 
 def reflow(text: str, width: int) -> str:
-    """The same words with no prose line over ``width``; code, and text set in columns, stays as it is.
+    """The same words with no prose line over ``width``; code, examples and text in columns stay as they are.
 
     Words too many for a line go to the next one of their paragraph.
     """
@@ -22,7 +25,8 @@ def reflow(text: str, width: int) -> str:
     number = 0
     while number < len(lines):
         line = lines[number]
-        if number in prose and len(line) > width and "  " not in line.strip().removeprefix("# "):
+        columns = "  " in line.strip().removeprefix("# ")
+        if number in prose and len(line) > width and not columns and not line.lstrip().startswith(EXAMPLE):
             _break(lines, prose, number, width)
         number += 1
     return "\n".join(lines) + "\n"

@@ -86,7 +86,7 @@ class Exact(Estimator):
         >>> f, g, x = Functional(encoder), Functional(head), torch.ones(4, 3)
         >>> def loss(h, phi, w):
         ...     return g(phi, h * w[0]).pow(2).mean()
-        >>> problem = BilevelProblem(lambda theta: f(theta, x), loss, loss, f.params, g.params, (w,))
+        >>> problem = BilevelProblem(lambda p: f(p, x), loss, loss, f.params, g.params, (w,))
         >>> found = Exact().gradient(problem, InnerStep(PlainStep(0.1), PlainStep(0.1)))
         >>> found.outer_params[0].shape
         torch.Size([2])
@@ -123,6 +123,15 @@ class FirstOrder(Estimator):
     """The direct term alone, d_w L_out at the adapted parameters.
 
     Cheap and wrong: it ignores how w shaped the inner step. Kept as the ablation.
+
+    Example:
+        >>> from metamask_plugin.bilevel import PlainStep
+        >>> loss = lambda h, phi, w: (h * w[0]).pow(2).sum() / 2
+        >>> one = torch.ones(1)  # theta = w = 1, theta' = 1/2
+        >>> problem = BilevelProblem(lambda p: p["a"], loss, loss, {"a": one}, {}, (one,))
+        >>> step = InnerStep(PlainStep(0.5), PlainStep(0.5))
+        >>> FirstOrder().gradient(problem, step).outer_params[0]  # exact: -0.25
+        tensor([0.2500])
     """
 
     def gradient(self, problem: BilevelProblem, step: InnerStep) -> MetaGradient:
@@ -140,6 +149,15 @@ class FiniteDifference(Estimator):
 
     [0] Liu et al., *DARTS*, ICLR 2019, Eq. (8).
     [1] https://github.com/lionellee9089/MetaMask
+
+    Example:
+        >>> from metamask_plugin.bilevel import PlainStep
+        >>> loss = lambda h, phi, w: (h * w[0]).pow(2).sum() / 2
+        >>> one = torch.ones(1)  # theta = w = 1, theta' = 1/2
+        >>> problem = BilevelProblem(lambda p: p["a"], loss, loss, {"a": one}, {}, (one,))
+        >>> step = InnerStep(PlainStep(0.5), PlainStep(0.5))
+        >>> FiniteDifference().gradient(problem, step).outer_params[0].round(decimals=3)
+        tensor([-0.2500])
     """
 
     def __init__(self, r: float = 1e-2):
@@ -173,6 +191,15 @@ class Unrolled(Estimator):
 
     Exact by construction, and the reference against which the others are tested. It is the slowest and holds
     two graphs through the encoder at once. For one process alone: what ranks exchange is not differentiated.
+
+    Example:
+        >>> from metamask_plugin.bilevel import PlainStep
+        >>> loss = lambda h, phi, w: (h * w[0]).pow(2).sum() / 2
+        >>> one = torch.ones(1)  # theta = w = 1, theta' = 1/2
+        >>> problem = BilevelProblem(lambda p: p["a"], loss, loss, {"a": one}, {}, (one,))
+        >>> step = InnerStep(PlainStep(0.5), PlainStep(0.5))
+        >>> Unrolled().gradient(problem, step).outer_params[0]
+        tensor([-0.2500])
     """
 
     def gradient(self, problem: BilevelProblem, step: InnerStep) -> MetaGradient:
@@ -206,6 +233,15 @@ class Permuted(Estimator):
 
     Args:
         seed: of the permutation.
+
+    Example:
+        >>> from metamask_plugin.bilevel import PlainStep
+        >>> loss = lambda h, phi, w: (h * w[0]).pow(2).sum() / 2
+        >>> theta, w = {"a": torch.arange(1.0, 4.0)}, torch.ones(3)
+        >>> problem = BilevelProblem(lambda p: p["a"], loss, loss, theta, {}, (w,))
+        >>> found = Permuted().gradient(problem, InnerStep(PlainStep(0.5), PlainStep(0.5)))
+        >>> found.outer_params[0].sort().values  # exact: -0.25, -1, -2.25
+        tensor([-2.2500, -1.0000, -0.2500])
     """
 
     def __init__(self, seed: int = 0):
@@ -231,6 +267,15 @@ class HeadsOnly(Estimator):
 
     Args:
         estimator: the other one.
+
+    Example:
+        >>> from metamask_plugin.bilevel import PlainStep
+        >>> loss = lambda h, phi, w: (h * phi["b"] * w[0]).pow(2).sum() / 2
+        >>> one = torch.ones(1)  # theta' = theta = phi = w = 1, phi' = 1/2
+        >>> problem = BilevelProblem(lambda p: p["a"], loss, loss, {"a": one}, {"b": one}, (one,))
+        >>> step = InnerStep(PlainStep(0.5), PlainStep(0.5))
+        >>> HeadsOnly(Exact()).gradient(problem, step).outer_params[0]
+        tensor([-0.2500])
     """
 
     def __init__(self, estimator: Estimator):

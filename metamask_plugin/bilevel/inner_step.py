@@ -52,6 +52,11 @@ class PlainStep:
         scale: factors on l of single parameters, by name: of a parameter, or of each of its entries.
 
     [0] Li et al., *MetaMask*, NeurIPS 2022.
+
+    Example:
+        >>> params, grads = {"w": torch.ones(2)}, {"w": torch.tensor([2.0, -3.0])}
+        >>> PlainStep(0.1).step(params, grads)["w"]
+        tensor([0.8000, 1.3000])
     """
 
     def __init__(self, lr: Number, scale: Mapping[str, Number] = MappingProxyType({})):
@@ -109,6 +114,12 @@ class MomentumStep(PlainStep):
             too many is not used.
 
     [0] https://github.com/lionellee9089/MetaMask
+
+    Example:
+        >>> params, grads = {"w": torch.ones(2)}, {"w": torch.tensor([2.0, -3.0])}
+        >>> rule = MomentumStep(0.1, momentum=0.9, weight_decay=0.0, buffers={"w": torch.ones(2)})
+        >>> rule.step(params, grads)["w"]
+        tensor([0.7100, 1.2100])
     """
 
     def __init__(
@@ -209,6 +220,12 @@ class TrustRatioStep(PlainStep):
         scale: factors on l of single parameters.
 
     [0] You, Gitman and Ginsburg, *Large Batch Training of Convolutional Networks*, arXiv 1708.03888.
+
+    Example:
+        >>> params, grads = {"w": torch.ones(4)}, {"w": torch.full((4,), 2.0)}
+        >>> rule = TrustRatioStep(1.0, eta={"w": 0.1}, weight_decay={"w": 0.0})
+        >>> rule.at(params, grads).step(params, grads)["w"]  # q = 0.1 * 2 / 4
+        tensor([0.9000, 0.9000, 0.9000, 0.9000])
     """
 
     def __init__(
@@ -248,6 +265,12 @@ class MatchedStep:
         other: the step whose length it has, such as the main optimiser's own.
         share: of that length, >= 0.
         scale: factors on l of single parameters.
+
+    Example:
+        >>> params, grads = {"w": torch.zeros(4)}, {"w": torch.arange(1.0, 5.0)}
+        >>> rule = MatchedStep(AdamStep(0.1, {}, (0.001 ** 0.5,)))  # Adam's first: 0.1 in each entry
+        >>> round(rule.at(params, grads).step(params, grads)["w"].norm().item(), 3)
+        0.2
     """
 
     def __init__(
@@ -289,6 +312,13 @@ class InnerStep(NamedTuple):
         head: phi's.
         weight: factor of the inner loss in the loss that the step is made for.
         clip: largest norm of the weighted gradient over both groups, to which it is shortened; None for none.
+
+    Example:
+        >>> step = InnerStep(encoder=PlainStep(0.1), head=PlainStep(0.2), clip=1.0)
+        >>> params = {"w": torch.ones(1)}, {"v": torch.ones(1)}
+        >>> grads = {"w": torch.tensor([3.0])}, {"v": torch.tensor([4.0])}  # norm 5, clipped to 1
+        >>> step.at(params, grads).head.step(params[1], grads[1])["v"]
+        tensor([0.8400])
     """
 
     encoder: StepRule

@@ -38,6 +38,13 @@ def backdoor_adjusted_loss(
     Raises:
         ValueError: for shapes that do not fit, a batch of one image, or tau <= 0.
 
+    Example:
+        >>> views = [torch.eye(3), torch.eye(3)]
+        >>> strata = [z[:, None].expand(3, 4, 3) for z in views]  # n = 4, all weights 1
+        >>> loss = backdoor_adjusted_loss(views, strata, temperature=1.0)
+        >>> round(loss.item(), 3)  # -log e / (e + 4)
+        0.905
+
     [0] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
     """
     if len(weighted) != len(views) or any(strata.dim() != 3 for strata in weighted):

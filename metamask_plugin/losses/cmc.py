@@ -37,6 +37,11 @@ def cmc_loss(
         ValueError: for any number of views, banks or positives but two, shapes that do not fit, tau <= 0,
             or a batch of one image without a bank: it has no negatives.
 
+    Example:
+        >>> views = [torch.eye(3), torch.eye(3)]
+        >>> round(cmc_loss(views, temperature=1.0).item(), 3)  # twice -log e / (e + 2)
+        1.103
+
     [0] Tian et al., *Contrastive Multiview Coding*, ECCV 2020.
     """
     if len(views) != 2 or views[0].shape != views[1].shape or views[0].dim() != 2:

@@ -48,6 +48,12 @@ def contrastive_loss(
     Raises:
         ValueError: for shapes that do not fit, tau <= 0, or an anchor without any negative.
 
+    Example:
+        >>> z = torch.eye(3)
+        >>> loss = contrastive_loss(z, z, z, temperature=1.0, excluded=z.bool())
+        >>> round(loss.item(), 3)  # -log e / (e + 2)
+        0.551
+
     [0] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
     [1] van den Oord et al., *Representation Learning with Contrastive Predictive Coding*, 2018.
     """

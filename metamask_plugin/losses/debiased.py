@@ -38,6 +38,12 @@ def debiased_negative_mass(tau_plus: float, temperature: float, beta: float = 0.
     Raises:
         ValueError: for tau+ outside [0, 1), tau <= 0 or beta < 0.
 
+    Example:
+        >>> mass = debiased_negative_mass(tau_plus=0.1, temperature=1.0)
+        >>> positives, negatives = torch.tensor([[2.0]]).log(), torch.zeros(1, 3)  # e+ = 2, e- = 1
+        >>> round(mass(positives, negatives).exp().item(), 3)  # (3 - 3 * 0.1 * 2) / (1 - 0.1)
+        2.667
+
     [0] Chuang et al., *Debiased Contrastive Learning*, NeurIPS 2020.
     [1] Robinson et al., *Contrastive Learning with Hard Negative Samples*, ICLR 2021.
     [2] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.

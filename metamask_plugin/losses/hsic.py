@@ -33,6 +33,12 @@ def hsic_loss(
         ValueError: for views that do not fit, one image (its identity is a constant, on which nothing
             depends), gamma < 0, an unknown kernel, or c < 0.01.
 
+    Example:
+        >>> views = [torch.eye(2), torch.eye(2)]
+        >>> loss = hsic_loss(views, gamma=0.0, kernel="linear")
+        >>> round(loss.item(), 3)  # kernel 1 of one image, 1/2 of all
+        -0.5
+
     [0] Li et al., *Self-Supervised Learning with Kernel Dependence Maximization*, NeurIPS 2021.
     """
     if len(views) < 2 or len({view.shape for view in views}) != 1 or views[0].dim() != 2:

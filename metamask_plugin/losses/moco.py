@@ -35,6 +35,11 @@ def moco_loss(
         ValueError: for fewer than two queries, no keys or more than queries, shapes that do not fit, an
             empty queue, or tau <= 0.
 
+    Example:
+        >>> z, queue = torch.eye(4)[:2], torch.eye(4)[2:]
+        >>> round(moco_loss([z, z], [z, z], queue, temperature=1.0).item(), 3)  # -log e / (e + 2)
+        0.551
+
     [0] He et al., *Momentum Contrast for Unsupervised Visual Representation Learning*, CVPR 2020.
     """
     pairs = ordered_pairs(queries, keys, "moco_loss: queries, keys")

@@ -64,6 +64,12 @@ def nnclr_loss(
         ValueError: for fewer than two views, shapes that do not fit, tau <= 0, or a batch of one image:
             it has no negatives.
 
+    Example:
+        >>> neighbours, predictions = [torch.eye(3), torch.eye(3)], [torch.eye(3), torch.eye(3)]
+        >>> loss = nnclr_loss(neighbours, predictions, temperature=1.0)
+        >>> round(loss.item(), 3)  # -log e / (e + 2)
+        0.551
+
     [0] Dwibedi et al., *With a Little Help from My Friends*, ICCV 2021.
     """
     positives = predictions if positives is None else positives

@@ -36,6 +36,11 @@ def nt_xent_loss(
     Raises:
         ValueError: for fewer than two views, views of different shape, or tau <= 0.
 
+    Example:
+        >>> views = [torch.eye(3), torch.eye(3)]
+        >>> round(nt_xent_loss(views, temperature=1.0).item(), 3)  # -log e / (e + 4)
+        0.905
+
     [0] Li et al., *MetaMask*, NeurIPS 2022.
     [1] Chen et al., *A Simple Framework for Contrastive Learning of Visual Representations*, ICML 2020.
     """

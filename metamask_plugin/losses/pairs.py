@@ -111,6 +111,10 @@ def byol_loss(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 
     So it is 2 + 2 D with D the :func:`negative_cosine_loss`, which see: between 0 and 4.
 
+    Example:
+        >>> byol_loss(torch.eye(3), -torch.eye(3))
+        tensor(4.)
+
     [0] Grill et al., *Bootstrap Your Own Latent*, NeurIPS 2020.
     """
     return 2 + 2 * negative_cosine_loss(p, z)

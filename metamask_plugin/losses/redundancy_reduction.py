@@ -23,6 +23,11 @@ def cross_correlation(z1: torch.Tensor, z2: torch.Tensor, form: str = "uncentred
     Raises:
         ValueError: for shapes that differ, or an unknown form.
 
+    Example:
+        >>> cross_correlation(torch.eye(2), torch.eye(2).flip(1))
+        tensor([[0., 1.],
+                [1., 0.]])
+
     [0] Li et al., *MetaMask*, NeurIPS 2022.
     [1] Zbontar et al., *Barlow Twins*, ICML 2021.
     """
@@ -56,6 +61,13 @@ def redundancy_reduction_loss(
 
     Returns:
         A scalar; it is a sum, so it grows with P.
+
+    Example:
+        >>> alike, apart = torch.ones(4, 3), torch.eye(3)
+        >>> round(redundancy_reduction_loss(alike, alike).item(), 3)  # all 6 off the diagonal are 1
+        0.03
+        >>> round(redundancy_reduction_loss(apart, apart).item(), 3)
+        0.0
 
     [0] Li et al., *MetaMask*, NeurIPS 2022.
     [1] Zbontar et al., *Barlow Twins*, ICML 2021.

@@ -49,6 +49,12 @@ def relic_loss(
     Raises:
         ValueError: for shapes that do not fit, tau <= 0, alpha < 0, or one image and no bank.
 
+    Example:
+        >>> views = [torch.eye(3), torch.eye(3)]
+        >>> loss = relic_loss(views, views, temperature=1.0)
+        >>> round(loss.item(), 3)  # -log e / (e + 2), divergence 0
+        0.551
+
     [0] Mitrovic et al., *Representation Learning via Invariant Causal Mechanisms*, ICLR 2021.
     """
     pairs = ordered_pairs(projections, targets, "relic_loss: projections, targets")

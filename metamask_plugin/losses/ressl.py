@@ -35,6 +35,11 @@ def relation_loss(
     Raises:
         ValueError: for shapes that do not fit, or a temperature <= 0.
 
+    Example:
+        >>> z, queue = torch.ones(2, 4), torch.eye(4)
+        >>> round(relation_loss(z, z, queue).item(), 3)  # log 4
+        1.386
+
     [0] Zheng et al., *ReSSL: Relational Self-Supervised Learning with Weak Augmentation*, NeurIPS 2021.
     """
     fits = anchors.dim() == queue.dim() == 2 and anchors.shape == targets.shape

@@ -31,6 +31,11 @@ def sinkhorn_codes(
     Raises:
         ValueError: for scores of another shape, epsilon <= 0 or no iteration.
 
+    Example:
+        >>> scores = torch.tensor([[1.0, 0.0], [1.0, 0.8]])  # both are nearer to the first prototype
+        >>> sinkhorn_codes(scores).argmax(dim=1)  # and use both
+        tensor([0, 1])
+
     [0] Caron et al., *Unsupervised Learning of Visual Features by Contrasting Cluster Assignments*,
         NeurIPS 2020.
     """

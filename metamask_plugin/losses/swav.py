@@ -27,6 +27,11 @@ def swapped_prediction_loss(
     Raises:
         ValueError: for shapes that do not fit, or tau <= 0.
 
+    Example:
+        >>> codes, scores = torch.eye(4), torch.zeros(4, 4)
+        >>> round(swapped_prediction_loss(codes, scores).item(), 3)  # log 4
+        1.386
+
     [0] Caron et al., *Unsupervised Learning of Visual Features by Contrasting Cluster Assignments*,
         NeurIPS 2020.
     [1] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
@@ -61,6 +66,11 @@ def multi_crop_loss(
 
     Raises:
         ValueError: for fewer than two views, no codes, or more codes than views; and as that function.
+
+    Example:
+        >>> codes, scores = [torch.eye(4)] * 2, [torch.zeros(4, 4)] * 3  # 2 of 3 crops are large
+        >>> round(multi_crop_loss(codes, scores).item(), 3)  # log 4
+        1.386
 
     [0] Caron et al., *Unsupervised Learning of Visual Features by Contrasting Cluster Assignments*,
         NeurIPS 2020.

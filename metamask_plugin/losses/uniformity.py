@@ -26,6 +26,11 @@ def uniformity_loss(weights: torch.Tensor, t: float = 2.0, scope: str = "image")
     Raises:
         ValueError: for another shape, t <= 0, or an unknown scope.
 
+    Example:
+        >>> weights = torch.ones(5, 6, 3)  # all vectors agree
+        >>> round(uniformity_loss(weights).item(), 3)  # 2 log 6
+        3.584
+
     [0] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
     [1] Wang and Isola, *Understanding Contrastive Representation Learning through Alignment and
         Uniformity on the Hypersphere*, ICML 2020.

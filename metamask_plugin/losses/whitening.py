@@ -111,6 +111,11 @@ def whitened_mse_loss(
     Raises:
         ValueError: for fewer than two views or views of different shape; and as :func:`whiten`.
 
+    Example:
+        >>> z = torch.eye(4)
+        >>> round(whitened_mse_loss([z, z]).item(), 3), round(whitened_mse_loss([z, -z]).item(), 3)
+        (0.0, 4.0)
+
     [0] Ermolov et al., *Whitening for Self-Supervised Representation Learning*, ICML 2021.
     """
     if len(views) < 2 or len({view.shape for view in views}) != 1:

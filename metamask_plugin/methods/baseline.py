@@ -43,6 +43,14 @@ class Baseline(TaskMethod):
         UserError: for settings that cannot be.
 
     [0] Li et al., *MetaMask*, NeurIPS 2022.
+
+    Example:
+        >>> encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 16))
+        >>> encoder.num_features = 16
+        >>> heads = {"proj_hidden_dim": 32, "proj_output_dim": 8}
+        >>> method = Baseline(encoder, image_size=16, num_classes=10, task_kwargs=heads)
+        >>> method.eval()(torch.ones(4, 3, 16, 16))["z"].shape
+        torch.Size([4, 8])
     """
 
     def __init__(self, cfg: DictConfig | nn.Module, **settings: Any):

@@ -83,6 +83,14 @@ class ICLMSR(TaskMethod):
         UserError: for settings that cannot be, or without the un-augmented view.
 
     [0] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
+
+    Example:
+        >>> encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 16))
+        >>> encoder.num_features = 16
+        >>> heads = {"proj_hidden_dim": 32, "proj_output_dim": 8}
+        >>> method = ICLMSR(encoder, image_size=16, num_classes=10, task_kwargs=heads, original_size=20)
+        >>> method.regularizer(torch.ones(4, 3, 20, 20)).shape
+        torch.Size([4, 6, 16])
     """
 
     def __init__(self, cfg: DictConfig | nn.Module, **settings: Any):

@@ -109,6 +109,14 @@ class MetaMask(TaskMethod):
         UserError: for settings that cannot be.
 
     [0] Li et al., *MetaMask: Revisiting Dimensional Confounder for Self-Supervised Learning*, NeurIPS 2022.
+
+    Example:
+        >>> encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 16))
+        >>> encoder.num_features = 16
+        >>> heads = {"proj_hidden_dim": 32, "proj_output_dim": 8}
+        >>> method = MetaMask(encoder, image_size=16, num_classes=10, task_kwargs=heads, redundancy=heads)
+        >>> method.mask.values().shape
+        torch.Size([16])
     """
 
     def __init__(self, cfg: DictConfig | nn.Module, **settings: Any):

@@ -51,6 +51,13 @@ class Supervised(Baseline):
         cfg: the host's configuration; see :class:`~metamask_plugin.methods.baseline.Baseline`.
 
     [0] Li et al., *MetaMask*, NeurIPS 2022, Appendix A.4.6.
+
+    Example:
+        >>> encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 16))
+        >>> encoder.num_features = 16
+        >>> method = Supervised(encoder, image_size=16, num_classes=10)
+        >>> method.eval()(torch.ones(4, 3, 16, 16))["z"].shape  # the classifier's logits
+        torch.Size([4, 10])
     """
 
     def _build_task(self) -> Task:

@@ -30,6 +30,14 @@ class DimensionalMask(nn.Module):
 
     [0] Li et al., *MetaMask*, NeurIPS 2022.
     [1] https://github.com/lionellee9089/MetaMask
+
+    Example:
+        >>> mask = DimensionalMask(3, start=[1.0, 0.5, 0.0])
+        >>> mask(torch.full((1, 3), 2.0))
+        tensor([[2., 1., 0.]])
+        >>> mask.accumulate(torch.ones(3))
+        >>> mask.weight.grad
+        tensor([1., 1., 1.])
     """
 
     def __init__(self, dim: int, parameterisation: str = "free", start: Sequence[float] | None = None):

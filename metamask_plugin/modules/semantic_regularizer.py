@@ -28,6 +28,13 @@ class SemanticRegularizer(nn.Module):
         activation: ``sigmoid``, ``softplus`` or ``none`` (weights may be negative).
 
     [0] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
+
+    Example:
+        >>> trunk = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> trunk.num_features = 3
+        >>> regularizer = SemanticRegularizer(trunk, channels=8, n=6)
+        >>> regularizer(torch.ones(4, 3, 32, 32)).shape
+        torch.Size([4, 6, 8])
     """
 
     def __init__(self, trunk: nn.Module, channels: int, n: int = 6, activation: str = "sigmoid"):

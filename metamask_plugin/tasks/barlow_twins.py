@@ -34,6 +34,12 @@ class BarlowTwins(Task):
 
     [0] Zbontar et al., *Barlow Twins: Self-Supervised Learning via Redundancy Reduction*, ICML 2021.
     [1] Li et al., *MetaMask*, NeurIPS 2022.
+
+    Example:
+        >>> task = BarlowTwins(8, proj_hidden_dim=16, proj_output_dim=4)
+        >>> out = task([torch.randn(6, 8), torch.randn(6, 8)])
+        >>> out.loss.shape, out.projections[0].shape
+        (torch.Size([]), torch.Size([6, 4]))
     """
 
     source = "Zbontar et al., ICML 2021"

@@ -51,6 +51,16 @@ class Task(nn.Module, ABC):
         target: the target network, None without one.
         large_views: how many of the views, the first ones, are large crops; None: all.
         capturable: whether every iteration evaluates the same operations, and a CUDA graph can replay them.
+
+    Example:
+        >>> class Together(Task):
+        ...     def __init__(self, features_dim):
+        ...         super().__init__(features_dim)
+        ...         self.projector = nn.Linear(features_dim, 4)
+        ...     def loss(self, projections, targets=None, positives=None):
+        ...         return (projections[0] - projections[1]).square().mean()
+        >>> Together(8)([torch.ones(6, 8), torch.ones(6, 8)]).loss.item()
+        0.0
     """
 
     source: str
@@ -146,6 +156,16 @@ class MomentumTask(Task):
         features_dim: D.
         base_momentum: m of the average at the start of training.
         final_momentum: m at its end.
+
+    Example:
+        >>> from metamask_plugin.tasks import BYOL
+        >>> task = BYOL(8, proj_hidden_dim=16, proj_output_dim=4, base_momentum=0.0)
+        >>> encoder = nn.Linear(12, 8)
+        >>> task.init_target(encoder)
+        >>> _ = nn.init.ones_(encoder.weight)
+        >>> task.after_step(encoder, progress=0.0)  # with m = 0: the target is the encoder
+        >>> torch.equal(task.target.trunk.weight, encoder.weight)
+        True
     """
 
     target: "TargetNetwork"  # from init_target on
@@ -184,6 +204,14 @@ class TargetNetwork(nn.Module):
 
     [0] Grill et al., *Bootstrap Your Own Latent*, NeurIPS 2020.
     [1] He et al., *Momentum Contrast for Unsupervised Visual Representation Learning*, CVPR 2020.
+
+    Example:
+        >>> encoder, head = nn.Linear(3, 2), nn.Linear(2, 2)
+        >>> target = TargetNetwork(encoder, head)
+        >>> _ = nn.init.zeros_(target.trunk.weight)
+        >>> target.update(encoder, head, momentum=0.9)
+        >>> torch.allclose(target.trunk.weight, 0.1 * encoder.weight)
+        True
     """
 
     def __init__(self, trunk: nn.Module, head: nn.Module):

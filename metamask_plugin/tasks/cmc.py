@@ -41,6 +41,12 @@ class CMC(Task):
         UserError: for settings that cannot be; from :meth:`loss`, for any number of views but two.
 
     [0] Tian et al., *Contrastive Multiview Coding*, ECCV 2020.
+
+    Example:
+        >>> task = CMC(8, proj_hidden_dim=16, proj_output_dim=4, bank_size=32)
+        >>> out = task([torch.randn(6, 8), torch.randn(6, 8)])
+        >>> out.loss.shape, out.projections[0].shape
+        (torch.Size([]), torch.Size([6, 4]))
     """
 
     projector: nn.ModuleList

@@ -37,6 +37,12 @@ class DCL(SimCLR):
         ValueError: from the losses, for a batch of one image, bank or not.
 
     [0] Chuang et al., *Debiased Contrastive Learning*, NeurIPS 2020.
+
+    Example:
+        >>> task = DCL(8, proj_hidden_dim=16, proj_output_dim=4, tau_plus=0.1)
+        >>> out = task([torch.randn(6, 8), torch.randn(6, 8)])
+        >>> out.loss.shape, out.projections[0].shape
+        (torch.Size([]), torch.Size([6, 4]))
     """
 
     source = "Chuang et al., NeurIPS 2020"

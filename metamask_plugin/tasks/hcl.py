@@ -28,6 +28,13 @@ class HCL(DCL):
         ValueError: from the losses, for a batch of one image, bank or not.
 
     [0] Robinson et al., *Contrastive Learning with Hard Negative Samples*, ICLR 2021.
+
+    Example:
+        >>> import torch
+        >>> task = HCL(8, proj_hidden_dim=16, proj_output_dim=4, beta=1.0)
+        >>> out = task([torch.randn(6, 8), torch.randn(6, 8)])
+        >>> out.loss.shape, out.projections[0].shape
+        (torch.Size([]), torch.Size([6, 4]))
     """
 
     source = "Robinson et al., ICLR 2021"

@@ -36,6 +36,12 @@ class LMCL(SimCLR):
         ValueError: from :meth:`loss` with other positives, for a batch of one image.
 
     [0] Chen et al., *Large-Margin Contrastive Learning with Distance Polarization Regularizer*, ICML 2021.
+
+    Example:
+        >>> task = LMCL(8, proj_hidden_dim=16, proj_output_dim=4, lamb=10.0)
+        >>> out = task([torch.randn(6, 8), torch.randn(6, 8)])
+        >>> out.loss.shape, out.projections[0].shape
+        (torch.Size([]), torch.Size([6, 4]))
     """
 
     source = "Chen et al., ICML 2021"

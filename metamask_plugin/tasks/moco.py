@@ -29,6 +29,14 @@ class MoCo(MomentumTask):
 
     [0] He et al., *Momentum Contrast for Unsupervised Visual Representation Learning*, CVPR 2020.
     [1] Chen et al., *Improved Baselines with Momentum Contrastive Learning*, 2020.
+
+    Example:
+        >>> task = MoCo(8, proj_hidden_dim=16, proj_output_dim=4, queue_size=32)
+        >>> encoder, views = torch.nn.Linear(12, 8), [torch.randn(6, 12), torch.randn(6, 12)]
+        >>> task.init_target(encoder)
+        >>> out = task([encoder(x) for x in views], [task.target.trunk(x) for x in views])
+        >>> out.loss.shape, out.targets[0].shape
+        (torch.Size([]), torch.Size([6, 4]))
     """
 
     source = "Chen et al., arXiv 2020"

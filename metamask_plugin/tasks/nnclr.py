@@ -30,6 +30,12 @@ class NNCLR(Task):
         bank_size: K past predictions as further negatives; [0] has none.
 
     [0] Dwibedi et al., *With a Little Help from My Friends*, ICCV 2021.
+
+    Example:
+        >>> task = NNCLR(8, proj_hidden_dim=16, proj_output_dim=4, queue_size=32)
+        >>> out = task([torch.randn(6, 8), torch.randn(6, 8)])
+        >>> out.loss.shape, out.projections[0].shape
+        (torch.Size([]), torch.Size([6, 4]))
     """
 
     source = "Dwibedi et al., ICCV 2021"

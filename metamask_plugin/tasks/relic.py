@@ -35,6 +35,14 @@ class RELIC(MomentumTask):
 
     [0] Mitrovic et al., *Representation Learning via Invariant Causal Mechanisms*, ICLR 2021.
     [1] Grill et al., *Bootstrap Your Own Latent*, NeurIPS 2020.
+
+    Example:
+        >>> task = RELIC(8, proj_hidden_dim=16, proj_output_dim=4)
+        >>> encoder, views = torch.nn.Linear(12, 8), [torch.randn(6, 12), torch.randn(6, 12)]
+        >>> task.init_target(encoder)
+        >>> out = task([encoder(x) for x in views], [task.target.trunk(x) for x in views])
+        >>> out.loss.shape, out.targets[0].shape
+        (torch.Size([]), torch.Size([6, 4]))
     """
 
     source = "Mitrovic et al., ICLR 2021"

@@ -38,6 +38,14 @@ class ReSSL(MomentumTask):
 
     [0] Zheng et al., *ReSSL: Relational Self-Supervised Learning with Weak Augmentation*, NeurIPS 2021.
     [1] https://github.com/KyleZheng1997/ReSSL
+
+    Example:
+        >>> task = ReSSL(8, proj_hidden_dim=16, proj_output_dim=4, queue_size=32)
+        >>> encoder, views = torch.nn.Linear(12, 8), [torch.randn(6, 12), torch.randn(6, 12)]
+        >>> task.init_target(encoder)
+        >>> out = task([encoder(x) for x in views], [task.target.trunk(x) for x in views])
+        >>> out.loss.shape, out.targets[0].shape
+        (torch.Size([]), torch.Size([6, 4]))
     """
 
     source = "Zheng et al., NeurIPS 2021"

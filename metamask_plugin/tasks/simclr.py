@@ -24,6 +24,12 @@ class SimCLR(Task):
     [0] Chen et al., *A Simple Framework for Contrastive Learning of Visual Representations*, ICML 2020.
     [1] Li et al., *MetaMask*, NeurIPS 2022.
     [2] Chen et al., *Big Self-Supervised Models are Strong Semi-Supervised Learners*, NeurIPS 2020.
+
+    Example:
+        >>> task = SimCLR(8, proj_hidden_dim=16, proj_output_dim=4)
+        >>> out = task([torch.randn(6, 8), torch.randn(6, 8)])
+        >>> out.loss.shape, out.projections[0].shape
+        (torch.Size([]), torch.Size([6, 4]))
     """
 
     source = "Chen et al., ICML 2020"

@@ -28,6 +28,12 @@ class SimSiam(Task):
 
     [0] Chen and He, *Exploring Simple Siamese Representation Learning*, CVPR 2021.
     [1] https://github.com/facebookresearch/simsiam
+
+    Example:
+        >>> task = SimSiam(8, proj_hidden_dim=16, proj_output_dim=4)
+        >>> out = task([torch.randn(6, 8), torch.randn(6, 8)])
+        >>> out.loss.shape, out.projections[0].shape
+        (torch.Size([]), torch.Size([6, 4]))
     """
 
     source = "Chen and He, CVPR 2021"

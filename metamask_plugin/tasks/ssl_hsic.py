@@ -34,6 +34,14 @@ class SSLHSIC(MomentumTask):
         release: github.com/google-deepmind/ssl_hsic.
     [1] Grill et al., *Bootstrap Your Own Latent*, NeurIPS 2020.
     [2] Qiang et al., *Interventional Contrastive Learning with Meta Semantic Regularizer*, ICML 2022.
+
+    Example:
+        >>> task = SSLHSIC(8, proj_hidden_dim=16, proj_output_dim=4)
+        >>> encoder, views = torch.nn.Linear(12, 8), [torch.randn(6, 12), torch.randn(6, 12)]
+        >>> task.init_target(encoder)
+        >>> out = task([encoder(x) for x in views], [task.target.trunk(x) for x in views])
+        >>> out.loss.shape, out.targets[0].shape
+        (torch.Size([]), torch.Size([6, 4]))
     """
 
     source = "Li et al., NeurIPS 2021"

@@ -21,6 +21,12 @@ class Prototypes(nn.Linear):
     Args:
         dim: P.
         number: K.
+
+    Example:
+        >>> prototypes = Prototypes(4, 3)
+        >>> scores = prototypes(2 * prototypes.weight)
+        >>> scores.diagonal().allclose(torch.ones(3))  # each is at cosine 1 to itself
+        True
     """
 
     def __init__(self, dim: int, number: int):
@@ -66,6 +72,12 @@ class SwAV(Task):
 
     [0] Caron et al., *Unsupervised Learning of Visual Features by Contrasting Cluster Assignments*,
         NeurIPS 2020.
+
+    Example:
+        >>> task = SwAV(8, proj_hidden_dim=16, proj_output_dim=4, num_prototypes=5, queue_size=0)
+        >>> out = task([torch.randn(6, 8), torch.randn(6, 8)])
+        >>> out.loss.shape, out.projections[0].shape
+        (torch.Size([]), torch.Size([6, 4]))
     """
 
     source = "Caron et al., NeurIPS 2020"

@@ -34,6 +34,12 @@ class WMSE(Task):
 
     [0] Ermolov et al., *Whitening for Self-Supervised Representation Learning*, ICML 2021.
     [1] https://github.com/htdt/self-supervised
+
+    Example:
+        >>> task = WMSE(8, proj_hidden_dim=16, proj_output_dim=4)
+        >>> out = task([torch.randn(16, 8), torch.randn(16, 8)])
+        >>> out.loss.shape, out.projections[0].shape
+        (torch.Size([]), torch.Size([16, 4]))
     """
 
     source = "Ermolov et al., ICML 2021"
