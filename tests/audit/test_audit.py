@@ -1,6 +1,5 @@
 """The audit finds planted confounders, and does not sell selection noise as a gain."""
 
-import doctest
 import json
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from matplotlib.colors import same_color
 
-from metamask_plugin.audit import audit, confounders
+from metamask_plugin.audit import audit
 from metamask_plugin.audit.figures import ORANGE
 from metamask_plugin.errors import UserError
 from metamask_plugin.evaluation.features import Features
@@ -225,11 +224,6 @@ def test_the_figure_marks_what_hurts_and_draws_the_numbers(confounded, tmp_path)
     assert str(removal.held_out_gain) in curve.get_legend().get_texts()[-1].get_text()
     figure.savefig(tmp_path / "audit.png")
     assert (tmp_path / "audit.png").stat().st_size < 150_000
-
-
-def test_example():
-    found = doctest.testmod(confounders)
-    assert found.attempted > 5 and found.failed == 0
 
 
 def test_the_lines_of_the_documentation():

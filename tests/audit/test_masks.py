@@ -1,7 +1,5 @@
 """Masked classifiers against the loop over masks, and scikit-learn's ridge regression."""
 
-import doctest
-
 import pytest
 import torch
 from sklearn.linear_model import Ridge, RidgeClassifier
@@ -179,8 +177,3 @@ def test_progress_ends_at_the_number_of_masks(metric):
 def test_below_average_is_below_the_mean_and_empty_for_equal_weights():
     assert below_average(torch.tensor([1.0, 5.0, 2.0, 4.0])).tolist() == [True, False, True, False]
     assert not below_average(torch.ones(4)).any()
-
-
-def test_examples():
-    found = doctest.testmod(masks)
-    assert found.attempted > 3 and found.failed == 0
