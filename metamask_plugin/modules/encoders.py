@@ -40,7 +40,7 @@ class _Convolutional(nn.Module):
         return feature_map.mean(dim=(2, 3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
+        return self.layers(x).mean(dim=(2, 3))
 
 
 class Conv4(_Convolutional):
