@@ -164,7 +164,7 @@ class TaskMethod(BaseMethod):
         return ()
 
     def meta_variables(self, original: torch.Tensor | None) -> MetaVariables:
-        """The outer variable w of one batch, and what its gradient goes into.
+        """The outer variable w of one batch and what its gradient enters; asked where there is a meta step.
 
         Args:
             original: as for :meth:`regular_loss`.
@@ -179,7 +179,7 @@ class TaskMethod(BaseMethod):
         encoded: EncoderPass | None = None,
         outer: OuterBatch | None = None,
     ) -> BilevelProblem:
-        """One batch's bi-level problem.
+        """One batch's bi-level problem; asked where there is a meta step.
 
         Args:
             views: augmented images of each view, (N, 3, H, W) each, in the encoder's memory format.

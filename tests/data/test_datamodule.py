@@ -2,7 +2,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
+from method_training import quiet_trainer
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -239,15 +240,7 @@ def test_lightning_trains_on_it(tmp_path, with_test):
     if not with_test:
         options["val_path"] = None
     data, model = module(batch_size=4, **options), Recorder()
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = quiet_trainer(max_epochs=2, num_sanity_val_steps=0)
     trainer.fit(model, datamodule=data)
     for epoch in (0, 1):
         expected = [index for indexes, _, _ in batches(data, epoch) for index in indexes.tolist()]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from method_config import method_config
+from method_training import quiet_trainer
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -146,16 +147,7 @@ def test_a_training_is_the_same_bit_for_bit(when):
         seed_everything(0)
         model = MetaMask(method_config(method_kwargs__meta={"when": when}))
         data = module({**CROPPED, "crop_size": 32}, on_device=on_device)
-        trainer = Trainer(
-            max_epochs=2,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            limit_train_batches=2,
-        )
+        trainer = quiet_trainer(max_epochs=2, num_sanity_val_steps=0, limit_train_batches=2)
         trainer.fit(model, datamodule=data)
         assert data._batched.on_device == on_device
         return model.state_dict()
